@@ -1,0 +1,431 @@
+//! Loading: collect the settings, check them, open the checkpoint, build the network.
+
+use std::ops::ControlFlow;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use burn::tensor::{Bytes, DType as BurnDType, Device as BurnDevice, TensorData};
+
+use super::model::{Inner, Model, display_name};
+use crate::checkpoint::{Checkpoint, Progress, Source, StoredTensor, cancelled, names};
+use crate::config::{DType, GenerationConfig, ModelConfig};
+use crate::device::Device;
+use crate::error::{Error, ErrorKind, Result};
+use crate::generate::{Host, Network, SamplingDefaults};
+use crate::model::{self, Kept};
+use crate::ops::{Threads, packed};
+use crate::text::Tokenizer;
+
+/// Tokens that one forward of the prefill takes: enough to read each weight once for many tokens,
+/// few enough that a cancellation is seen soon.
+const PREFILL_CHUNK: usize = 512;
+
+type ProgressFn = Box<dyn FnMut(Progress) -> ControlFlow<()> + Send>;
+
+/// Settings for loading a model; [`ModelBuilder::load`] checks them.
+#[must_use]
+pub struct ModelBuilder {
+    origin: Origin,
+    device: Device,
+    dtype: Option<DType>,
+    quantize: Option<Quantization>,
+    context_length: Option<usize>,
+    threads: Option<usize>,
+    prefill_chunk: usize,
+    progress: Option<ProgressFn>,
+}
+
+/// Fewer bits for the matrices: blocks of 32 weights with one scale.
+#[non_exhaustive]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Quantization {
+    /// 8.5 bits a weight.
+    Q8,
+    /// 4.5 bits a weight; embedding and head keep 8.5.
+    Q4,
+}
+
+impl Quantization {
+    /// `q8` or `q4`.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Q8 => "q8",
+            Self::Q4 => "q4",
+        }
+    }
+}
+
+impl std::str::FromStr for Quantization {
+    type Err = Error;
+
+    fn from_str(text: &str) -> Result<Self> {
+        match text {
+            "q8" => Ok(Self::Q8),
+            "q4" => Ok(Self::Q4),
+            _ => Err(Error::new(ErrorKind::InvalidArgument, "unknown quantization")
+                .with_key("quantize")
+                .with_why(format!("`{}`", text.escape_debug()))
+                .with_help("one of q8, q4")),
+        }
+    }
+}
+
+enum Origin {
+    Checkpoint(Source),
+    Random(Box<ModelConfig>),
+}
+
+impl ModelBuilder {
+    pub(crate) fn new(source: Source) -> Self {
+        Self::with_origin(Origin::Checkpoint(source))
+    }
+
+    pub(crate) fn random(config: ModelConfig) -> Self {
+        Self::with_origin(Origin::Random(Box::new(config)))
+    }
+
+    fn with_origin(origin: Origin) -> Self {
+        Self {
+            origin,
+            device: Device::auto(),
+            dtype: None,
+            quantize: None,
+            context_length: None,
+            threads: None,
+            prefill_chunk: PREFILL_CHUNK,
+            progress: None,
+        }
+    }
+
+    /// Where to compute; default `auto`.
+    pub fn device(mut self, device: Device) -> Self {
+        self.device = device;
+        self
+    }
+
+    /// The precision to keep the matrices in; default: as stored.
+    pub fn dtype(mut self, dtype: DType) -> Self {
+        self.dtype = Some(dtype);
+        self
+    }
+
+    /// Packs the matrices into fewer bits while loading; default: as stored.
+    pub fn quantize(mut self, quantization: Quantization) -> Self {
+        self.quantize = Some(quantization);
+        self
+    }
+
+    /// Tokens that prompt and answer may have together, at most what the model was made for;
+    /// default: all of it. Memory is taken as a sequence grows.
+    pub fn context_length(mut self, n_tokens: usize) -> Self {
+        self.context_length = Some(n_tokens);
+        self
+    }
+
+    /// Threads on the processor; default: as many as affinity and cgroup allow.
+    pub fn threads(mut self, n: usize) -> Self {
+        self.threads = Some(n);
+        self
+    }
+
+    /// Tokens that are read at once in prefill; default 512.
+    pub fn prefill_chunk(mut self, n_tokens: usize) -> Self {
+        self.prefill_chunk = n_tokens;
+        self
+    }
+
+    /// Called with the bytes done and in all while loading; `Break` stops it with `Cancelled`.
+    pub fn progress(mut self, progress: impl FnMut(Progress) -> ControlFlow<()> + Send + 'static) -> Self {
+        self.progress = Some(Box::new(progress));
+        self
+    }
+
+    /// Loads the model.
+    ///
+    /// # Errors
+    /// `InvalidArgument` for settings out of range, `NotFound`, `PermissionDenied`, `Io` and
+    /// `InvalidFile` for the files, `Unsupported`, `DeviceUnavailable`, `Network`, `Cancelled`.
+    pub fn load(mut self) -> Result<Model> {
+        self.check()?;
+        // An unusable device is reported before anything is read.
+        let (device, burn_device) = self.device.open()?;
+        let mut progress = self.progress.take().unwrap_or_else(|| Box::new(|_| ControlFlow::Continue(())));
+        match std::mem::replace(&mut self.origin, Origin::Random(Box::default())) {
+            Origin::Checkpoint(source) => self.load_checkpoint(&source, device, &burn_device, &mut *progress),
+            Origin::Random(config) => self.load_random(*config, device, &burn_device),
+        }
+    }
+
+    fn check(&self) -> Result<()> {
+        let limits = [
+            ("threads", self.threads, 1024),
+            ("context_length", self.context_length, usize::MAX),
+            ("prefill_chunk", Some(self.prefill_chunk), 1 << 20),
+        ];
+        for (key, value, most) in limits {
+            if let Some(value) = value.filter(|value| *value == 0 || *value > most) {
+                let why = if value == 0 { "0".to_owned() } else { format!("{value}, at most {most}") };
+                return Err(Error::new(ErrorKind::InvalidArgument, "setting is out of range")
+                    .with_key(key)
+                    .with_why(why)
+                    .with_help("leave it unset for the default"));
+            }
+        }
+        Ok(())
+    }
+
+    fn load_checkpoint(
+        &self,
+        source: &Source,
+        device: Device,
+        burn_device: &BurnDevice,
+        progress: &mut dyn FnMut(Progress) -> ControlFlow<()>,
+    ) -> Result<Model> {
+        let threads = self.start_threads()?;
+        let checkpoint = Checkpoint::open(source, progress)?;
+        checkpoint.config.require_dense(&checkpoint.config_path())?;
+        let tokenizer = Tokenizer::load(checkpoint.directory())?;
+        check_vocabulary(&checkpoint, &tokenizer)?;
+        let tied = names::audit(&checkpoint)?;
+        let kept = self.dtype.filter(|_| !device.is_gpu());
+        let dtype = kept.or_else(|| checkpoint.dtype()).unwrap_or(DType::F32);
+        let mut done = 0;
+        let mut weight_bytes = 0;
+        let total = checkpoint.total_bytes();
+        let qwen2 = model::load(&checkpoint.config, burn_device, tied, &mut |name| {
+            let stored = checkpoint.tensor(name)?;
+            done += stored.bytes.len() as u64;
+            let data = self.keep(name, convert(stored, self.kept_dtype(&device)), &threads);
+            weight_bytes += bytes_of(&data);
+            if progress(Progress::new(done, total)).is_break() {
+                return Err(cancelled(checkpoint.directory()));
+            }
+            Ok(data)
+        })?;
+        let mut generation_config = checkpoint.generation_config.clone();
+        merge_eos(&mut generation_config, &checkpoint.config, tokenizer.eos_token_id());
+        let name = display_name(checkpoint.directory());
+        let config = checkpoint.config.clone();
+        self.finish(name, config, generation_config, tokenizer, qwen2, threads, device, dtype, weight_bytes)
+    }
+
+    /// The precision of matrices on the device: burn's GPU backends do not all take bf16.
+    fn kept_dtype(&self, device: &Device) -> Option<DType> {
+        if device.is_cpu() { self.dtype } else { self.dtype.or(Some(DType::F32)) }
+    }
+
+    fn load_random(&self, config: ModelConfig, device: Device, burn_device: &BurnDevice) -> Result<Model> {
+        config.require_dense(std::path::Path::new("config.json"))?;
+        let threads = self.start_threads()?;
+        let dtype = self.dtype.or(config.dtype).unwrap_or(DType::BF16);
+        let mut weight_bytes = 0;
+        let mut seed = 0;
+        let tied = config.tie_word_embeddings;
+        let shapes: std::collections::HashMap<_, _> = names::expected(&config, tied).into_iter().collect();
+        let qwen2 = model::load(&config, burn_device, tied, &mut |name| {
+            let shape = shapes.get(name).ok_or_else(|| {
+                Error::new(ErrorKind::Internal, "network asks for a tensor it does not have").with_key(name)
+            })?;
+            seed += 1;
+            let data = self.keep(name, random_tensor(name, shape, dtype, seed), &threads);
+            weight_bytes += bytes_of(&data);
+            Ok(data)
+        })?;
+        let tokenizer = Tokenizer::byte_level()?;
+        let name = format!("random {}", config.hidden_size);
+        self.finish(name, config, GenerationConfig::default(), tokenizer, qwen2, threads, device, dtype, weight_bytes)
+    }
+
+    #[allow(clippy::too_many_arguments)] // the parts of a model, each once
+    fn finish(
+        &self,
+        name: String,
+        config: ModelConfig,
+        generation_config: GenerationConfig,
+        tokenizer: Tokenizer,
+        qwen2: model::Qwen2,
+        threads: Threads,
+        device: Device,
+        dtype: DType,
+        weight_bytes: u64,
+    ) -> Result<Model> {
+        let context_length = self.resolve_context(&config)?;
+        tracing::info!(name, %device, threads = threads.count(), weight_bytes, "loaded");
+        Ok(Model {
+            inner: Arc::new(Inner {
+                name,
+                defaults: sampling_defaults(&generation_config),
+                generation_config,
+                host: Host {
+                    network: Arc::new(Network { qwen2, threads }),
+                    tokenizer,
+                    prefill_chunk: self.prefill_chunk,
+                },
+                config,
+                device,
+                dtype,
+                weight_bytes,
+                context_length,
+            }),
+        })
+    }
+
+    fn start_threads(&self) -> Result<Threads> {
+        Threads::start(self.threads).map_err(|error| {
+            Error::new(ErrorKind::OutOfMemory, "cannot start threads")
+                .with_key("threads")
+                .with_why(error.to_string())
+                .with_source(error)
+        })
+    }
+
+    /// The tensor as this model keeps it: matrices packed, if it was asked for.
+    fn keep(&self, name: &str, data: TensorData, threads: &Threads) -> Kept {
+        let (Some(quantization), &[rows, cols]) = (self.quantize, data.shape().as_slice()) else {
+            return Kept::Dense(data); // not asked for, or a vector
+        };
+        // The head decides between tokens by small differences: it keeps eight bits.
+        let outer = ["model.embed_tokens.weight", "lm_head.weight"].contains(&name);
+        let format = match quantization {
+            Quantization::Q4 if !outer => packed::Format::Q4,
+            _ => packed::Format::Q8,
+        };
+        let shape = packed::Shape { format, rows, cols };
+        Kept::Packed(shape, Bytes::from_bytes_vec(pack(shape, &data, threads)))
+    }
+
+    fn resolve_context(&self, config: &ModelConfig) -> Result<usize> {
+        let most = config.context_length();
+        match self.context_length {
+            Some(wanted) if wanted > most => {
+                Err(Error::new(ErrorKind::InvalidArgument, "context is longer than the model's")
+                    .with_key("context_length")
+                    .with_why(format!("{wanted}, the model has {most}"))
+                    .with_help("add rope_scaling (YaRN) to config.json if the model supports it"))
+            }
+            wanted => Ok(wanted.unwrap_or(most)),
+        }
+    }
+}
+
+impl std::fmt::Debug for ModelBuilder {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("ModelBuilder")
+            .field("device", &self.device)
+            .field("dtype", &self.dtype)
+            .field("context_length", &self.context_length)
+            .field("threads", &self.threads)
+            .finish_non_exhaustive()
+    }
+}
+
+/// Ids that the tokenizer may give must have a row in the embedding table.
+fn check_vocabulary(checkpoint: &Checkpoint, tokenizer: &Tokenizer) -> Result<()> {
+    let (rows, ids) = (checkpoint.config.vocab_size, tokenizer.vocab_size());
+    if ids <= rows {
+        return Ok(());
+    }
+    Err(Error::new(ErrorKind::InvalidFile, "vocabulary is smaller than the tokenizer's")
+        .with_path(checkpoint.config_path())
+        .with_key("vocab_size")
+        .with_why(format!("{rows}, the tokenizer has {ids} ids"))
+        .with_help("is tokenizer.json from another checkpoint?"))
+}
+
+fn sampling_defaults(config: &GenerationConfig) -> SamplingDefaults {
+    SamplingDefaults {
+        do_sample: config.do_sample,
+        temperature: config.temperature,
+        top_k: config.top_k,
+        top_p: config.top_p,
+        min_p: config.min_p,
+        repetition_penalty: config.repetition_penalty,
+        max_new_tokens: config.max_new_tokens,
+        eos_token_ids: config.eos_token_ids.clone(),
+    }
+}
+
+/// The stop set is the union over the checkpoint's files: they differ (QwenLM/Qwen3#927).
+fn merge_eos(generation_config: &mut GenerationConfig, config: &ModelConfig, tokenizer: Option<u32>) {
+    for id in config.eos_token_ids.iter().copied().chain(tokenizer) {
+        if !generation_config.eos_token_ids.contains(&id) {
+            generation_config.eos_token_ids.push(id);
+        }
+    }
+}
+
+/// The tensor's bytes as they are in the map, or converted to `dtype`.
+fn convert(stored: StoredTensor, dtype: Option<DType>) -> TensorData {
+    let bytes = Bytes::from_shared(stored.bytes, burn::tensor::AllocationProperty::File);
+    let data = TensorData::from_bytes(bytes, stored.shape, burn_dtype(stored.dtype));
+    match dtype.map(burn_dtype) {
+        Some(dtype) if dtype != data.dtype() => data.convert_dtype(dtype),
+        _ => data,
+    }
+}
+
+fn burn_dtype(dtype: DType) -> BurnDType {
+    match dtype {
+        DType::F32 => BurnDType::F32,
+        DType::F16 => BurnDType::F16,
+        DType::BF16 => BurnDType::BF16,
+    }
+}
+
+fn bytes_of(kept: &Kept) -> u64 {
+    match kept {
+        Kept::Dense(data) => data.as_bytes().len() as u64,
+        Kept::Packed(shape, _) => shape.bytes() as u64,
+    }
+}
+
+/// Packs a matrix panel by panel, on all threads.
+fn pack(shape: packed::Shape, data: &TensorData, threads: &Threads) -> Vec<u8> {
+    let mut bytes = vec![0; shape.bytes()];
+    let panels: Vec<_> = bytes.chunks_mut(shape.panel_bytes()).map(Mutex::new).collect();
+    let stored = data.as_bytes();
+    let size = data.dtype().size();
+    let row = |index: usize, out: &mut [f32]| {
+        let row = &stored[index * shape.cols * size..][..shape.cols * size];
+        for (out, x) in out.iter_mut().zip(row.chunks_exact(size)) {
+            *out = match data.dtype() {
+                BurnDType::BF16 => half::bf16::from_le_bytes([x[0], x[1]]).to_f32(),
+                BurnDType::F16 => half::f16::from_le_bytes([x[0], x[1]]).to_f32(),
+                _ => f32::from_le_bytes([x[0], x[1], x[2], x[3]]),
+            };
+        }
+    };
+    threads.each(panels.len(), &|panel| {
+        // Each lock is taken once, by its own task.
+        let mut out = panels[panel].lock().unwrap_or_else(PoisonError::into_inner);
+        shape.pack_panel(panel, &row, &mut out);
+    });
+    drop(panels);
+    bytes
+}
+
+/// Uniform weights of deviation 0.02, Qwen2's initializer_range; norms are 1.
+fn random_tensor(name: &str, shape: &[usize], dtype: DType, seed: u64) -> TensorData {
+    let n: usize = shape.iter().product();
+    if name.ends_with("norm.weight") {
+        return TensorData::new(vec![1.0_f32; n], shape.to_vec()).convert_dtype(burn_dtype(dtype));
+    }
+    // SplitMix64: fast, and its quality does not matter here.
+    let mut state = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15);
+    let mut next = || {
+        state = state.wrapping_add(0x9E37_79B9_7F4A_7C15);
+        let z = (state ^ (state >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+        let unit = (z >> 40) as f32 / (1u64 << 24) as f32;
+        (unit - 0.5) * (0.02 * 3.464_101_6)
+    };
+    match dtype {
+        DType::F32 => TensorData::new((0..n).map(|_| next()).collect::<Vec<_>>(), shape.to_vec()),
+        DType::BF16 => TensorData::new(
+            (0..n).map(|_| half::bf16::from_f32(next())).collect::<Vec<_>>(),
+            shape.to_vec(),
+        ),
+        DType::F16 => TensorData::new(
+            (0..n).map(|_| half::f16::from_f32(next())).collect::<Vec<_>>(),
+            shape.to_vec(),
+        ),
+    }
+}

@@ -1,0 +1,335 @@
+//! The model handle: every public verb, each a few lines of delegation.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use super::builder::ModelBuilder;
+use super::session::Session;
+use crate::checkpoint::Source;
+use crate::config::{DType, GenerationConfig, ModelConfig};
+use crate::device::Device;
+use crate::error::{Error, ErrorKind, Result};
+use crate::generate::{
+    GenerateOptions, Generation, Host, LogitsProcessor, Run, SamplingDefaults, TokenStream,
+};
+use crate::model::Rows;
+use crate::text::{Message, Tokenizer};
+
+/// A loaded model: a handle that is cheap to clone and shared between threads.
+#[derive(Clone)]
+pub struct Model {
+    pub(crate) inner: Arc<Inner>,
+}
+
+pub(crate) struct Inner {
+    pub(crate) name: String,
+    pub(crate) config: ModelConfig,
+    pub(crate) generation_config: GenerationConfig,
+    pub(crate) defaults: SamplingDefaults,
+    pub(crate) host: Host,
+    pub(crate) device: Device,
+    pub(crate) dtype: DType,
+    pub(crate) weight_bytes: u64,
+    pub(crate) context_length: usize,
+}
+
+/// What the model answers to: text, tokens or a conversation.
+#[non_exhaustive]
+#[derive(Clone, Debug, PartialEq)]
+pub enum Prompt {
+    /// Plain text; special tokens in it are ordinary text.
+    Text(String),
+    /// Token ids, special ones included.
+    Tokens(Vec<u32>),
+    /// Messages, rendered with the checkpoint's own chat template.
+    Chat(Vec<Message>),
+}
+
+/// Logits of every token of a sequence, row-major f32.
+#[non_exhaustive]
+#[derive(Clone, Debug, PartialEq)]
+pub struct Logits {
+    /// `[n_tokens, vocab_size]`.
+    pub values: Vec<f32>,
+    /// Rows.
+    pub n_tokens: usize,
+    /// Columns.
+    pub vocab_size: usize,
+}
+
+/// Bytes that a model takes.
+#[non_exhaustive]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Memory {
+    /// Weights, once for all sessions.
+    pub weights: u64,
+    /// Keys and values of one token of one session.
+    pub cache_per_token: u64,
+    /// Keys and values of one session that fills the context.
+    pub cache_full: u64,
+}
+
+impl Model {
+    /// Loads a checkpoint with the defaults of [`ModelBuilder`].
+    ///
+    /// # Errors
+    /// See [`ModelBuilder::load`].
+    pub fn load(source: impl Into<Source>) -> Result<Self> {
+        Self::builder(source).load()
+    }
+
+    /// Settings for loading: device, precision, context, threads, progress.
+    pub fn builder(source: impl Into<Source>) -> ModelBuilder {
+        ModelBuilder::new(source.into())
+    }
+
+    /// A model of the given shape with random weights and a byte-level vocabulary: for
+    /// measurements, where only the shape counts.
+    pub fn random(config: &ModelConfig) -> ModelBuilder {
+        ModelBuilder::random(config.clone())
+    }
+
+    /// Answers a prompt.
+    ///
+    /// # Errors
+    /// `InvalidArgument` for options out of range or an empty prompt, `ContextOverflow`,
+    /// `InvalidTemplate`, `DeviceFailed`.
+    pub fn generate(&self, prompt: impl Into<Prompt>, options: &GenerateOptions) -> Result<Generation> {
+        self.stream(prompt, options)?.finish()
+    }
+
+    /// Answers a prompt piece by piece; nothing is computed before the first piece is asked for.
+    ///
+    /// # Errors
+    /// As [`Model::generate`].
+    pub fn stream(&self, prompt: impl Into<Prompt>, options: &GenerateOptions) -> Result<TokenStream> {
+        self.start(prompt.into(), options, None)
+    }
+
+    /// As [`Model::stream`], with a processor that changes the logits before each choice.
+    ///
+    /// # Errors
+    /// As [`Model::generate`], and what the processor returns.
+    pub fn stream_with(
+        &self,
+        prompt: impl Into<Prompt>,
+        options: &GenerateOptions,
+        processor: impl LogitsProcessor + 'static,
+    ) -> Result<TokenStream> {
+        self.start(prompt.into(), options, Some(Box::new(processor)))
+    }
+
+    /// Answers a conversation: `generate` with the messages as the prompt.
+    ///
+    /// # Errors
+    /// As [`Model::generate`].
+    pub fn chat(&self, messages: &[Message], options: &GenerateOptions) -> Result<Generation> {
+        self.generate(messages, options)
+    }
+
+    /// Answers several prompts in order; a failure does not sink the rest.
+    pub fn generate_batch(&self, prompts: &[Prompt], options: &GenerateOptions) -> Vec<Result<Generation>> {
+        prompts.iter().map(|prompt| self.generate(prompt.clone(), options)).collect()
+    }
+
+    /// A conversation that keeps its cache.
+    pub fn session(&self) -> Session {
+        Session::new(self.clone())
+    }
+
+    /// The logits of every token of `tokens`, `[n_tokens, vocab_size]`.
+    ///
+    /// # Errors
+    /// `InvalidArgument` for an empty sequence or an unknown id, `ContextOverflow`, `DeviceFailed`.
+    pub fn logits(&self, tokens: &[u32]) -> Result<Logits> {
+        self.check_tokens(tokens)?;
+        let mut cache = self.new_cache();
+        let mut values = Vec::new();
+        for chunk in tokens.chunks(self.inner.host.prefill_chunk) {
+            values.extend(self.inner.host.network.forward(chunk, &mut cache, Rows::All)?);
+        }
+        Ok(Logits { values, n_tokens: tokens.len(), vocab_size: self.inner.config.vocab_size })
+    }
+
+    /// Natural log-probability of each token given those before it; the first has none, so the
+    /// result is one shorter than `tokens`.
+    ///
+    /// # Errors
+    /// As [`Model::logits`].
+    pub fn score(&self, tokens: &[u32]) -> Result<Vec<f32>> {
+        self.check_tokens(tokens)?;
+        let mut cache = self.new_cache();
+        let mut scores = Vec::with_capacity(tokens.len());
+        let vocab_size = self.inner.config.vocab_size;
+        for chunk in tokens.chunks(self.inner.host.prefill_chunk) {
+            let logits = self.inner.host.network.forward(chunk, &mut cache, Rows::All)?;
+            let next = &tokens[(scores.len() + 1).min(tokens.len())..];
+            let rows = logits.chunks_exact(vocab_size).zip(next);
+            scores.extend(rows.map(|(row, &token)| log_softmax(row, token)));
+        }
+        Ok(scores)
+    }
+
+    /// The architecture, as `config.json` gives it.
+    pub fn config(&self) -> &ModelConfig {
+        &self.inner.config
+    }
+
+    /// The checkpoint's own settings for generation; `eos_token_ids` is the union over its files.
+    pub fn generation_config(&self) -> &GenerationConfig {
+        &self.inner.generation_config
+    }
+
+    /// Text to tokens and back.
+    pub fn tokenizer(&self) -> &Tokenizer {
+        &self.inner.host.tokenizer
+    }
+
+    /// Where it computes.
+    pub fn device(&self) -> &Device {
+        &self.inner.device
+    }
+
+    /// The precision of its matrices.
+    pub fn dtype(&self) -> DType {
+        self.inner.dtype
+    }
+
+    /// Tokens that prompt and answer may have together.
+    pub fn context_length(&self) -> usize {
+        self.inner.context_length
+    }
+
+    /// Threads that compute on the processor.
+    pub fn threads(&self) -> usize {
+        self.inner.host.network.threads.count()
+    }
+
+    /// Bytes that it takes.
+    pub fn memory(&self) -> Memory {
+        let per_token = self.inner.config.kv_bytes_per_token(DType::F32);
+        Memory {
+            weights: self.inner.weight_bytes,
+            cache_per_token: per_token,
+            cache_full: per_token * self.inner.context_length as u64,
+        }
+    }
+
+    /// The directory's or repository's name.
+    pub fn name(&self) -> &str {
+        &self.inner.name
+    }
+
+    fn start(
+        &self,
+        prompt: Prompt,
+        options: &GenerateOptions,
+        processor: Option<Box<dyn LogitsProcessor>>,
+    ) -> Result<TokenStream> {
+        let resolved = options.resolve(&self.inner.defaults)?;
+        let tokens = self.encode(&prompt)?;
+        let cache = self.new_cache();
+        let run = Run::new(self.inner.host.clone(), tokens, &cache, resolved, processor)?;
+        Ok(TokenStream::new(run, cache))
+    }
+
+    /// The tokens of a prompt, all known to the model.
+    pub(crate) fn encode(&self, prompt: &Prompt) -> Result<Vec<u32>> {
+        let tokenizer = self.tokenizer();
+        match prompt {
+            Prompt::Text(text) => tokenizer.encode(text),
+            Prompt::Chat(messages) => tokenizer.encode_chat(messages, true),
+            Prompt::Tokens(tokens) => {
+                self.check_ids(tokens)?;
+                Ok(tokens.clone())
+            }
+        }
+    }
+
+    pub(crate) fn new_cache(&self) -> crate::model::cache::Cache {
+        self.inner.host.network.qwen2.new_cache(self.inner.context_length)
+    }
+
+    fn check_tokens(&self, tokens: &[u32]) -> Result<()> {
+        if tokens.is_empty() {
+            return Err(Error::new(ErrorKind::InvalidArgument, "no tokens given").with_key("tokens"));
+        }
+        self.check_ids(tokens)
+    }
+
+    fn check_ids(&self, tokens: &[u32]) -> Result<()> {
+        let vocab_size = self.inner.config.vocab_size;
+        match tokens.iter().find(|&&token| token as usize >= vocab_size) {
+            Some(token) => Err(Error::new(ErrorKind::InvalidArgument, "no such token")
+                .with_key("tokens")
+                .with_why(format!("{token}, the vocabulary has {vocab_size}"))),
+            None => Ok(()),
+        }
+    }
+}
+
+/// Log-probability of `token` under the softmax of `row`.
+fn log_softmax(row: &[f32], token: u32) -> f32 {
+    let max = row.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    let sum: f64 = row.iter().map(|&logit| f64::from(logit - max).exp()).sum();
+    (f64::from(row[token as usize] - max) - sum.ln()) as f32
+}
+
+impl std::fmt::Debug for Model {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Model")
+            .field("name", &self.inner.name)
+            .field("parameters", &self.inner.config.parameter_count())
+            .field("dtype", &self.inner.dtype)
+            .field("device", &self.inner.device)
+            .field("context_length", &self.inner.context_length)
+            .finish()
+    }
+}
+
+impl From<&str> for Prompt {
+    fn from(text: &str) -> Self {
+        Self::Text(text.to_owned())
+    }
+}
+
+impl From<String> for Prompt {
+    fn from(text: String) -> Self {
+        Self::Text(text)
+    }
+}
+
+impl From<&[u32]> for Prompt {
+    fn from(tokens: &[u32]) -> Self {
+        Self::Tokens(tokens.to_vec())
+    }
+}
+
+impl From<Vec<u32>> for Prompt {
+    fn from(tokens: Vec<u32>) -> Self {
+        Self::Tokens(tokens)
+    }
+}
+
+impl From<&[Message]> for Prompt {
+    fn from(messages: &[Message]) -> Self {
+        Self::Chat(messages.to_vec())
+    }
+}
+
+impl From<Vec<Message>> for Prompt {
+    fn from(messages: Vec<Message>) -> Self {
+        Self::Chat(messages)
+    }
+}
+
+impl<const N: usize> From<[Message; N]> for Prompt {
+    fn from(messages: [Message; N]) -> Self {
+        Self::Chat(messages.into())
+    }
+}
+
+/// The last part of a source, for people.
+pub(crate) fn display_name(path: &Path) -> String {
+    path.file_name().map_or_else(|| path.display().to_string(), |name| name.to_string_lossy().into_owned())
+}

@@ -1,0 +1,235 @@
+//! Where a model comes from: a path, or an id of the Hugging Face hub.
+
+use std::fmt;
+use std::ops::ControlFlow;
+use std::path::{Path, PathBuf};
+
+use super::Progress;
+use crate::error::{Error, ErrorKind, Result};
+
+/// Where a model comes from.
+///
+/// Text is a path if something exists there, else an id of the hub if it has the form `org/name`.
+/// A [`Path`] is always a path.
+#[non_exhaustive]
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Source {
+    /// A directory with `config.json` and weights, or a `.safetensors` file in one.
+    Path(PathBuf),
+    /// A path or a hub id, decided when it is opened.
+    Text(String),
+}
+
+impl From<&str> for Source {
+    fn from(text: &str) -> Self {
+        Self::Text(text.to_owned())
+    }
+}
+
+impl From<String> for Source {
+    fn from(text: String) -> Self {
+        Self::Text(text)
+    }
+}
+
+impl From<&String> for Source {
+    fn from(text: &String) -> Self {
+        Self::Text(text.clone())
+    }
+}
+
+impl From<&Path> for Source {
+    fn from(path: &Path) -> Self {
+        Self::Path(path.to_owned())
+    }
+}
+
+impl From<PathBuf> for Source {
+    fn from(path: PathBuf) -> Self {
+        Self::Path(path)
+    }
+}
+
+impl From<&PathBuf> for Source {
+    fn from(path: &PathBuf) -> Self {
+        Self::Path(path.clone())
+    }
+}
+
+impl fmt::Display for Source {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Path(path) => path.display().fmt(f),
+            Self::Text(text) => f.write_str(text),
+        }
+    }
+}
+
+impl Source {
+    /// The directory of the model, downloaded first if it is an id of the hub.
+    ///
+    /// # Errors
+    /// `NotFound` for what is neither a path nor an id, `Unsupported` for other formats and for an
+    /// id without the cargo feature `hub`, `InvalidArgument` for another kind of file, and what the
+    /// download says.
+    pub(super) fn directory(
+        &self,
+        progress: &mut dyn FnMut(Progress) -> ControlFlow<()>,
+    ) -> Result<PathBuf> {
+        let path = match self {
+            Self::Path(path) => path.as_path(),
+            Self::Text(text) => Path::new(text),
+        };
+        match std::fs::metadata(path) {
+            Ok(metadata) if metadata.is_dir() => Ok(path.to_owned()),
+            Ok(_) => directory_of_file(path),
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => match self {
+                Self::Text(text) if is_hub_id(text) => from_hub(text, progress),
+                _ => Err(Error::new(ErrorKind::NotFound, "no such model")
+                    .with_path(path)
+                    .with_help(
+                        "give a directory with config.json and model.safetensors, or an id of the \
+                         hub such as Qwen/Qwen2-0.5B-Instruct",
+                    )),
+            },
+            Err(error) => Err(Error::io("model cannot be opened", path, error)),
+        }
+    }
+}
+
+fn directory_of_file(path: &Path) -> Result<PathBuf> {
+    let extension = path
+        .extension()
+        .and_then(|extension| extension.to_str())
+        .unwrap_or_default();
+    match extension.to_ascii_lowercase().as_str() {
+        "safetensors" => Ok(match path.parent() {
+            Some(parent) if !parent.as_os_str().is_empty() => parent.to_owned(),
+            _ => PathBuf::from("."),
+        }),
+        "gguf" => Err(
+            Error::new(ErrorKind::Unsupported, "GGUF files are not supported yet")
+                .with_path(path)
+                .with_help("give the directory of the checkpoint in safetensors form"),
+        ),
+        _ => Err(Error::new(ErrorKind::InvalidArgument, "not a model")
+            .with_path(path)
+            .with_help("give the directory that holds config.json and model.safetensors")),
+    }
+}
+
+/// The rule of huggingface_hub (`validate_repo_id`), with an organisation required.
+fn is_hub_id(text: &str) -> bool {
+    let part = |part: &str| {
+        let inner = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
+        let edge = |c: char| c.is_ascii_alphanumeric() || c == '_';
+        part.len() <= 96
+            && part.chars().all(inner)
+            && part.starts_with(edge)
+            && part.ends_with(edge)
+    };
+    let Some((org, name)) = text.split_once('/') else {
+        return false;
+    };
+    let odd = text.contains("--") || text.contains("..") || text.ends_with(".git");
+    part(org) && part(name) && !odd
+}
+
+#[cfg(feature = "hub")]
+fn from_hub(id: &str, progress: &mut dyn FnMut(Progress) -> ControlFlow<()>) -> Result<PathBuf> {
+    super::hub::directory(id, &super::hub::HubSettings::from_env()?, progress)
+}
+
+#[cfg(not(feature = "hub"))]
+fn from_hub(id: &str, _progress: &mut dyn FnMut(Progress) -> ControlFlow<()>) -> Result<PathBuf> {
+    Err(
+        Error::new(ErrorKind::Unsupported, "hub ids need the cargo feature hub")
+            .with_key(id)
+            .with_help("build with the feature, or give a directory; none of this name exists"),
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn open(source: impl Into<Source>) -> Result<PathBuf> {
+        source.into().directory(&mut |_| ControlFlow::Continue(()))
+    }
+
+    #[test]
+    fn hub_ids_are_told_from_paths() {
+        for id in ["Qwen/Qwen2-0.5B-Instruct", "a/b", "org_1/name.v2", "_a/b_"] {
+            assert!(is_hub_id(id), "{id}");
+        }
+        for path in [
+            "",
+            "name",
+            "/abs/path",
+            "./org/name",
+            "../org/name",
+            "~/model",
+            "a/b/c",
+            "a\\b",
+            "org/",
+            "/name",
+            "org/na me",
+            "org/name.git",
+            "org/a..b",
+            "org/a--b",
+            "org/.hidden",
+            "-o/n",
+            "ö/n",
+        ] {
+            assert!(!is_hub_id(path), "{path}");
+        }
+    }
+
+    #[test]
+    fn what_exists_is_a_path_and_a_weight_file_stands_for_its_directory() {
+        let dir = tempfile::tempdir().expect("tempdir");
+        let weights = dir.path().join("model.safetensors");
+        std::fs::write(&weights, b"").expect("write");
+        assert_eq!(open(dir.path()).expect("directory"), dir.path());
+        assert_eq!(open(&weights).expect("file"), dir.path());
+        assert_eq!(
+            open(weights.to_str().expect("text")).expect("text"),
+            dir.path()
+        );
+    }
+
+    #[test]
+    fn other_files_and_missing_paths_are_refused_with_the_way_out() {
+        let dir = tempfile::tempdir().expect("tempdir");
+        for (name, kind) in [
+            ("model.gguf", ErrorKind::Unsupported),
+            ("model.bin", ErrorKind::InvalidArgument),
+        ] {
+            std::fs::write(dir.path().join(name), b"").expect("write");
+            assert_eq!(
+                open(dir.path().join(name)).expect_err("refused").kind(),
+                kind
+            );
+        }
+        let error = open(dir.path().join("absent")).expect_err("absent");
+        assert_eq!(error.kind(), ErrorKind::NotFound);
+        assert!(error.help().is_some());
+        assert_eq!(open("").expect_err("empty").kind(), ErrorKind::NotFound);
+        // A path type never goes to the network, whatever it looks like.
+        assert_eq!(
+            open(Path::new("org/name")).expect_err("path").kind(),
+            ErrorKind::NotFound
+        );
+    }
+
+    #[cfg(not(feature = "hub"))]
+    #[test]
+    fn an_id_without_the_feature_says_which_feature() {
+        let error = open("org/name").expect_err("no feature");
+        assert_eq!(error.kind(), ErrorKind::Unsupported);
+        assert_eq!(
+            error.to_string(),
+            "hub ids need the cargo feature hub: org/name"
+        );
+    }
+}

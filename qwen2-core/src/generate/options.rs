@@ -1,0 +1,518 @@
+//! What a caller may set for a generation, and what then holds.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use rand::TryRng;
+use rand::rngs::SysRng;
+use serde::{Deserialize, Serialize};
+
+use crate::error::{Error, ErrorKind, Result};
+
+const MAX_TEMPERATURE: f32 = 100.0;
+const MAX_STOP_STRINGS: usize = 64;
+const MAX_STOP_LEN: usize = 4096;
+
+/// Settings of one generation.
+///
+/// An unset field takes the value of the checkpoint's `generation_config.json`, then the default
+/// named at the field. Filters work in the order of transformers: `repetition_penalty`,
+/// `temperature`, `top_k`, `top_p`, `min_p`.
+///
+/// A checkpoint whose `generation_config.json` does not say `do_sample: true` is greedy unless
+/// `temperature` is set here.
+///
+/// ```
+/// use qwen2_core::GenerateOptions;
+///
+/// let options = GenerateOptions::new().max_new_tokens(64).temperature(0.7).seed(1);
+/// assert_eq!(options.max_new_tokens, Some(64));
+/// ```
+#[non_exhaustive]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct GenerateOptions {
+    /// Most tokens to produce, at least 1. Default: to the end of the context.
+    pub max_new_tokens: Option<usize>,
+    /// Divides the logits, 0 to 100; 0 takes the likeliest token every time. Default: 1.
+    pub temperature: Option<f32>,
+    /// Keeps the k likeliest tokens and those tied with the last of them, at least 1. A value of
+    /// the vocabulary's size or above keeps all. Default: all.
+    pub top_k: Option<usize>,
+    /// Keeps the likeliest tokens that together have this probability, above 0 to 1. Default: 1,
+    /// which keeps all.
+    pub top_p: Option<f32>,
+    /// Drops tokens less likely than this share of the likeliest one, 0 to 1. Default: 0.
+    pub min_p: Option<f32>,
+    /// Makes tokens of the prompt and of the output less likely (above 1) or likelier (below 1);
+    /// finite and above 0. Default: 1.
+    pub repetition_penalty: Option<f32>,
+    /// Same seed, same logits, same tokens. Default: from the operating system.
+    pub seed: Option<u64>,
+    /// Strings that end the generation and are not part of its text: at most 64 of at most 4096
+    /// bytes. The one that completes first wins.
+    pub stop: Vec<String>,
+    /// Tokens that end the generation, besides the checkpoint's own.
+    pub stop_token_ids: Vec<u32>,
+    /// Goes on after the checkpoint's end tokens; `stop` and `stop_token_ids` still end it.
+    pub ignore_eos: bool,
+    /// Ends the generation from another thread.
+    #[serde(skip)]
+    pub cancel: Option<CancelToken>,
+}
+
+impl GenerateOptions {
+    /// Everything as the checkpoint says.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// The likeliest token every time, without a penalty: the same text on every run.
+    pub fn greedy() -> Self {
+        Self::new().temperature(0.0).repetition_penalty(1.0)
+    }
+
+    /// Sets [`max_new_tokens`](Self#structfield.max_new_tokens).
+    #[must_use]
+    pub fn max_new_tokens(mut self, max_new_tokens: usize) -> Self {
+        self.max_new_tokens = Some(max_new_tokens);
+        self
+    }
+
+    /// Sets [`temperature`](Self#structfield.temperature).
+    #[must_use]
+    pub fn temperature(mut self, temperature: f32) -> Self {
+        self.temperature = Some(temperature);
+        self
+    }
+
+    /// Sets [`top_k`](Self#structfield.top_k).
+    #[must_use]
+    pub fn top_k(mut self, top_k: usize) -> Self {
+        self.top_k = Some(top_k);
+        self
+    }
+
+    /// Sets [`top_p`](Self#structfield.top_p).
+    #[must_use]
+    pub fn top_p(mut self, top_p: f32) -> Self {
+        self.top_p = Some(top_p);
+        self
+    }
+
+    /// Sets [`min_p`](Self#structfield.min_p).
+    #[must_use]
+    pub fn min_p(mut self, min_p: f32) -> Self {
+        self.min_p = Some(min_p);
+        self
+    }
+
+    /// Sets [`repetition_penalty`](Self#structfield.repetition_penalty).
+    #[must_use]
+    pub fn repetition_penalty(mut self, repetition_penalty: f32) -> Self {
+        self.repetition_penalty = Some(repetition_penalty);
+        self
+    }
+
+    /// Sets [`seed`](Self#structfield.seed).
+    #[must_use]
+    pub fn seed(mut self, seed: u64) -> Self {
+        self.seed = Some(seed);
+        self
+    }
+
+    /// Sets [`stop`](Self#structfield.stop), replacing what was there.
+    #[must_use]
+    pub fn stop(mut self, stop: impl IntoIterator<Item = impl Into<String>>) -> Self {
+        self.stop = stop.into_iter().map(Into::into).collect();
+        self
+    }
+
+    /// Sets [`stop_token_ids`](Self#structfield.stop_token_ids), replacing what was there.
+    #[must_use]
+    pub fn stop_token_ids(mut self, stop_token_ids: impl IntoIterator<Item = u32>) -> Self {
+        self.stop_token_ids = stop_token_ids.into_iter().collect();
+        self
+    }
+
+    /// Sets [`ignore_eos`](Self#structfield.ignore_eos).
+    #[must_use]
+    pub fn ignore_eos(mut self, ignore_eos: bool) -> Self {
+        self.ignore_eos = ignore_eos;
+        self
+    }
+
+    /// Sets [`cancel`](Self#structfield.cancel).
+    #[must_use]
+    pub fn cancel(mut self, cancel: CancelToken) -> Self {
+        self.cancel = Some(cancel);
+        self
+    }
+
+    /// What holds for one generation: these settings, then the checkpoint's, then the defaults.
+    ///
+    /// # Errors
+    /// `InvalidArgument` naming the field that is out of its range, the checkpoint's included.
+    pub(crate) fn resolve(&self, defaults: &SamplingDefaults) -> Result<Resolved> {
+        let greedy = self.temperature.is_none() && defaults.do_sample != Some(true);
+        let temperature = self.temperature.or(defaults.temperature).unwrap_or(1.0);
+        let temperature = if greedy { 0.0 } else { temperature };
+        // transformers writes 0 for "off" into generation_config.json.
+        let checkpoint_top_k = defaults.top_k.filter(|&top_k| top_k > 0);
+        let resolved = Resolved {
+            max_new_tokens: self.max_new_tokens,
+            usual_new_tokens: defaults.max_new_tokens,
+            temperature,
+            top_k: self.top_k.or(checkpoint_top_k),
+            top_p: self.top_p.or(defaults.top_p).unwrap_or(1.0),
+            min_p: self.min_p.or(defaults.min_p).unwrap_or(0.0),
+            repetition_penalty: self
+                .repetition_penalty
+                .or(defaults.repetition_penalty)
+                .unwrap_or(1.0),
+            // Greedy leaves nothing to chance, so there is no need to ask the system.
+            seed: match (self.seed, greedy || temperature == 0.0) {
+                (Some(seed), _) => seed,
+                (None, true) => 0,
+                (None, false) => entropy()?,
+            },
+            stop: self.stop.clone(),
+            stop_token_ids: self.stop_token_ids.clone(),
+            eos_token_ids: match self.ignore_eos {
+                true => Vec::new(),
+                false => defaults.eos_token_ids.clone(),
+            },
+            cancel: self.cancel.clone(),
+        };
+        resolved.check()?;
+        Ok(resolved)
+    }
+}
+
+/// What a checkpoint's `generation_config.json` says about sampling.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub(crate) struct SamplingDefaults {
+    pub(crate) do_sample: Option<bool>,
+    pub(crate) temperature: Option<f32>,
+    pub(crate) top_k: Option<usize>,
+    pub(crate) top_p: Option<f32>,
+    pub(crate) min_p: Option<f32>,
+    pub(crate) repetition_penalty: Option<f32>,
+    pub(crate) max_new_tokens: Option<usize>,
+    pub(crate) eos_token_ids: Vec<u32>,
+}
+
+/// Settings with every value legal and filled in; only [`GenerateOptions::resolve`] makes one.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) struct Resolved {
+    /// What the caller asked for: an error where the context has no room for it.
+    pub(crate) max_new_tokens: Option<usize>,
+    /// What the checkpoint usually does, or as many as there is room for; `None`: all the room.
+    pub(crate) usual_new_tokens: Option<usize>,
+    /// 0: greedy.
+    pub(crate) temperature: f32,
+    pub(crate) top_k: Option<usize>,
+    pub(crate) top_p: f32,
+    pub(crate) min_p: f32,
+    pub(crate) repetition_penalty: f32,
+    /// Has no meaning when greedy.
+    pub(crate) seed: u64,
+    pub(crate) stop: Vec<String>,
+    pub(crate) stop_token_ids: Vec<u32>,
+    /// Empty with `ignore_eos`.
+    pub(crate) eos_token_ids: Vec<u32>,
+    pub(crate) cancel: Option<CancelToken>,
+}
+
+impl Resolved {
+    fn check(&self) -> Result<()> {
+        // Written so that NaN fails every one of them.
+        if !(0.0..=MAX_TEMPERATURE).contains(&self.temperature) {
+            let help = "0 takes the likeliest token, 0.7 is usual";
+            return Err(out_of_range(
+                "temperature",
+                self.temperature,
+                "0 to 100",
+                help,
+            ));
+        }
+        if self.top_k == Some(0) {
+            let help = "leave it unset, or give the vocabulary's size to keep every token";
+            return Err(out_of_range("top_k", 0, "1 or more", help));
+        }
+        if !(self.top_p > 0.0 && self.top_p <= 1.0) {
+            let help = "1 keeps every token, 0.8 is usual";
+            return Err(out_of_range("top_p", self.top_p, "above 0 to 1", help));
+        }
+        if !(0.0..=1.0).contains(&self.min_p) {
+            let help = "0 keeps every token, 0.05 is usual";
+            return Err(out_of_range("min_p", self.min_p, "0 to 1", help));
+        }
+        if !(self.repetition_penalty.is_finite() && self.repetition_penalty > 0.0) {
+            let help = "1 is no penalty, 1.05 is usual";
+            let penalty = self.repetition_penalty;
+            return Err(out_of_range(
+                "repetition_penalty",
+                penalty,
+                "above 0 and finite",
+                help,
+            ));
+        }
+        if self.max_new_tokens == Some(0) {
+            let help = "to only read the prompt, use logits or score";
+            return Err(out_of_range("max_new_tokens", 0, "1 or more", help));
+        }
+        self.check_stop()
+    }
+
+    fn check_stop(&self) -> Result<()> {
+        let count = self.stop.len();
+        if count > MAX_STOP_STRINGS {
+            let help = "give fewer strings";
+            return Err(out_of_range(
+                "stop",
+                format!("{count} strings"),
+                "at most 64",
+                help,
+            ));
+        }
+        for (position, stop) in self.stop.iter().enumerate() {
+            if stop.is_empty() || stop.len() > MAX_STOP_LEN {
+                let key = format!("stop[{position}]");
+                let found = format!("{} bytes", stop.len());
+                let help = "an empty string would stop everything, a long one never comes";
+                return Err(out_of_range(&key, found, "1 to 4096 bytes", help));
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether no choice is left to chance.
+    pub(crate) fn is_greedy(&self) -> bool {
+        self.temperature == 0.0 || self.top_k == Some(1)
+    }
+}
+
+fn out_of_range(key: &str, found: impl std::fmt::Display, range: &str, help: &str) -> Error {
+    Error::new(ErrorKind::InvalidArgument, "option out of range")
+        .with_key(key)
+        .with_why(format!("expected {range}, found {found}"))
+        .with_help(help)
+}
+
+fn entropy() -> Result<u64> {
+    SysRng.try_next_u64().map_err(|error| {
+        Error::new(ErrorKind::Io, "no seed from the operating system")
+            .with_key("seed")
+            .with_why(error.to_string())
+            .with_help("set seed")
+            .with_source(error)
+    })
+}
+
+/// A switch that ends generations from any thread; clones share it.
+#[derive(Clone, Debug, Default)]
+pub struct CancelToken(Arc<AtomicBool>);
+
+impl CancelToken {
+    /// A switch that is off.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Ends every generation that holds this token, after the token it is working on. One atomic
+    /// store: safe in a signal handler. There is no way back.
+    pub fn cancel(&self) {
+        self.0.store(true, Ordering::Release);
+    }
+
+    /// Whether [`cancel`](Self::cancel) was called.
+    pub fn is_cancelled(&self) -> bool {
+        self.0.load(Ordering::Acquire)
+    }
+}
+
+/// Two tokens are equal when they are the same switch.
+impl PartialEq for CancelToken {
+    fn eq(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.0, &other.0)
+    }
+}
+
+impl Eq for CancelToken {}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)] // a panic is how a test fails
+mod tests {
+    use super::*;
+
+    /// Qwen2-0.5B-Instruct's.
+    fn checkpoint() -> SamplingDefaults {
+        SamplingDefaults {
+            do_sample: Some(true),
+            temperature: Some(0.7),
+            top_k: Some(20),
+            top_p: Some(0.8),
+            repetition_penalty: Some(1.1),
+            eos_token_ids: vec![151_645, 151_643],
+            ..SamplingDefaults::default()
+        }
+    }
+
+    #[test]
+    fn unset_fields_come_from_the_checkpoint_then_from_the_defaults() {
+        let resolved = GenerateOptions::new()
+            .top_p(0.5)
+            .resolve(&checkpoint())
+            .unwrap();
+        assert_eq!(
+            (resolved.temperature, resolved.top_k, resolved.top_p),
+            (0.7, Some(20), 0.5)
+        );
+        assert_eq!((resolved.min_p, resolved.repetition_penalty), (0.0, 1.1));
+        assert_eq!(resolved.eos_token_ids, [151_645, 151_643]);
+        let all = SamplingDefaults {
+            top_k: Some(0),
+            ..checkpoint()
+        };
+        assert_eq!(GenerateOptions::new().resolve(&all).unwrap().top_k, None);
+    }
+
+    #[test]
+    fn a_checkpoint_that_does_not_sample_is_greedy_until_a_temperature_is_set() {
+        for do_sample in [None, Some(false)] {
+            let base = SamplingDefaults {
+                do_sample,
+                ..checkpoint()
+            };
+            assert!(GenerateOptions::new().resolve(&base).unwrap().is_greedy());
+            let warm = GenerateOptions::new()
+                .temperature(0.5)
+                .resolve(&base)
+                .unwrap();
+            assert_eq!(warm.temperature, 0.5);
+        }
+    }
+
+    #[test]
+    fn greedy_has_no_penalty() {
+        let resolved = GenerateOptions::greedy().resolve(&checkpoint()).unwrap();
+        assert!(resolved.is_greedy());
+        assert_eq!(resolved.repetition_penalty, 1.0);
+    }
+
+    #[test]
+    fn ignore_eos_leaves_the_tokens_of_the_caller() {
+        let options = GenerateOptions::new().stop_token_ids([9]).ignore_eos(true);
+        let resolved = options.resolve(&checkpoint()).unwrap();
+        assert_eq!(
+            (resolved.eos_token_ids, resolved.stop_token_ids),
+            (vec![], vec![9])
+        );
+    }
+
+    #[test]
+    fn a_seed_is_drawn_when_none_is_given() {
+        let draw = || GenerateOptions::new().resolve(&checkpoint()).unwrap().seed;
+        assert_ne!(draw(), draw());
+        assert_eq!(
+            GenerateOptions::new()
+                .seed(7)
+                .resolve(&checkpoint())
+                .unwrap()
+                .seed,
+            7
+        );
+    }
+
+    #[test]
+    fn values_out_of_range_name_the_field_the_value_and_the_range() {
+        let new = GenerateOptions::new;
+        let cases = [
+            (new().temperature(-0.1), "temperature", "-0.1"),
+            (new().temperature(100.5), "temperature", "100.5"),
+            (new().temperature(f32::NAN), "temperature", "NaN"),
+            (new().temperature(f32::INFINITY), "temperature", "inf"),
+            (new().top_k(0), "top_k", "0"),
+            (new().top_p(0.0), "top_p", "0"),
+            (new().top_p(1.01), "top_p", "1.01"),
+            (new().top_p(f32::NAN), "top_p", "NaN"),
+            (new().min_p(-0.5), "min_p", "-0.5"),
+            (new().min_p(1.5), "min_p", "1.5"),
+            (new().min_p(f32::NAN), "min_p", "NaN"),
+            (new().repetition_penalty(0.0), "repetition_penalty", "0"),
+            (
+                new().repetition_penalty(f32::INFINITY),
+                "repetition_penalty",
+                "inf",
+            ),
+            (
+                new().repetition_penalty(f32::NAN),
+                "repetition_penalty",
+                "NaN",
+            ),
+            (new().max_new_tokens(0), "max_new_tokens", "0"),
+            (new().stop(["ok", ""]), "stop[1]", "0 bytes"),
+            (new().stop(["x".repeat(4097)]), "stop[0]", "4097 bytes"),
+            (new().stop(vec!["x"; 65]), "stop", "65 strings"),
+        ];
+        for (options, key, found) in cases {
+            let error = options.resolve(&checkpoint()).unwrap_err();
+            assert_eq!(error.kind(), ErrorKind::InvalidArgument, "{error}");
+            assert_eq!(error.key(), Some(key));
+            assert!(
+                error.to_string().ends_with(&format!("found {found}")),
+                "{error}"
+            );
+            assert!(error.help().is_some());
+        }
+    }
+
+    #[test]
+    fn the_ends_of_every_range_are_legal() {
+        let options = GenerateOptions::new()
+            .temperature(100.0)
+            .top_k(1)
+            .top_p(1.0)
+            .min_p(1.0)
+            .max_new_tokens(1);
+        options
+            .stop(["x".repeat(4096)])
+            .resolve(&checkpoint())
+            .unwrap();
+        GenerateOptions::new()
+            .temperature(0.0)
+            .top_k(usize::MAX)
+            .min_p(0.0)
+            .resolve(&checkpoint())
+            .unwrap();
+    }
+
+    #[test]
+    fn options_travel_as_json_without_the_switch() {
+        let options = GenerateOptions::new()
+            .seed(3)
+            .stop(["a"])
+            .cancel(CancelToken::new());
+        let json = serde_json::to_string(&options).unwrap();
+        let back: GenerateOptions = serde_json::from_str(&json).unwrap();
+        assert_eq!(
+            back,
+            GenerateOptions {
+                cancel: None,
+                ..options
+            }
+        );
+        assert!(serde_json::from_str::<GenerateOptions>(r#"{"temprature": 1}"#).is_err());
+    }
+
+    #[test]
+    fn clones_of_a_cancel_token_are_one_switch() {
+        let token = CancelToken::new();
+        let clone = token.clone();
+        assert_ne!(token, CancelToken::new());
+        clone.cancel();
+        assert!(token.is_cancelled());
+        assert_eq!(token, clone);
+    }
+}

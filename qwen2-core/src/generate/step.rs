@@ -1,0 +1,57 @@
+//! One forward of the network behind the panic fence: tokens in, logits on the host out.
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+
+use crate::device::panic_text;
+use crate::error::{Error, ErrorKind, Result};
+use crate::model::cache::Cache;
+use crate::model::{Qwen2, Rows};
+use crate::ops::Threads;
+
+/// A network with the threads that compute it.
+#[derive(Debug)]
+pub(crate) struct Network {
+    pub(crate) qwen2: Qwen2,
+    pub(crate) threads: Threads,
+}
+
+impl Network {
+    /// Runs `tokens` behind the cache; logits of `rows`, row-major.
+    ///
+    /// # Errors
+    /// `ContextOverflow`; `DeviceFailed` if the backend failed, and then the cache is empty.
+    pub(crate) fn forward(&self, tokens: &[u32], cache: &mut Cache, rows: Rows) -> Result<Vec<f32>> {
+        if self.threads.are_foreign() {
+            return Err(Error::new(ErrorKind::Unsupported, "model does not survive a fork")
+                .with_why("this process is a fork of the one that loaded the model")
+                .with_help("load the model in the process that uses it"));
+        }
+        // burn reports failures by panic; what the panic leaves behind is the cache, emptied below.
+        let outcome = catch_unwind(AssertUnwindSafe(|| {
+            self.threads.install(|| {
+                let logits = self.qwen2.forward(tokens, cache, rows)?;
+                let data = logits.try_into_data().map_err(|error| failed(&format!("{error:?}")))?;
+                data.try_into_vec::<f32>().map_err(|error| failed(&format!("{error:?}")))
+            })
+        }));
+        match outcome {
+            Ok(Ok(logits)) => Ok(logits),
+            Ok(Err(error)) => {
+                if error.kind() == ErrorKind::DeviceFailed {
+                    cache.clear();
+                }
+                Err(error)
+            }
+            Err(panic) => {
+                cache.clear();
+                Err(failed(&panic_text(&*panic)))
+            }
+        }
+    }
+}
+
+fn failed(why: &str) -> Error {
+    Error::new(ErrorKind::DeviceFailed, "device failed during the forward")
+        .with_why(why)
+        .with_help("the conversation's cache was dropped; the model can be used again")
+}

@@ -1,0 +1,24 @@
+#![doc = include_str!("../../README.md")]
+
+mod api;
+mod checkpoint;
+mod config;
+mod device;
+mod error;
+mod generate;
+mod model;
+mod ops;
+mod text;
+
+pub use api::{Logits, Memory, Model, ModelBuilder, Prompt, Quantization, Session, SessionStream};
+#[doc(hidden)]
+pub use api::SessionRun;
+pub use checkpoint::{Progress, Source};
+pub use config::{DType, GenerationConfig, ModelConfig, MoeConfig, RopeScaling};
+pub use device::Device;
+pub use error::{Error, ErrorKind, Result};
+pub use generate::{
+    CancelToken, FinishReason, GenerateOptions, Generation, LogitsProcessor, Piece, StopMatch,
+    Timings, TokenStream, Usage,
+};
+pub use text::{Message, Tokenizer};

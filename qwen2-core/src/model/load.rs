@@ -1,0 +1,118 @@
+//! Named weights → the network.
+
+use burn::tensor::{Bytes, DType, Device, Tensor, TensorData};
+
+use super::attention::Attention;
+use super::cache::CacheShape;
+use super::linear::{Linear, Weight};
+use super::mlp::Mlp;
+use super::rope::Rope;
+use super::{DecoderLayer, Qwen2, RmsNorm};
+use crate::config::ModelConfig;
+use crate::error::{Error, ErrorKind, Result};
+use crate::ops::packed;
+
+/// Builds the network of `config` on `device`.
+///
+/// `get` gives a tensor by its checkpoint name, in its checked shape and as it is to be kept; `tied` says that the embedding table is the head as well.
+///
+/// # Errors
+/// What `get` returns.
+pub(crate) fn load(
+    config: &ModelConfig,
+    device: &Device,
+    tied: bool,
+    get: &mut dyn FnMut(&str) -> Result<Kept>,
+) -> Result<Qwen2> {
+    let mut source = Source { device, get };
+    let embed_tokens = source.matrix("model.embed_tokens.weight")?;
+    let layers = (0..config.num_hidden_layers)
+        .map(|index| layer(config, &mut source, index))
+        .collect::<Result<_>>()?;
+    Ok(Qwen2 {
+        embed_tokens,
+        layers,
+        norm: source.norm("model.norm", config.rms_norm_eps)?,
+        lm_head: if tied { None } else { Some(source.linear("lm_head", false)?) },
+        rope: Rope::new(config),
+        cache_shape: CacheShape {
+            num_hidden_layers: config.num_hidden_layers,
+            num_key_value_heads: config.num_key_value_heads,
+            head_dim: config.head_dim,
+            dtype: DType::F32,
+            device: device.clone(),
+        },
+    })
+}
+
+fn layer(config: &ModelConfig, source: &mut Source<'_>, index: usize) -> Result<DecoderLayer> {
+    let at = |name: &str| format!("model.layers.{index}.{name}");
+    Ok(DecoderLayer {
+        input_layernorm: source.norm(&at("input_layernorm"), config.rms_norm_eps)?,
+        self_attn: Attention {
+            q_proj: source.linear(&at("self_attn.q_proj"), true)?,
+            k_proj: source.linear(&at("self_attn.k_proj"), true)?,
+            v_proj: source.linear(&at("self_attn.v_proj"), true)?,
+            o_proj: source.linear(&at("self_attn.o_proj"), false)?,
+            head_dim: config.head_dim,
+            sliding_window: config.layer_sliding_windows[index],
+        },
+        post_attention_layernorm: source
+            .norm(&at("post_attention_layernorm"), config.rms_norm_eps)?,
+        mlp: Mlp {
+            gate_proj: source.linear(&at("mlp.gate_proj"), false)?,
+            up_proj: source.linear(&at("mlp.up_proj"), false)?,
+            down_proj: source.linear(&at("mlp.down_proj"), false)?,
+        },
+    })
+}
+
+/// A tensor as it is to be kept.
+pub(crate) enum Kept {
+    /// Numbers of one of the float types.
+    Dense(TensorData),
+    /// A matrix as blocks of few bits.
+    Packed(packed::Shape, Bytes),
+}
+
+struct Source<'a> {
+    device: &'a Device,
+    get: &'a mut dyn FnMut(&str) -> Result<Kept>,
+}
+
+impl Source<'_> {
+    fn matrix(&mut self, name: &str) -> Result<Weight> {
+        Ok(match (self.get)(name)? {
+            Kept::Dense(data) => {
+                let dtype = data.dtype();
+                Weight::Dense(Tensor::from_data(data, (self.device, dtype)))
+            }
+            Kept::Packed(shape, bytes) => {
+                let data = TensorData::from_bytes(bytes, [shape.bytes()], DType::U8);
+                Weight::Packed { shape, bytes: Tensor::from_data(data, (self.device, DType::U8)) }
+            }
+        })
+    }
+
+    fn linear(&mut self, name: &str, bias: bool) -> Result<Linear> {
+        let weight = self.matrix(&format!("{name}.weight"))?;
+        let bias = if bias { Some(self.vector(&format!("{name}.bias"))?) } else { None };
+        Ok(Linear { weight, bias })
+    }
+
+    fn norm(&mut self, name: &str, eps: f64) -> Result<RmsNorm> {
+        Ok(RmsNorm { weight: self.vector(&format!("{name}.weight"))?, eps })
+    }
+
+    /// Norm weights and biases: a few kilobytes, kept in f32, where they are used.
+    fn vector(&mut self, name: &str) -> Result<Tensor<1>> {
+        match (self.get)(name)? {
+            Kept::Dense(data) => {
+                Ok(Tensor::from_data(data.convert_dtype(DType::F32), (self.device, DType::F32)))
+            }
+            Kept::Packed(..) => {
+                Err(Error::new(ErrorKind::Internal, "a vector was packed").with_key(name))
+            }
+        }
+    }
+}

@@ -1,0 +1,128 @@
+//! The network: tokens and a cache go in, logits come out; it keeps no state of its own.
+//!
+//! Letters of the shapes: `n` tokens of one sequence, `heads` = `num_attention_heads`, `kv_heads` =
+//! `num_key_value_heads`, `hidden` = `hidden_size`, `intermediate` = `intermediate_size`. Everything
+//! between the matrices is f32.
+
+mod attention;
+pub(crate) mod cache;
+mod linear;
+mod load;
+mod mlp;
+mod rope;
+
+use burn::tensor::Tensor;
+
+use crate::error::Result;
+use crate::ops;
+use attention::Attention;
+use cache::{Cache, CacheShape};
+use linear::{Linear, Weight};
+use mlp::Mlp;
+use rope::Rope;
+
+pub(crate) use load::{Kept, load};
+
+/// Qwen2 (arXiv:2407.10671), dense.
+#[derive(Debug)]
+pub(crate) struct Qwen2 {
+    embed_tokens: Weight,
+    layers: Vec<DecoderLayer>,
+    norm: RmsNorm,
+    /// `None`: the embedding table, tied.
+    lm_head: Option<Linear>,
+    rope: Rope,
+    cache_shape: CacheShape,
+}
+
+#[derive(Debug)]
+struct DecoderLayer {
+    input_layernorm: RmsNorm,
+    self_attn: Attention,
+    post_attention_layernorm: RmsNorm,
+    mlp: Mlp,
+}
+
+#[derive(Debug)]
+struct RmsNorm {
+    weight: Tensor<1>,
+    eps: f64,
+}
+
+/// The rows whose logits a forward returns.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Rows {
+    /// None: the tokens only fill the cache.
+    None,
+    /// The last token's.
+    Last,
+    /// Every token's.
+    All,
+}
+
+impl Qwen2 {
+    /// Runs `tokens` behind what `cache` holds and returns the logits of `rows`,
+    /// `[rows, vocab_size]` f32.
+    ///
+    /// # Errors
+    /// `ContextOverflow` if the tokens do not fit the cache, before any computation.
+    ///
+    /// # Panics
+    /// Where burn fails (it reports by panic); the caller clears the cache then.
+    pub(crate) fn forward(&self, tokens: &[u32], cache: &mut Cache, rows: Rows) -> Result<Tensor<2>> {
+        cache.reserve(tokens.len())?;
+        let (layers, n_past) = cache.parts();
+        let tables = self.rope.tables(n_past, tokens.len(), &self.cache_shape.device);
+        let mut h = self.embed_tokens.rows(tokens); // [n, hidden]
+        for (layer, cache) in self.layers.iter().zip(layers) {
+            h = layer.forward(h, &tables, cache, n_past);
+        }
+        cache.advance(tokens.len());
+        let n = tokens.len();
+        let h = match rows {
+            Rows::All => h,
+            Rows::Last => h.narrow(0, n - 1, 1),
+            Rows::None => h.narrow(0, 0, 0),
+        };
+        Ok(self.head(h))
+    }
+
+    /// `h` `[rows, hidden]` → logits `[rows, vocab_size]`.
+    fn head(&self, h: Tensor<2>) -> Tensor<2> {
+        if h.dims()[0] == 0 {
+            return h;
+        }
+        let h = self.norm.forward(h);
+        match &self.lm_head {
+            Some(head) => head.forward(h),
+            None => self.embed_tokens.multiply(h, None),
+        }
+    }
+
+    /// An empty cache for one sequence.
+    pub(crate) fn new_cache(&self, context_length: usize) -> Cache {
+        Cache::new(self.cache_shape.clone(), context_length)
+    }
+}
+
+impl DecoderLayer {
+    /// `h` `[n, hidden]` → `[n, hidden]`.
+    fn forward(
+        &self,
+        h: Tensor<2>,
+        tables: &(Tensor<2>, Tensor<2>),
+        cache: &mut cache::LayerCache,
+        n_past: usize,
+    ) -> Tensor<2> {
+        let normed = self.input_layernorm.forward(h.clone());
+        let h = h + self.self_attn.forward(normed, tables, cache, n_past);
+        let normed = self.post_attention_layernorm.forward(h.clone());
+        h + self.mlp.forward(normed)
+    }
+}
+
+impl RmsNorm {
+    fn forward(&self, x: Tensor<2>) -> Tensor<2> {
+        ops::rms_norm(x, &self.weight, self.eps)
+    }
+}

@@ -1,0 +1,395 @@
+//! Vectors of f32 for the kernels: AVX-512, AVX2 with FMA, or plain Rust, chosen once per process.
+
+use std::sync::OnceLock;
+
+use half::{bf16, f16};
+
+/// The instruction set that the kernels of this process use.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub(crate) enum Isa {
+    Portable,
+    Avx2,
+    Avx512,
+    /// AVX-512 with integer dot products.
+    Avx512Vnni,
+}
+
+impl Isa {
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::Portable => "portable",
+            Self::Avx2 => "avx2",
+            Self::Avx512 => "avx512",
+            Self::Avx512Vnni => "avx512-vnni",
+        }
+    }
+
+    /// Every instruction set that this machine can run, the plainest first.
+    pub(crate) fn available() -> Vec<Self> {
+        [Self::Portable, Self::Avx2, Self::Avx512, Self::Avx512Vnni]
+            .into_iter()
+            .filter(|isa| isa.is_present())
+            .collect()
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    fn is_present(self) -> bool {
+        let avx2 = || {
+            is_x86_feature_detected!("avx2")
+                && is_x86_feature_detected!("fma")
+                && is_x86_feature_detected!("f16c")
+        };
+        let avx512 = || {
+            avx2()
+                && is_x86_feature_detected!("avx512f")
+                && is_x86_feature_detected!("avx512bw")
+                && is_x86_feature_detected!("avx512vl")
+                && is_x86_feature_detected!("avx512dq")
+        };
+        match self {
+            Self::Portable => true,
+            Self::Avx2 => avx2(),
+            Self::Avx512 => avx512(),
+            Self::Avx512Vnni => avx512() && is_x86_feature_detected!("avx512vnni"),
+        }
+    }
+
+    #[cfg(not(target_arch = "x86_64"))]
+    fn is_present(self) -> bool {
+        self == Self::Portable
+    }
+
+    /// The best one present, or the one that the variable `QWEN2_CPU` names if it is present.
+    pub(crate) fn selected() -> Self {
+        static SELECTED: OnceLock<Isa> = OnceLock::new();
+        *SELECTED.get_or_init(|| {
+            let available = Self::available();
+            let best = available.last().copied().unwrap_or(Self::Portable);
+            let Ok(wanted) = std::env::var("QWEN2_CPU") else {
+                return best;
+            };
+            match available.iter().find(|isa| isa.name() == wanted) {
+                Some(&isa) => isa,
+                None => {
+                    tracing::warn!(wanted, used = best.name(), "QWEN2_CPU names no instruction set of this machine");
+                    best
+                }
+            }
+        })
+    }
+}
+
+/// A vector of `LANES` f32.
+///
+/// # Safety
+/// Every function requires the instruction set of the implementation; the loads and stores read
+/// and write `LANES` elements at the pointer, which needs the alignment of its element only.
+pub(crate) trait Simd: Copy {
+    const LANES: usize;
+    unsafe fn zero() -> Self;
+    unsafe fn splat(value: f32) -> Self;
+    unsafe fn load(pointer: *const f32) -> Self;
+    unsafe fn load_bf16(pointer: *const bf16) -> Self;
+    unsafe fn load_f16(pointer: *const f16) -> Self;
+    unsafe fn store(self, pointer: *mut f32);
+    /// `self · b + c`.
+    unsafe fn mul_add(self, b: Self, c: Self) -> Self;
+    unsafe fn add(self, b: Self) -> Self;
+    unsafe fn sum(self) -> f32;
+}
+
+/// An element type that weights and caches are stored in.
+pub(crate) trait Stored: Copy + Send + Sync + 'static {
+    fn to_f32(self) -> f32;
+    /// # Safety
+    /// As [`Simd::load`].
+    unsafe fn load<S: Simd>(pointer: *const Self) -> S;
+}
+
+impl Stored for f32 {
+    #[inline(always)]
+    fn to_f32(self) -> f32 {
+        self
+    }
+    #[inline(always)]
+    unsafe fn load<S: Simd>(pointer: *const Self) -> S {
+        // SAFETY: the caller's promise.
+        unsafe { S::load(pointer) }
+    }
+}
+
+impl Stored for bf16 {
+    #[inline(always)]
+    fn to_f32(self) -> f32 {
+        f32::from_bits(u32::from(self.to_bits()) << 16)
+    }
+    #[inline(always)]
+    unsafe fn load<S: Simd>(pointer: *const Self) -> S {
+        // SAFETY: the caller's promise.
+        unsafe { S::load_bf16(pointer) }
+    }
+}
+
+impl Stored for f16 {
+    #[inline(always)]
+    fn to_f32(self) -> f32 {
+        f16::to_f32(self)
+    }
+    #[inline(always)]
+    unsafe fn load<S: Simd>(pointer: *const Self) -> S {
+        // SAFETY: the caller's promise.
+        unsafe { S::load_f16(pointer) }
+    }
+}
+
+/// Eight f32 in plain Rust.
+#[derive(Clone, Copy)]
+pub(crate) struct Portable([f32; 8]);
+
+impl Simd for Portable {
+    const LANES: usize = 8;
+    #[inline(always)]
+    unsafe fn zero() -> Self {
+        Self([0.0; 8])
+    }
+    #[inline(always)]
+    unsafe fn splat(value: f32) -> Self {
+        Self([value; 8])
+    }
+    #[inline(always)]
+    unsafe fn load(pointer: *const f32) -> Self {
+        // SAFETY: the caller's promise.
+        Self(std::array::from_fn(|i| unsafe { *pointer.add(i) }))
+    }
+    #[inline(always)]
+    unsafe fn load_bf16(pointer: *const bf16) -> Self {
+        // SAFETY: the caller's promise.
+        Self(std::array::from_fn(|i| unsafe { Stored::to_f32(*pointer.add(i)) }))
+    }
+    #[inline(always)]
+    unsafe fn load_f16(pointer: *const f16) -> Self {
+        // SAFETY: the caller's promise.
+        Self(std::array::from_fn(|i| unsafe { f16::to_f32_const(*pointer.add(i)) }))
+    }
+    #[inline(always)]
+    unsafe fn store(self, pointer: *mut f32) {
+        for (i, value) in self.0.into_iter().enumerate() {
+            // SAFETY: the caller's promise.
+            unsafe { *pointer.add(i) = value };
+        }
+    }
+    #[inline(always)]
+    unsafe fn mul_add(self, b: Self, c: Self) -> Self {
+        Self(std::array::from_fn(|i| self.0[i] * b.0[i] + c.0[i]))
+    }
+    #[inline(always)]
+    unsafe fn add(self, b: Self) -> Self {
+        Self(std::array::from_fn(|i| self.0[i] + b.0[i]))
+    }
+    #[inline(always)]
+    unsafe fn sum(self) -> f32 {
+        let [a, b, c, d, e, f, g, h] = self.0;
+        ((a + e) + (c + g)) + ((b + f) + (d + h))
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+pub(crate) use x86::{Avx2, Avx512};
+
+#[cfg(target_arch = "x86_64")]
+mod x86 {
+    use std::arch::x86_64::*;
+
+    use half::{bf16, f16};
+
+    use super::Simd;
+
+    #[derive(Clone, Copy)]
+    pub(crate) struct Avx2(__m256);
+
+    // SAFETY (every block below): the caller guarantees the instruction set and the pointers, by
+    // the contract of `Simd`.
+    #[allow(clippy::undocumented_unsafe_blocks)]
+    impl Simd for Avx2 {
+        const LANES: usize = 8;
+        #[inline(always)]
+        unsafe fn zero() -> Self {
+            unsafe { Self(_mm256_setzero_ps()) }
+        }
+        #[inline(always)]
+        unsafe fn splat(value: f32) -> Self {
+            unsafe { Self(_mm256_set1_ps(value)) }
+        }
+        #[inline(always)]
+        unsafe fn load(pointer: *const f32) -> Self {
+            unsafe { Self(_mm256_loadu_ps(pointer)) }
+        }
+        #[inline(always)]
+        unsafe fn load_bf16(pointer: *const bf16) -> Self {
+            unsafe {
+                let bits = _mm256_cvtepu16_epi32(_mm_loadu_si128(pointer.cast()));
+                Self(_mm256_castsi256_ps(_mm256_slli_epi32::<16>(bits)))
+            }
+        }
+        #[inline(always)]
+        unsafe fn load_f16(pointer: *const f16) -> Self {
+            unsafe { Self(_mm256_cvtph_ps(_mm_loadu_si128(pointer.cast()))) }
+        }
+        #[inline(always)]
+        unsafe fn store(self, pointer: *mut f32) {
+            unsafe { _mm256_storeu_ps(pointer, self.0) }
+        }
+        #[inline(always)]
+        unsafe fn mul_add(self, b: Self, c: Self) -> Self {
+            unsafe { Self(_mm256_fmadd_ps(self.0, b.0, c.0)) }
+        }
+        #[inline(always)]
+        unsafe fn add(self, b: Self) -> Self {
+            unsafe { Self(_mm256_add_ps(self.0, b.0)) }
+        }
+        #[inline(always)]
+        unsafe fn sum(self) -> f32 {
+            unsafe {
+                let half = _mm_add_ps(_mm256_castps256_ps128(self.0), _mm256_extractf128_ps::<1>(self.0));
+                let quarter = _mm_add_ps(half, _mm_movehl_ps(half, half));
+                _mm_cvtss_f32(_mm_add_ss(quarter, _mm_movehdup_ps(quarter)))
+            }
+        }
+    }
+
+    #[derive(Clone, Copy)]
+    pub(crate) struct Avx512(__m512);
+
+    // SAFETY (every block below): as for Avx2.
+    #[allow(clippy::undocumented_unsafe_blocks)]
+    impl Simd for Avx512 {
+        const LANES: usize = 16;
+        #[inline(always)]
+        unsafe fn zero() -> Self {
+            unsafe { Self(_mm512_setzero_ps()) }
+        }
+        #[inline(always)]
+        unsafe fn splat(value: f32) -> Self {
+            unsafe { Self(_mm512_set1_ps(value)) }
+        }
+        #[inline(always)]
+        unsafe fn load(pointer: *const f32) -> Self {
+            unsafe { Self(_mm512_loadu_ps(pointer)) }
+        }
+        #[inline(always)]
+        unsafe fn load_bf16(pointer: *const bf16) -> Self {
+            unsafe {
+                let bits = _mm512_cvtepu16_epi32(_mm256_loadu_si256(pointer.cast()));
+                Self(_mm512_castsi512_ps(_mm512_slli_epi32::<16>(bits)))
+            }
+        }
+        #[inline(always)]
+        unsafe fn load_f16(pointer: *const f16) -> Self {
+            unsafe { Self(_mm512_cvtph_ps(_mm256_loadu_si256(pointer.cast()))) }
+        }
+        #[inline(always)]
+        unsafe fn store(self, pointer: *mut f32) {
+            unsafe { _mm512_storeu_ps(pointer, self.0) }
+        }
+        #[inline(always)]
+        unsafe fn mul_add(self, b: Self, c: Self) -> Self {
+            unsafe { Self(_mm512_fmadd_ps(self.0, b.0, c.0)) }
+        }
+        #[inline(always)]
+        unsafe fn add(self, b: Self) -> Self {
+            unsafe { Self(_mm512_add_ps(self.0, b.0)) }
+        }
+        #[inline(always)]
+        unsafe fn sum(self) -> f32 {
+            unsafe { _mm512_reduce_add_ps(self.0) }
+        }
+    }
+}
+
+/// Defines `$name`, which runs the generic `$kernel` with the vectors of an instruction set.
+///
+/// The kernel is inlined into a function that has the instruction set enabled, so that it is
+/// compiled for it. The caller must only pass what [`Isa::available`] listed.
+macro_rules! per_isa {
+    ($name:ident, $kernel:ident $(<$t:ident>)?, ($($arg:ident : $ty:ty),* $(,)?) $(-> $out:ty)?) => {
+        #[allow(clippy::too_many_arguments)]
+        fn $name$(<$t: $crate::ops::cpu::simd::Stored>)?(isa: $crate::ops::cpu::simd::Isa, $($arg: $ty),*) $(-> $out)? {
+            use $crate::ops::cpu::simd;
+            #[cfg(target_arch = "x86_64")]
+            #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")]
+            fn avx512$(<$t: simd::Stored>)?($($arg: $ty),*) $(-> $out)? {
+                // SAFETY: the instruction set is enabled in this function.
+                unsafe { $kernel::<simd::Avx512 $(, $t)?>($($arg),*) }
+            }
+            #[cfg(target_arch = "x86_64")]
+            #[target_feature(enable = "avx2,fma,f16c")]
+            fn avx2$(<$t: simd::Stored>)?($($arg: $ty),*) $(-> $out)? {
+                // SAFETY: the instruction set is enabled in this function.
+                unsafe { $kernel::<simd::Avx2 $(, $t)?>($($arg),*) }
+            }
+            match isa {
+                // SAFETY: `Isa` values come from detection on this machine.
+                #[cfg(target_arch = "x86_64")]
+                simd::Isa::Avx512 | simd::Isa::Avx512Vnni => unsafe { avx512$(::<$t>)?($($arg),*) },
+                // SAFETY: as above.
+                #[cfg(target_arch = "x86_64")]
+                simd::Isa::Avx2 => unsafe { avx2$(::<$t>)?($($arg),*) },
+                // SAFETY: plain Rust runs everywhere.
+                _ => unsafe { $kernel::<simd::Portable $(, $t)?>($($arg),*) },
+            }
+        }
+    };
+}
+pub(crate) use per_isa;
+
+/// `eˣ` within 2 ulp for finite results; written so that loops over it vectorise.
+#[inline(always)]
+pub(crate) fn exp(x: f32) -> f32 {
+    // Below -87.3 the result is subnormal: 0 is near enough for softmax and silu. NaN stays NaN.
+    let bounded = if x < -87.3 { -87.3 } else if x > 88.7 { 88.7 } else { x };
+    let power = (bounded * std::f32::consts::LOG2_E).round_ties_even();
+    // ln 2 in two parts (Cody and Waite), so that the remainder keeps all its bits.
+    let r = power.mul_add_fast(-0.693_359_4, bounded);
+    let r = power.mul_add_fast(2.121_944_4e-4, r);
+    // Minimax polynomial of Cephes' expf on [-ln 2 / 2, ln 2 / 2].
+    let p = 1.987_569_1e-4_f32;
+    let p = p.mul_add_fast(r, 1.398_2e-3);
+    let p = p.mul_add_fast(r, 8.333_452e-3);
+    let p = p.mul_add_fast(r, 4.166_579_6e-2);
+    let p = p.mul_add_fast(r, 1.666_666_5e-1);
+    let p = p.mul_add_fast(r, 5.000_000_1e-1);
+    let e = p.mul_add_fast(r * r, r) + 1.0;
+    let scale = f32::from_bits(((power as i32 + 127) << 23) as u32);
+    if x < -87.3 { 0.0 } else { e * scale }
+}
+
+trait MulAddFast {
+    fn mul_add_fast(self, b: f32, c: f32) -> f32;
+}
+
+impl MulAddFast for f32 {
+    /// Multiply and add with a rounding between: `f32::mul_add` is a library call without FMA.
+    #[inline(always)]
+    fn mul_add_fast(self, b: f32, c: f32) -> f32 {
+        self * b + c
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::exp;
+
+    #[test]
+    fn exp_is_within_two_ulp_of_the_library() {
+        let mut x = -87.0_f32;
+        while x < 88.0 {
+            let want = f64::from(x).exp() as f32;
+            let ulp = (want.to_bits() as i64 - exp(x).to_bits() as i64).abs();
+            assert!(ulp <= 2, "exp({x}): {} ulp", ulp);
+            x += 0.0137;
+        }
+        assert!(exp(f32::NAN).is_nan());
+        assert_eq!(exp(f32::NEG_INFINITY), 0.0);
+        assert_eq!(exp(0.0), 1.0);
+    }
+}

@@ -1,0 +1,14 @@
+//! Text to tokens and back.
+
+mod added;
+mod byte_level;
+mod chat;
+mod decode;
+mod files;
+mod strftime;
+mod template;
+mod tokenizer;
+
+pub use chat::Message;
+pub(crate) use decode::TextDecoder;
+pub use tokenizer::Tokenizer;

@@ -1,0 +1,95 @@
+//! Logits and greedy tokens equal those of Hugging Face transformers in float32.
+#![allow(clippy::unwrap_used)]
+
+mod common;
+
+use common::{builder, device, fixture, ids, json, load, max_difference, rows};
+use qwen2_core::{DType, ErrorKind, GenerateOptions, Model, Prompt};
+
+const DENSE: [&str; 13] = [
+    "tied", "untied", "tied_flag_untied_weights", "mqa", "gqa7", "head_dim_10", "head_dim_explicit",
+    "bf16_shards", "f16", "yarn", "yarn5", "sliding", "sliding5",
+];
+
+/// The project's bound for float32 on logits of size about 4.
+const TOLERANCE: f32 = 1e-4;
+
+#[test]
+fn logits_equal_the_reference_at_every_position() {
+    for name in DENSE {
+        let reference = json(fixture(name).join("reference.json"));
+        let model = load(fixture(name));
+        let logits = model.logits(&ids(&reference["tokens"])).unwrap();
+        let want = rows(&reference["logits"]);
+        assert_eq!(logits.values.len(), logits.n_tokens * logits.vocab_size);
+        let size = want.iter().fold(0.0_f32, |max, x| max.max(x.abs()));
+        let difference = max_difference(&logits.values, &want);
+        assert!(difference <= TOLERANCE, "{name}: {difference} on logits up to {size}");
+        assert!(size > 1.0, "{name}: a reference of nearly zero proves nothing");
+    }
+}
+
+#[test]
+fn greedy_tokens_equal_the_reference() {
+    for name in DENSE {
+        let reference = json(fixture(name).join("reference.json"));
+        let want = ids(&reference["greedy"]);
+        let mut options = GenerateOptions::greedy().max_new_tokens(want.len());
+        options.ignore_eos = true;
+        let prompt = Prompt::Tokens(ids(&reference["greedy_prompt"]));
+        let model = load(fixture(name));
+        let generation = model.generate(prompt, &options).unwrap();
+        assert_eq!(generation.tokens, want, "{name}");
+    }
+}
+
+#[test]
+fn prefill_in_chunks_equals_one_shot() {
+    for name in DENSE {
+        let tokens = ids(&json(fixture(name).join("reference.json"))["tokens"]);
+        let whole = load(fixture(name)).logits(&tokens).unwrap().values;
+        for chunk in [1, 7, 64] {
+            let model = builder(fixture(name)).prefill_chunk(chunk).load().unwrap();
+            let difference = max_difference(&model.logits(&tokens).unwrap().values, &whole);
+            assert!(difference <= TOLERANCE, "{name} in chunks of {chunk}: {difference}");
+        }
+    }
+}
+
+/// Ours keep f32 activations over bf16 weights, so they are off transformers' bf16 run by no more
+/// than that run is off float32 (plus the float32 tolerance).
+#[test]
+fn bf16_stays_within_the_references_own_rounding() {
+    let reference = json(fixture("bf16_shards").join("reference.json"));
+    let exact = rows(&reference["logits"]);
+    let theirs = rows(&reference["logits_bf16"]);
+    let ours = load(fixture("bf16_shards")).logits(&ids(&reference["tokens"])).unwrap().values;
+    let allowed = max_difference(&theirs, &exact);
+    let difference = max_difference(&ours, &theirs);
+    assert!(difference <= allowed + TOLERANCE, "{difference} from their bf16, which is {allowed} from float32");
+    assert!(max_difference(&ours, &exact) <= allowed);
+}
+
+#[test]
+fn weights_may_be_kept_in_another_precision() {
+    if !device().to_string().starts_with("cpu") {
+        return; // other devices choose by what they support
+    }
+    let reference = json(fixture("tied").join("reference.json"));
+    let (tokens, want) = (ids(&reference["tokens"]), rows(&reference["logits"]));
+    // 8 and 11 bits of mantissa, on logits of size ~4 behind two layers.
+    for (dtype, bound) in [(DType::BF16, 0.3), (DType::F16, 0.03), (DType::F32, TOLERANCE)] {
+        let model = builder(fixture("tied")).dtype(dtype).load().unwrap();
+        assert_eq!(model.dtype(), dtype);
+        let difference = max_difference(&model.logits(&tokens).unwrap().values, &want);
+        assert!(difference <= bound, "{dtype:?}: {difference}");
+        assert!(dtype == DType::F32 || difference > 0.0, "{dtype:?} was not applied");
+    }
+}
+
+#[test]
+fn mixture_of_experts_is_refused_by_name() {
+    let error = Model::load(fixture("moe")).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Unsupported);
+    assert!(error.to_string().contains("qwen2_moe"), "{error}");
+}
