@@ -114,12 +114,21 @@ pub(crate) struct Threads {
 }
 
 impl Threads {
-    /// `n` threads, or as many as the affinity and the cgroup of this process allow.
-    pub(crate) fn start(n: Option<usize>) -> std::io::Result<Self> {
+    /// `n` threads, or as many as the affinity and the cgroup of this process allow;
+    /// `bf16_products`: whether prefill may round activations to bf16, where weights are.
+    pub(crate) fn start(n: Option<usize>, bf16_products: bool) -> std::io::Result<Self> {
         let n = n.unwrap_or_else(|| std::thread::available_parallelism().map_or(1, usize::from));
+        #[cfg(feature = "cpu")]
+        let mut pool = cpu::pool::Pool::new(n)?;
+        #[cfg(feature = "cpu")]
+        {
+            pool.bf16_products = bf16_products;
+        }
+        #[cfg(not(feature = "cpu"))]
+        let _ = bf16_products;
         Ok(Self {
             #[cfg(feature = "cpu")]
-            pool: std::sync::Arc::new(cpu::pool::Pool::new(n)?),
+            pool: std::sync::Arc::new(pool),
             n,
         })
     }

@@ -205,11 +205,14 @@ fn flex_linear(x: &FlexTensor, weight: &FlexTensor, bias: Option<&FlexTensor>) -
     }
 }
 
-/// Whether the bf16 dot products pay: they round the activations, which one token's need not be.
+/// Whether the bf16 dot products are wanted, there, and worth it.
 #[cfg(target_arch = "x86_64")]
 fn takes_bf16_products(x: &FlexTensor) -> bool {
     let n = x.layout().shape()[0];
-    n >= bf16_gemm::MIN_TOKENS && Isa::selected() >= Isa::Avx512 && bf16_gemm::is_present()
+    pool::takes_bf16_products()
+        && n >= bf16_gemm::MIN_TOKENS
+        && Isa::selected() >= Isa::Avx512
+        && bf16_gemm::is_present()
 }
 
 #[cfg(target_arch = "x86_64")]

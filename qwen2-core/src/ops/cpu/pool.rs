@@ -43,6 +43,8 @@ pub(crate) struct Pool {
     /// One job at a time: sessions of one model take turns rather than oversubscribe the cores.
     door: Mutex<()>,
     process: u32,
+    /// Whether products of many tokens with bf16 weights may round the activations to bf16.
+    pub(crate) bf16_products: bool,
 }
 
 impl std::fmt::Debug for Pool {
@@ -74,6 +76,7 @@ impl Pool {
             workers: Vec::with_capacity(n_workers),
             door: Mutex::new(()),
             process: std::process::id(),
+            bf16_products: false,
         };
         for index in 0..n_workers {
             let shared = Arc::clone(&pool.shared);
@@ -181,6 +184,11 @@ pub(crate) fn parallel(n_tasks: usize, task: &(dyn Fn(usize) + Sync)) {
 /// Threads that `parallel` uses on this thread.
 pub(crate) fn current_threads() -> usize {
     CURRENT.with_borrow(|pool| pool.as_ref().map_or(1, |pool| pool.threads()))
+}
+
+/// Whether the pool of this thread allows bf16 products.
+pub(crate) fn takes_bf16_products() -> bool {
+    CURRENT.with_borrow(|pool| pool.as_ref().is_some_and(|pool| pool.bf16_products))
 }
 
 fn take_tasks(shared: &Shared, task: &(dyn Fn(usize) + Sync)) {

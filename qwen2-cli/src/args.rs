@@ -1,0 +1,213 @@
+//! The arguments, which are also their own help.
+
+use std::ffi::OsString;
+
+use clap::{Args, Parser, Subcommand};
+use qwen2_core::GenerateOptions;
+
+/// The Qwen2 language models on this machine.
+#[derive(Debug, Parser)]
+#[command(name = "qwen2", version, disable_help_subcommand = true)]
+pub(crate) struct Cli {
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Talk to a model; without MODEL, to the small demo model that is built in.
+    Chat(ChatArgs),
+    /// Continue a text, or answer one message with --chat.
+    Generate(GenerateArgs),
+    /// What a checkpoint is and what it needs; reads no weights.
+    Info(InfoArgs),
+    /// The tokens of a text, or the text of tokens.
+    Tokenize(TokenizeArgs),
+    /// Measure speed, next to what the memory allows.
+    Bench(BenchArgs),
+}
+
+/// How to load a model.
+#[derive(Args, Debug, Default)]
+pub(crate) struct LoadArgs {
+    /// auto, cpu, wgpu, vulkan, metal, webgpu, cuda or ndarray; GPUs also as cuda:1.
+    #[arg(long, default_value = "auto")]
+    pub(crate) device: String,
+    /// Keep the weights as f32, f16 or bf16 [default: as stored].
+    #[arg(long)]
+    pub(crate) dtype: Option<String>,
+    /// Pack the weights into q8 (8.5 bits) or q4 (4.5 bits) while loading.
+    #[arg(long)]
+    pub(crate) quantize: Option<String>,
+    /// Tokens of prompt and answer together [default: all the model can].
+    #[arg(long)]
+    pub(crate) context_length: Option<usize>,
+    /// Threads on the processor [default: all that may be used].
+    #[arg(long)]
+    pub(crate) threads: Option<usize>,
+}
+
+/// How to generate; what is not given is as the checkpoint's generation_config.json says.
+#[derive(Args, Debug, Default)]
+pub(crate) struct SampleArgs {
+    /// Most tokens to produce [default: to the end of the context].
+    #[arg(long)]
+    pub(crate) max_new_tokens: Option<usize>,
+    /// The likeliest token every time.
+    #[arg(long, conflicts_with = "temperature")]
+    pub(crate) greedy: bool,
+    /// 0 to 100; 0 is greedy.
+    #[arg(long)]
+    pub(crate) temperature: Option<f32>,
+    /// Keep the k likeliest tokens.
+    #[arg(long)]
+    pub(crate) top_k: Option<usize>,
+    /// Keep the likeliest tokens of this probability together, above 0 to 1.
+    #[arg(long)]
+    pub(crate) top_p: Option<f32>,
+    /// Drop tokens below this share of the likeliest one, 0 to 1.
+    #[arg(long)]
+    pub(crate) min_p: Option<f32>,
+    /// Above 1: repeat less.
+    #[arg(long)]
+    pub(crate) repetition_penalty: Option<f32>,
+    /// Same seed, same answer.
+    #[arg(long)]
+    pub(crate) seed: Option<u64>,
+    /// End before this text; may be given several times.
+    #[arg(long)]
+    pub(crate) stop: Vec<String>,
+}
+
+impl SampleArgs {
+    pub(crate) fn options(&self) -> GenerateOptions {
+        let mut options = if self.greedy { GenerateOptions::greedy() } else { GenerateOptions::new() };
+        options.max_new_tokens = self.max_new_tokens;
+        options.temperature = self.temperature.or(options.temperature);
+        options.top_k = self.top_k;
+        options.top_p = self.top_p;
+        options.min_p = self.min_p;
+        options.repetition_penalty = self.repetition_penalty.or(options.repetition_penalty);
+        options.seed = self.seed;
+        options.stop.clone_from(&self.stop);
+        options
+    }
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct ChatArgs {
+    /// A directory, or an id of the hub such as Qwen/Qwen2-0.5B-Instruct [default: the demo model].
+    pub(crate) model: Option<OsString>,
+    /// Instructions for the model [default: the chat template's own].
+    #[arg(long)]
+    pub(crate) system: Option<String>,
+    /// One JSON object a line for each answer instead of text.
+    #[arg(long)]
+    pub(crate) json: bool,
+    #[command(flatten)]
+    pub(crate) load: LoadArgs,
+    #[command(flatten)]
+    pub(crate) sample: SampleArgs,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct GenerateArgs {
+    /// A directory, or an id of the hub such as Qwen/Qwen2-0.5B-Instruct.
+    pub(crate) model: OsString,
+    /// The text to continue; - reads it from stdin, without the newline at its end.
+    pub(crate) prompt: String,
+    /// Answer PROMPT as a message, through the checkpoint's chat template.
+    #[arg(long)]
+    pub(crate) chat: bool,
+    /// Instructions for the model, with --chat [default: the chat template's own].
+    #[arg(long, requires = "chat")]
+    pub(crate) system: Option<String>,
+    /// One JSON object at the end instead of text as it comes.
+    #[arg(long)]
+    pub(crate) json: bool,
+    #[command(flatten)]
+    pub(crate) load: LoadArgs,
+    #[command(flatten)]
+    pub(crate) sample: SampleArgs,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct InfoArgs {
+    /// A directory, or an id of the hub [default: the demo model].
+    pub(crate) model: Option<OsString>,
+    /// Memory for weights of this precision, f32, f16 or bf16 [default: as stored].
+    #[arg(long)]
+    pub(crate) dtype: Option<String>,
+    /// Memory for this context [default: all the model can].
+    #[arg(long)]
+    pub(crate) context_length: Option<usize>,
+    /// One JSON object instead of lines.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct TokenizeArgs {
+    /// A directory, or an id of the hub.
+    pub(crate) model: OsString,
+    /// The text, or with --decode the ids; - reads stdin, without the newline at its end.
+    pub(crate) text: String,
+    /// TEXT as a message, with what the checkpoint's chat template puts around it.
+    #[arg(long)]
+    pub(crate) chat: bool,
+    /// TEXT is ids, separated by spaces or commas: print their text.
+    #[arg(long, conflicts_with = "chat")]
+    pub(crate) decode: bool,
+    /// One JSON object instead of lines.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct BenchArgs {
+    /// A directory, or an id of the hub [default: random weights of --shape].
+    #[arg(conflicts_with = "shape")]
+    pub(crate) model: Option<OsString>,
+    /// Random weights of a published shape: 0.5b, 1.5b, 7b, 57b-a14b or 72b [default: 0.5b].
+    #[arg(long)]
+    pub(crate) shape: Option<String>,
+    /// f32, bf16, f16, q8 or q4 [default: bf16 for a shape, as stored for a model].
+    #[arg(long)]
+    pub(crate) precision: Option<String>,
+    /// Tokens of the prompt.
+    #[arg(long, default_value_t = 512)]
+    pub(crate) prompt: usize,
+    /// Tokens to produce, at least 2.
+    #[arg(long, default_value_t = 128)]
+    pub(crate) new: usize,
+    /// Runs; medians are reported.
+    #[arg(long, default_value_t = 3)]
+    pub(crate) repeat: usize,
+    /// Threads on the processor [default: all that may be used].
+    #[arg(long)]
+    pub(crate) threads: Option<usize>,
+    /// auto, cpu, wgpu, vulkan, metal, webgpu, cuda or ndarray.
+    #[arg(long, default_value = "cpu")]
+    pub(crate) device: String,
+    /// One JSON object instead of lines.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn the_definition_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn what_is_not_given_stays_unset() {
+        assert_eq!(SampleArgs::default().options(), GenerateOptions::new());
+        let greedy = SampleArgs { greedy: true, ..SampleArgs::default() };
+        assert_eq!(greedy.options(), GenerateOptions::greedy());
+    }
+}

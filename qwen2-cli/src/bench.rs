@@ -1,0 +1,274 @@
+//! `qwen2 bench`: loading, prefill and decode, next to what the memory allows.
+
+use std::path::Path;
+use std::time::Instant;
+
+use qwen2_core::{DType, GenerateOptions, Model, ModelConfig, Quantization};
+use serde_json::{Value, json};
+
+use crate::args::{BenchArgs, LoadArgs};
+use crate::bandwidth::{median, read_bytes_per_s};
+use crate::failure::Failure;
+use crate::output::{self, human_bytes};
+use crate::load;
+
+/// Name, hidden_size, intermediate_size, num_hidden_layers, num_attention_heads,
+/// num_key_value_heads, vocab_size, tie_word_embeddings: the published config.json files.
+const SHAPES: [(&str, usize, usize, usize, usize, usize, usize, bool); 5] = [
+    ("0.5b", 896, 4864, 24, 14, 2, 151_936, true),
+    ("1.5b", 1536, 8960, 28, 12, 2, 151_936, true),
+    ("7b", 3584, 18_944, 28, 28, 4, 152_064, false),
+    ("57b-a14b", 3584, 18_944, 28, 28, 4, 151_936, false),
+    ("72b", 8192, 29_568, 80, 64, 8, 152_064, false),
+];
+
+/// What the weights are kept as.
+#[derive(Clone, Copy)]
+enum Precision {
+    Dense(DType),
+    Packed(Quantization),
+}
+
+/// One run.
+struct Run {
+    first_token_s: f64,
+    prefill_tokens_per_s: f64,
+    decode_tokens_per_s: f64,
+    bandwidth_bytes_per_s: f64,
+}
+
+pub(crate) fn run(args: &BenchArgs) -> Result<(), Failure> {
+    check(args)?;
+    let precision = args.precision.as_deref().map(precision).transpose()?;
+    let (name, builder, precision) = match &args.model {
+        Some(model) => (model.to_string_lossy().into_owned(), Model::builder(load::source(model)), precision),
+        None => {
+            let name = args.shape.as_deref().unwrap_or("0.5b");
+            let config = shape(name)?;
+            let precision = precision.unwrap_or(Precision::Dense(DType::BF16));
+            check_memory(&config, precision)?;
+            (name.to_owned(), Model::random(&config), Some(precision))
+        }
+    };
+    let load_args = LoadArgs {
+        device: args.device.clone(),
+        dtype: precision.and_then(Precision::dtype).map(|dtype| dtype.name().to_owned()),
+        quantize: precision.and_then(Precision::quantization).map(|q| q.name().to_owned()),
+        context_length: None,
+        threads: args.threads,
+    };
+    let start = Instant::now();
+    let model = load::finish(load::apply(builder, &load_args)?)?;
+    let load_s = start.elapsed().as_secs_f64();
+    // The first run pays for pages and threads that later ones find ready.
+    generate(&model, args.prompt.min(16), 2)?.finish()?;
+    let runs = (0..args.repeat).map(|_| measure(&model, args)).collect::<Result<Vec<_>, _>>()?;
+    let report = report(args, &model, &name, precision, load_s, &runs);
+    match args.json {
+        true => output::print_json(&report),
+        false => output::print(&lines(&report)),
+    }
+}
+
+fn check(args: &BenchArgs) -> Result<(), Failure> {
+    for (name, value, least) in [("prompt", args.prompt, 1), ("new", args.new, 2), ("repeat", args.repeat, 1)] {
+        if value < least {
+            return Err(Failure::usage(format!("{name} is {value}"), format!("at least {least}")));
+        }
+    }
+    Ok(())
+}
+
+fn precision(name: &str) -> Result<Precision, Failure> {
+    if let Ok(quantization) = name.parse() {
+        return Ok(Precision::Packed(quantization));
+    }
+    name.parse().map(Precision::Dense).map_err(|_| {
+        Failure::usage(format!("unknown precision: `{}`", name.escape_debug()), "one of f32, bf16, f16, q8, q4")
+    })
+}
+
+impl Precision {
+    fn dtype(self) -> Option<DType> {
+        match self {
+            Self::Dense(dtype) => Some(dtype),
+            Self::Packed(_) => None,
+        }
+    }
+
+    fn quantization(self) -> Option<Quantization> {
+        match self {
+            Self::Dense(_) => None,
+            Self::Packed(quantization) => Some(quantization),
+        }
+    }
+
+    fn name(self) -> &'static str {
+        match self {
+            Self::Dense(dtype) => dtype.name(),
+            Self::Packed(quantization) => quantization.name(),
+        }
+    }
+
+    /// Bytes of an embedding table of this precision: what decode does not read if it is not the
+    /// head as well.
+    fn table_bytes(self, config: &ModelConfig) -> u64 {
+        let weights = config.vocab_size as u64 * config.hidden_size as u64;
+        match self {
+            Self::Dense(dtype) => weights * dtype.size_in_bytes() as u64,
+            // 32 weights of 8 bits and a scale of 16; q4 keeps its tables in 8 bits, too.
+            Self::Packed(_) => weights / 32 * 34,
+        }
+    }
+}
+
+/// A published shape, checked as its file would be.
+fn shape(name: &str) -> Result<ModelConfig, Failure> {
+    let Some(row) = SHAPES.iter().find(|row| row.0 == name) else {
+        let names = SHAPES.map(|row| row.0).join(", ");
+        return Err(Failure::usage(format!("unknown shape: `{}`", name.escape_debug()), format!("one of {names}")));
+    };
+    let &(name, hidden, intermediate, layers, heads, kv_heads, vocab, tied) = row;
+    let mut config = json!({
+        "model_type": "qwen2", "hidden_act": "silu", "hidden_size": hidden, "intermediate_size": intermediate,
+        "num_hidden_layers": layers, "num_attention_heads": heads, "num_key_value_heads": kv_heads,
+        "vocab_size": vocab, "tie_word_embeddings": tied, "max_position_embeddings": 32_768,
+        "rope_theta": 1e6, "rms_norm_eps": 1e-6, "torch_dtype": "bfloat16",
+    });
+    if name == "57b-a14b" {
+        for (key, value) in [
+            ("model_type", json!("qwen2_moe")),
+            ("num_experts", json!(64)),
+            ("num_experts_per_tok", json!(8)),
+            ("moe_intermediate_size", json!(2560)),
+            ("shared_expert_intermediate_size", json!(20_480)),
+            ("norm_topk_prob", json!(false)),
+            ("decoder_sparse_step", json!(1)),
+        ] {
+            config[key] = value;
+        }
+    }
+    Ok(ModelConfig::from_json(config.to_string().as_bytes(), Path::new(name))?)
+}
+
+/// Refuses what the system would kill this program for.
+fn check_memory(config: &ModelConfig, precision: Precision) -> Result<(), Failure> {
+    let bits = match precision {
+        Precision::Dense(dtype) => 8.0 * dtype.size_in_bytes() as f64,
+        Precision::Packed(Quantization::Q8) => 8.5,
+        Precision::Packed(_) => 4.5,
+    };
+    let needed = (config.parameter_count() as f64 * bits / 8.0) as u64;
+    match status_bytes("/proc/meminfo", "MemAvailable:") {
+        Some(available) if needed > available => Err(Failure::new(
+            format!("not enough memory: the weights take {}, {} are free", human_bytes(needed), human_bytes(available)),
+            "choose a smaller shape or precision",
+        )),
+        _ => Ok(()),
+    }
+}
+
+fn generate(model: &Model, n_prompt: usize, n_new: usize) -> Result<qwen2_core::TokenStream, Failure> {
+    let vocab_size = model.config().vocab_size;
+    let prompt: Vec<u32> = (0..n_prompt).map(|i| ((i * 7919 + 13) % vocab_size) as u32).collect();
+    let options = GenerateOptions::greedy().max_new_tokens(n_new).ignore_eos(true);
+    Ok(model.stream(prompt, &options)?)
+}
+
+/// Prefill, read test, decode, read test; only the first and the third are timed by the stream.
+fn measure(model: &Model, args: &BenchArgs) -> Result<Run, Failure> {
+    let threads = model.threads();
+    let start = Instant::now();
+    let mut stream = generate(model, args.prompt, args.new)?;
+    stream.next().transpose()?;
+    let first_token_s = start.elapsed().as_secs_f64();
+    let before = read_bytes_per_s(threads);
+    for piece in stream.by_ref() {
+        piece?;
+    }
+    let after = read_bytes_per_s(threads);
+    let timings = stream.into_generation().timings;
+    Ok(Run {
+        first_token_s,
+        prefill_tokens_per_s: timings.prefill_tokens_per_s,
+        decode_tokens_per_s: timings.decode_tokens_per_s,
+        bandwidth_bytes_per_s: f64::midpoint(before, after),
+    })
+}
+
+fn report(
+    args: &BenchArgs,
+    model: &Model,
+    name: &str,
+    precision: Option<Precision>,
+    load_s: f64,
+    runs: &[Run],
+) -> Value {
+    let of = |value: &dyn Fn(&Run) -> f64| median(runs.iter().map(value).collect());
+    let precision = precision.unwrap_or(Precision::Dense(model.dtype()));
+    let weights = model.memory().weights;
+    let per_token = match model.config().tie_word_embeddings {
+        true => weights,
+        false => weights.saturating_sub(precision.table_bytes(model.config())),
+    };
+    json!({
+        "model": name,
+        "precision": precision.name(),
+        "device": model.device().to_string(),
+        "threads": model.threads(),
+        "prompt": args.prompt,
+        "new": args.new,
+        "repeat": args.repeat,
+        "load_s": load_s,
+        "prefill_tokens_per_s": of(&|run| run.prefill_tokens_per_s),
+        "decode_tokens_per_s": of(&|run| run.decode_tokens_per_s),
+        "first_token_s": of(&|run| run.first_token_s),
+        "weight_bytes_per_token": per_token,
+        "resident_bytes": status_bytes("/proc/self/status", "VmRSS:"),
+        "bandwidth_bytes_per_s": of(&|run| run.bandwidth_bytes_per_s),
+        "decode_bandwidth_share":
+            of(&|run| run.decode_tokens_per_s * per_token as f64 / run.bandwidth_bytes_per_s),
+    })
+}
+
+fn lines(report: &Value) -> String {
+    let number = |key: &str| report[key].as_f64().unwrap_or(f64::NAN);
+    let bytes = |key: &str| report[key].as_f64().map_or_else(|| "unknown".to_owned(), |n| human_bytes(n as u64));
+    let rows = [
+        ("model", format!("{} {} on {}, {} threads", text(&report["model"]), text(&report["precision"]), text(&report["device"]), report["threads"])),
+        ("load", format!("{:.2} s", number("load_s"))),
+        ("prefill", format!("{:.1} tokens/s over {} tokens", number("prefill_tokens_per_s"), report["prompt"])),
+        ("first token", format!("{:.3} s", number("first_token_s"))),
+        ("decode", format!("{:.1} tokens/s over {} tokens", number("decode_tokens_per_s"), report["new"])),
+        ("weights", format!("{} read for each token", bytes("weight_bytes_per_token"))),
+        ("memory", format!("{} read in a second, {} resident", bytes("bandwidth_bytes_per_s"), bytes("resident_bytes"))),
+        ("share", format!("{:.1} % of the memory's speed in decode", 100.0 * number("decode_bandwidth_share"))),
+    ];
+    rows.iter().map(|(name, value)| format!("{name:<14}{value}\n")).collect()
+}
+
+fn text(value: &Value) -> &str {
+    value.as_str().unwrap_or_default()
+}
+
+/// A line like `VmRSS:  1234 kB` of a file of Linux' /proc, in bytes; `None` elsewhere.
+fn status_bytes(file: &str, key: &str) -> Option<u64> {
+    let status = std::fs::read_to_string(file).ok()?;
+    let line = status.lines().find_map(|line| line.strip_prefix(key))?;
+    let kilobytes: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
+    Some(kilobytes * 1024)
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)] // a panic is how a test fails
+mod tests {
+    use super::*;
+
+    #[test]
+    fn shapes_have_the_published_parameter_counts() {
+        for (name, billions) in [("0.5b", 0.494), ("1.5b", 1.544), ("7b", 7.616), ("57b-a14b", 57.41), ("72b", 72.71)] {
+            let count = shape(name).unwrap().parameter_count() as f64 / 1e9;
+            assert!((count - billions).abs() / billions < 1e-3, "{name}: {count}");
+        }
+    }
+}

@@ -1,0 +1,178 @@
+//! `qwen2 info`: what a checkpoint is and what it needs, from its files' names and its config.
+
+use std::ffi::OsStr;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use qwen2_core::{DType, Device, ModelConfig};
+use serde_json::{Value, json};
+
+use crate::args::{InfoArgs, LoadArgs};
+use crate::failure::Failure;
+use crate::output::{self, human_bytes, human_count};
+use crate::{demo, load};
+
+/// Configs have a kilobyte; what is much larger is something else.
+const MAX_CONFIG: u64 = 16 << 20;
+
+struct Facts {
+    name: String,
+    config: ModelConfig,
+    /// Bytes of the weight files; `None` if the checkpoint is not a directory.
+    stored_bytes: Option<u64>,
+    dtype: Option<DType>,
+    context_length: usize,
+}
+
+pub(crate) fn run(args: &InfoArgs) -> Result<(), Failure> {
+    let mut facts = match &args.model {
+        None => of_directory(&demo::directory()?)?,
+        Some(model) => match directory_of(model) {
+            Some(directory) => of_directory(&directory)?,
+            None => of_loaded(model)?,
+        },
+    };
+    if let Some(dtype) = &args.dtype {
+        facts.dtype = Some(dtype.parse()?);
+    }
+    if let Some(wanted) = args.context_length {
+        if wanted == 0 || wanted > facts.context_length {
+            return Err(Failure::usage(
+                format!("context_length is {wanted}, the model has {}", facts.context_length),
+                "leave it out for all the model can",
+            ));
+        }
+        facts.context_length = wanted;
+    }
+    match args.json {
+        true => output::print_json(&facts.json()),
+        false => output::print(&facts.lines()),
+    }
+}
+
+/// The directory that `model` names, itself or by a weight file in it.
+fn directory_of(model: &OsStr) -> Option<PathBuf> {
+    let path = Path::new(model);
+    match path.extension() {
+        _ if path.is_dir() => Some(path.to_owned()),
+        Some(extension) if extension == "safetensors" && path.is_file() => {
+            let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty());
+            Some(parent.unwrap_or(Path::new(".")).to_owned())
+        }
+        _ => None,
+    }
+}
+
+fn of_directory(directory: &Path) -> Result<Facts, Failure> {
+    let path = directory.join("config.json");
+    let unreadable = |why: &dyn std::fmt::Display| {
+        Failure::new(format!("cannot be read: {}: {why}", path.display()), "is this the directory of a checkpoint?")
+    };
+    let size = fs::metadata(&path).map_err(|error| unreadable(&error))?.len();
+    if size > MAX_CONFIG {
+        return Err(unreadable(&format!("{size} bytes, at most {MAX_CONFIG}")));
+    }
+    let config = ModelConfig::from_json(&fs::read(&path).map_err(|error| unreadable(&error))?, &path)?;
+    let name = fs::canonicalize(directory).ok().and_then(|path| Some(path.file_name()?.to_string_lossy().into_owned()));
+    Ok(Facts {
+        name: name.unwrap_or_else(|| directory.display().to_string()),
+        stored_bytes: Some(stored_bytes(directory)?),
+        dtype: config.dtype,
+        context_length: config.context_length(),
+        config,
+    })
+}
+
+fn stored_bytes(directory: &Path) -> Result<u64, Failure> {
+    let mut bytes = 0;
+    for entry in fs::read_dir(directory)? {
+        let path = entry?.path();
+        if path.extension().is_some_and(|extension| extension == "safetensors") {
+            bytes += fs::metadata(&path)?.len();
+        }
+    }
+    Ok(bytes)
+}
+
+/// An id of the hub: its files must be here first, and then loading them is a mapping.
+fn of_loaded(model: &OsStr) -> Result<Facts, Failure> {
+    let args = LoadArgs { device: "cpu".to_owned(), ..LoadArgs::default() };
+    let model = load::load(Some(model), &args)?;
+    Ok(Facts {
+        name: model.name().to_owned(),
+        config: model.config().clone(),
+        stored_bytes: None,
+        dtype: Some(model.dtype()),
+        context_length: model.context_length(),
+    })
+}
+
+impl Facts {
+    fn weight_bytes(&self) -> Option<u64> {
+        self.dtype.map(|dtype| self.config.parameter_count() * dtype.size_in_bytes() as u64)
+    }
+
+    /// The cache holds f32.
+    fn cache_bytes_per_token(&self) -> u64 {
+        self.config.kv_bytes_per_token(DType::F32)
+    }
+
+    fn cache_bytes(&self) -> u64 {
+        self.cache_bytes_per_token() * self.context_length as u64
+    }
+
+    fn json(&self) -> Value {
+        json!({
+            "name": self.name,
+            "model_type": self.config.model_type,
+            "parameters": self.config.parameter_count(),
+            "stored_bytes": self.stored_bytes,
+            "dtype": self.dtype.map(DType::name),
+            "context_length": self.context_length,
+            "weight_bytes": self.weight_bytes(),
+            "cache_bytes_per_token": self.cache_bytes_per_token(),
+            "cache_bytes": self.cache_bytes(),
+            "devices": Device::compiled(),
+            "instruction_set": instruction_set(),
+            "threads": threads(),
+            "config": self.config,
+            "version": env!("CARGO_PKG_VERSION"),
+        })
+    }
+
+    fn lines(&self) -> String {
+        let config = &self.config;
+        let dtype = self.dtype.map_or("dtype not announced", DType::name);
+        let stored = self.stored_bytes.map_or_else(|| dtype.to_owned(), |bytes| format!("{}, {dtype}", human_bytes(bytes)));
+        let weights = self.weight_bytes().map_or_else(|| "unknown".to_owned(), human_bytes);
+        let architecture = format!(
+            "{}, {} layers of width {}, {} heads over {} of keys and values",
+            config.model_type,
+            config.num_hidden_layers,
+            config.hidden_size,
+            config.num_attention_heads,
+            config.num_key_value_heads,
+        );
+        let rows = [
+            ("model", self.name.clone()),
+            ("architecture", architecture),
+            ("parameters", human_count(config.parameter_count())),
+            ("stored", stored),
+            ("context", format!("{} tokens", self.context_length)),
+            ("weights", weights),
+            ("cache", format!("{} for the whole context, {} a token", human_bytes(self.cache_bytes()), human_bytes(self.cache_bytes_per_token()))),
+            ("devices", Device::compiled().join(", ")),
+            ("processor", format!("{}, {} threads", instruction_set(), threads())),
+        ];
+        rows.iter().map(|(name, value)| format!("{name:<14}{value}\n")).collect()
+    }
+}
+
+fn threads() -> usize {
+    std::thread::available_parallelism().map_or(1, usize::from)
+}
+
+/// What the kernels choose on this machine.
+fn instruction_set() -> &'static str {
+    "unknown"
+}

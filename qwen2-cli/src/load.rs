@@ -1,0 +1,70 @@
+//! From arguments to a loaded model, with a bar on the way.
+
+use std::ffi::OsStr;
+use std::ops::ControlFlow;
+use std::path::Path;
+use std::time::Duration;
+
+use indicatif::{ProgressBar, ProgressStyle};
+use qwen2_core::{Model, ModelBuilder, Source};
+
+use crate::args::LoadArgs;
+use crate::failure::Failure;
+use crate::{demo, output};
+
+/// Loads `model`, or the demo model.
+pub(crate) fn load(model: Option<&OsStr>, args: &LoadArgs) -> Result<Model, Failure> {
+    let source = match model {
+        Some(model) => source(model),
+        None => Source::from(demo::directory()?),
+    };
+    finish(apply(Model::builder(source), args)?)
+}
+
+/// A path or an id of the hub; what is not Unicode can only be a path.
+pub(crate) fn source(model: &OsStr) -> Source {
+    model.to_str().map_or_else(|| Source::from(Path::new(model)), Source::from)
+}
+
+/// The builder with the settings of the arguments.
+pub(crate) fn apply(mut builder: ModelBuilder, args: &LoadArgs) -> Result<ModelBuilder, Failure> {
+    builder = builder.device(args.device.parse()?);
+    if let Some(dtype) = &args.dtype {
+        builder = builder.dtype(dtype.parse()?);
+    }
+    if let Some(quantization) = &args.quantize {
+        builder = builder.quantize(quantization.parse()?);
+    }
+    if let Some(n_tokens) = args.context_length {
+        builder = builder.context_length(n_tokens);
+    }
+    if let Some(threads) = args.threads {
+        builder = builder.threads(threads);
+    }
+    Ok(builder)
+}
+
+/// Loads, with a bar where a person looks on.
+pub(crate) fn finish(builder: ModelBuilder) -> Result<Model, Failure> {
+    if !output::stderr_is_terminal() {
+        return Ok(builder.load()?);
+    }
+    let bar = ProgressBar::new(0).with_style(style());
+    // A small model is there before a bar could be read.
+    bar.enable_steady_tick(Duration::from_millis(200));
+    let moving = bar.clone();
+    let model = builder
+        .progress(move |progress| {
+            moving.set_length(progress.bytes_total);
+            moving.set_position(progress.bytes_done);
+            ControlFlow::Continue(())
+        })
+        .load();
+    bar.finish_and_clear();
+    Ok(model?)
+}
+
+fn style() -> ProgressStyle {
+    ProgressStyle::with_template("loading {bar:30} {bytes}/{total_bytes}")
+        .unwrap_or_else(|_| ProgressStyle::default_bar())
+}
