@@ -1,7 +1,7 @@
 //! The demo model, carried in the program and unpacked once for each user.
 //!
 //! The library maps its weights from files, so the program writes them to the user's cache folder,
-//! under a name that changes with their content.
+//! in one whose name changes with their content.
 
 use std::fs;
 use std::io;
@@ -23,6 +23,9 @@ const FILES: [(&str, &[u8]); 5] = [
     file!("model.safetensors"),
 ];
 
+/// The model's name: that of its folder.
+const NAME: &str = "demo-model";
+
 /// The folder of the demo model, written now if it is not there yet.
 pub(crate) fn directory() -> Result<PathBuf, Failure> {
     let cache = cache_directory().ok_or_else(|| {
@@ -41,19 +44,20 @@ pub(crate) fn directory() -> Result<PathBuf, Failure> {
 
 /// Writes the files beside their place and renames the folder: no reader sees half of them.
 fn unpack(cache: &Path) -> io::Result<PathBuf> {
-    let directory = cache.join(format!("demo-model-{:016x}", hash()));
+    let version = cache.join(format!("{:016x}", hash()));
+    let directory = version.join(NAME);
     if is_complete(&directory) {
         return Ok(directory);
     }
-    let fresh = cache.join(format!(".demo-model-{}", std::process::id()));
-    fs::create_dir_all(&fresh)?;
+    let fresh = cache.join(format!("new-{}", std::process::id()));
+    fs::create_dir_all(fresh.join(NAME))?;
     for (name, bytes) in FILES {
-        fs::write(fresh.join(name), bytes)?;
+        fs::write(fresh.join(NAME).join(name), bytes)?;
     }
-    if directory.exists() {
-        fs::remove_dir_all(&directory)?;
+    if version.exists() {
+        fs::remove_dir_all(&version)?;
     }
-    match fs::rename(&fresh, &directory) {
+    match fs::rename(&fresh, &version) {
         // Another process may have been first.
         Err(_) if is_complete(&directory) => fs::remove_dir_all(&fresh)?,
         outcome => outcome?,

@@ -172,7 +172,23 @@ fn threads() -> usize {
     std::thread::available_parallelism().map_or(1, usize::from)
 }
 
-/// What the kernels choose on this machine.
-fn instruction_set() -> &'static str {
-    "unknown"
+/// The instruction set that the kernels choose on this machine, by the rule of the library.
+#[cfg(target_arch = "x86_64")]
+fn instruction_set() -> String {
+    let avx2 = is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c");
+    let avx512 = avx2
+        && is_x86_feature_detected!("avx512f")
+        && is_x86_feature_detected!("avx512bw")
+        && is_x86_feature_detected!("avx512vl")
+        && is_x86_feature_detected!("avx512dq");
+    let vnni = avx512 && is_x86_feature_detected!("avx512vnni");
+    let present = [("portable", true), ("avx2", avx2), ("avx512", avx512), ("avx512-vnni", vnni)];
+    let names = || present.iter().filter(|(_, is_present)| *is_present).map(|(name, _)| *name);
+    let wanted = std::env::var("QWEN2_CPU").unwrap_or_default();
+    names().find(|name| *name == wanted).or(names().last()).unwrap_or("portable").to_owned()
+}
+
+#[cfg(not(target_arch = "x86_64"))]
+fn instruction_set() -> String {
+    "portable".to_owned()
 }

@@ -33,17 +33,16 @@ pub(crate) fn stderr_is_terminal() -> bool {
 pub(crate) fn print_pieces(
     pieces: impl Iterator<Item = qwen2_core::Result<Piece>>,
 ) -> Result<(), Failure> {
+    let mut outcome = Ok(());
     for piece in pieces {
         match piece {
             Ok(piece) if piece.text.is_empty() => {}
             Ok(piece) => print(&piece.text)?,
-            Err(error) => {
-                print("\n")?;
-                return Err(error.into());
-            }
+            Err(error) => outcome = Err(error.into()), // the last item
         }
     }
-    print("\n")
+    print("\n")?;
+    outcome
 }
 
 /// The line about an answer, for people: `[12 tokens, 34.5 tokens/s]`.
