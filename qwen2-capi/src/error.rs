@@ -1,11 +1,13 @@
 //! Status codes and error objects.
 
+use std::collections::BTreeMap;
 use std::ffi::{CString, c_char};
 use std::path::Path;
+use std::sync::OnceLock;
 
 use qwen2_core::ErrorKind;
 
-use crate::fence::{self, Outcome};
+use crate::fence;
 use crate::values::{c_string, pointer};
 
 /// `QWEN2_OK`, `QWEN2_DONE` or one of `QWEN2_ERROR_*`. Values only get added.
@@ -62,7 +64,7 @@ impl qwen2_error {
     pub(crate) fn invalid(key: &str, what: &str, why: Option<String>, help: &str) -> Box<Self> {
         let why = why.map(|why| format!(": {why}")).unwrap_or_default();
         Box::new(Self {
-            kind: fence::BAD_ARGUMENT,
+            kind: ErrorKind::InvalidArgument,
             message: c_string(&format!("{what}: {key}{why}")),
             help: Some(c_string(help)),
             path: None,
@@ -143,17 +145,16 @@ pub unsafe extern "C" fn qwen2_error_free(error: *mut qwen2_error) {
 /// freed.
 #[unsafe(no_mangle)]
 pub extern "C" fn qwen2_status_name(status: qwen2_status) -> *const c_char {
-    static NAMES: std::sync::OnceLock<Vec<CString>> = std::sync::OnceLock::new();
-    let name: Outcome<_> = Ok(match status {
+    static NAMES: OnceLock<BTreeMap<qwen2_status, CString>> = OnceLock::new();
+    match status {
         QWEN2_OK => c"ok".as_ptr(),
         QWEN2_DONE => c"done".as_ptr(),
         code => {
-            let names = NAMES.get_or_init(|| ErrorKind::ALL.iter().map(|kind| c_string(kind.name())).collect());
-            let position = ErrorKind::ALL.iter().position(|kind| kind.code() == code);
-            position.map_or(c"unknown".as_ptr(), |position| names[position].as_ptr())
+            let rows = || ErrorKind::ALL.iter().map(|kind| (kind.code(), c_string(kind.name())));
+            let names = NAMES.get_or_init(|| rows().collect());
+            names.get(&code).map_or(c"unknown".as_ptr(), |name| name.as_ptr())
         }
-    });
-    fence::silent(c"unknown".as_ptr(), || name)
+    }
 }
 
 #[cfg(test)]

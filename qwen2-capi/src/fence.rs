@@ -8,8 +8,6 @@ use std::panic::{AssertUnwindSafe, PanicHookInfo, catch_unwind};
 use std::ptr::NonNull;
 use std::sync::{Once, PoisonError, RwLock};
 
-use qwen2_core::ErrorKind;
-
 use crate::error::{QWEN2_OK, qwen2_error, qwen2_status};
 use crate::log;
 
@@ -241,6 +239,18 @@ pub(crate) unsafe fn text<'a>(text: *const c_char, len: usize, name: &'static st
     })
 }
 
+/// A path of the caller: text without NUL.
+pub(crate) unsafe fn path<'a>(path: *const c_char, len: usize) -> Outcome<&'a str> {
+    let path = text(path, len, "path")?;
+    match path.find('\0') {
+        None => Ok(path),
+        Some(at) => {
+            let why = format!("byte {at}");
+            Err(qwen2_error::invalid("path", "path holds NUL", Some(why), "no file has such a name"))
+        }
+    }
+}
+
 /// An array of the caller; NULL is an empty one.
 pub(crate) unsafe fn slice<'a, T>(items: *const T, n: usize, name: &'static str) -> Outcome<&'a [T]> {
     if n == 0 {
@@ -260,9 +270,6 @@ pub(crate) unsafe fn slice<'a, T>(items: *const T, n: usize, name: &'static str)
 impl Handle for qwen2_error {
     const TYPE: &'static str = "qwen2_error";
 }
-
-/// The kind that all of the above report.
-pub(crate) const BAD_ARGUMENT: ErrorKind = ErrorKind::InvalidArgument;
 
 #[cfg(test)]
 #[allow(clippy::unwrap_used)] // a panic is how a test fails

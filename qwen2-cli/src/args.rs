@@ -39,6 +39,9 @@ pub(crate) struct LoadArgs {
     /// Pack the weights into q8 (8.5 bits) or q4 (4.5 bits) while loading.
     #[arg(long)]
     pub(crate) quantize: Option<String>,
+    /// What prefill multiplies bf16 weights in, f32 or bf16 [default: f32].
+    #[arg(long)]
+    pub(crate) activations: Option<String>,
     /// Tokens of prompt and answer together [default: all the model can].
     #[arg(long)]
     pub(crate) context_length: Option<usize>,
@@ -174,6 +177,9 @@ pub(crate) struct BenchArgs {
     /// f32, bf16, f16, q8 or q4 [default: bf16 for a shape, as stored for a model].
     #[arg(long)]
     pub(crate) precision: Option<String>,
+    /// What prefill multiplies bf16 weights in, f32 or bf16 [default: f32].
+    #[arg(long)]
+    pub(crate) activations: Option<String>,
     /// Tokens of the prompt.
     #[arg(long, default_value_t = 512)]
     pub(crate) prompt: usize,

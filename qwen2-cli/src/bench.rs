@@ -56,6 +56,7 @@ pub(crate) fn run(args: &BenchArgs) -> Result<(), Failure> {
         device: args.device.clone(),
         dtype: precision.and_then(Precision::dtype).map(|dtype| dtype.name().to_owned()),
         quantize: precision.and_then(Precision::quantization).map(|q| q.name().to_owned()),
+        activations: args.activations.clone(),
         context_length: None,
         threads: args.threads,
     };
@@ -216,6 +217,7 @@ fn report(
     json!({
         "model": name,
         "precision": precision.name(),
+        "activations": args.activations.as_deref().unwrap_or(DType::F32.name()),
         "device": model.device().to_string(),
         "threads": model.threads(),
         "prompt": args.prompt,

@@ -153,7 +153,7 @@ fn loading_options_reach_the_library() {
     let with = |args: &[&str]| qwen2(&[&["generate", &tied, "hello", "--max-new-tokens", "4"], args].concat());
     for args in [
         &["--device", "cpu", "--threads", "1"][..],
-        &["--dtype", "bf16", "--context-length", "64"],
+        &["--dtype", "bf16", "--activations", "bf16", "--context-length", "64"],
         &["--quantize", "q8", "--top-k", "5", "--top-p", "0.9", "--min-p", "0.01", "--repetition-penalty", "1.1"],
     ] {
         let outcome = with(args);
@@ -339,7 +339,7 @@ fn bench_reports_what_the_documentation_names() {
         assert_eq!(
             keys(&value),
             [
-                "model", "precision", "device", "threads", "prompt", "new", "repeat", "load_s", "prefill_tokens_per_s",
+                "model", "precision", "activations", "device", "threads", "prompt", "new", "repeat", "load_s", "prefill_tokens_per_s",
                 "decode_tokens_per_s", "first_token_s", "weight_bytes_per_token", "resident_bytes",
                 "bandwidth_bytes_per_s", "decode_bandwidth_share",
             ]

@@ -18,7 +18,7 @@ fn held_out_questions_are_answered_right_and_as_by_the_reference() {
     let model = load(demo());
     let options = GenerateOptions::greedy().max_new_tokens(200);
     let mut right: BTreeMap<String, (usize, usize)> = BTreeMap::new();
-    for case in evaluation["cases"].as_array().unwrap() {
+    for case in evaluation["questions"].as_array().unwrap() {
         let messages = messages(&case["messages"]);
         let prompt = model.tokenizer().encode_chat(&messages, true).unwrap();
         assert_eq!(prompt, ids(&case["prompt_tokens"]));

@@ -1,0 +1,166 @@
+//! Settings for loading a model.
+
+use std::ffi::{c_char, c_void};
+use std::ops::ControlFlow;
+
+use qwen2_core::{DType, Device, ModelBuilder, Progress, Quantization};
+
+use crate::error::{QWEN2_OK, qwen2_error, qwen2_status};
+use crate::fence::{self, Handle, Outcome};
+
+/// Settings for loading a model; what is not set has its default.
+#[derive(Default)]
+pub struct qwen2_load_options {
+    device: Option<Device>,
+    dtype: Option<DType>,
+    quantize: Option<Quantization>,
+    context_length: Option<usize>,
+    threads: Option<usize>,
+    progress: Option<Callback>,
+}
+
+impl Handle for qwen2_load_options {
+    const TYPE: &'static str = "qwen2_load_options";
+}
+
+/// Called while a model loads, with the bytes done and in all, on the thread that loads, and never
+/// after `qwen2_model_load` has returned. Returns 0 to go on; anything else stops the loading, which
+/// then fails with `QWEN2_ERROR_CANCELLED`. A download counts first, then the weights count anew.
+/// It must return: no `longjmp`, no C++ exception.
+pub type qwen2_progress_fn =
+    Option<unsafe extern "C" fn(bytes_done: u64, bytes_total: u64, user_data: *mut c_void) -> i32>;
+
+#[derive(Clone, Copy)]
+struct Callback {
+    call: unsafe extern "C" fn(u64, u64, *mut c_void) -> i32,
+    user_data: *mut c_void,
+}
+
+// SAFETY: the builder asks for it, but the core calls it on the thread that called us only.
+unsafe impl Send for Callback {}
+
+impl Callback {
+    fn run(&self, progress: Progress) -> ControlFlow<()> {
+        // SAFETY: the caller gave a function of this signature, and `user_data` for it.
+        match unsafe { (self.call)(progress.bytes_done, progress.bytes_total, self.user_data) } {
+            0 => ControlFlow::Continue(()),
+            _ => ControlFlow::Break(()),
+        }
+    }
+}
+
+impl qwen2_load_options {
+    pub(crate) fn apply(&self, mut builder: ModelBuilder) -> ModelBuilder {
+        if let Some(device) = &self.device {
+            builder = builder.device(device.clone());
+        }
+        if let Some(dtype) = self.dtype {
+            builder = builder.dtype(dtype);
+        }
+        if let Some(quantize) = self.quantize {
+            builder = builder.quantize(quantize);
+        }
+        if let Some(n_tokens) = self.context_length {
+            builder = builder.context_length(n_tokens);
+        }
+        if let Some(n) = self.threads {
+            builder = builder.threads(n);
+        }
+        if let Some(callback) = self.progress {
+            builder = builder.progress(move |progress| callback.run(progress));
+        }
+        builder
+    }
+}
+
+/// New settings, nothing set. Freed with `qwen2_load_options_free`.
+#[unsafe(no_mangle)]
+pub extern "C" fn qwen2_load_options_new() -> *mut qwen2_load_options {
+    fence::silent(std::ptr::null_mut(), || Ok(fence::give(qwen2_load_options::default())))
+}
+
+/// Frees the settings; NULL is allowed. Models loaded with them are not affected.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn qwen2_load_options_free(options: *mut qwen2_load_options) {
+    fence::free(options);
+}
+
+/// Where to compute: "auto" (the default), "cpu", "cuda", "vulkan", "metal", "wgpu", "webgpu" or
+/// "ndarray"; GPUs take an index, as in "cuda:1". `qwen2_devices` says which of them this build has.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn qwen2_load_options_set_device(
+    options: *mut qwen2_load_options,
+    device: *const c_char,
+    len: usize,
+    error: *mut *mut qwen2_error,
+) -> qwen2_status {
+    fence::entry(error, || {
+        let options = fence::borrow_mut(options)?;
+        options.device = Some(parse(device, len, "device")?);
+        Ok(QWEN2_OK)
+    })
+}
+
+/// The precision to keep the weights in: "f32", "f16" or "bf16"; default: as stored.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn qwen2_load_options_set_dtype(
+    options: *mut qwen2_load_options,
+    dtype: *const c_char,
+    len: usize,
+    error: *mut *mut qwen2_error,
+) -> qwen2_status {
+    fence::entry(error, || {
+        let options = fence::borrow_mut(options)?;
+        options.dtype = Some(parse(dtype, len, "dtype")?);
+        Ok(QWEN2_OK)
+    })
+}
+
+/// Packs the weights into fewer bits while loading: "q8" or "q4"; default: as stored.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn qwen2_load_options_set_quantize(
+    options: *mut qwen2_load_options,
+    quantize: *const c_char,
+    len: usize,
+    error: *mut *mut qwen2_error,
+) -> qwen2_status {
+    fence::entry(error, || {
+        let options = fence::borrow_mut(options)?;
+        options.quantize = Some(parse(quantize, len, "quantize")?);
+        Ok(QWEN2_OK)
+    })
+}
+
+/// Tokens that prompt and answer may have together, at most what the model was made for; default:
+/// all of it. Checked when a model is loaded.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn qwen2_load_options_set_context_length(options: *mut qwen2_load_options, n_tokens: usize) {
+    fence::change(options, |options| options.context_length = Some(n_tokens));
+}
+
+/// Threads on the processor, 1 to 1024; default: as many as affinity and cgroup allow. Checked when a
+/// model is loaded.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn qwen2_load_options_set_threads(options: *mut qwen2_load_options, n_threads: usize) {
+    fence::change(options, |options| options.threads = Some(n_threads));
+}
+
+/// Who hears how far loading is; NULL: nobody, the default. `user_data` is borrowed until every
+/// `qwen2_model_load` with these settings has returned.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn qwen2_load_options_set_progress(
+    options: *mut qwen2_load_options,
+    progress: qwen2_progress_fn,
+    user_data: *mut c_void,
+) {
+    fence::change(options, |options| {
+        options.progress = progress.map(|call| Callback { call, user_data });
+    });
+}
+
+unsafe fn parse<T>(text: *const c_char, len: usize, name: &'static str) -> Outcome<T>
+where
+    T: std::str::FromStr<Err = qwen2_core::Error>,
+{
+    Ok(fence::text(text, len, name)?.parse()?)
+}

@@ -1,0 +1,169 @@
+//! Settings of one generation, and the switch that ends it.
+
+use std::ffi::c_char;
+
+use qwen2_core::{CancelToken, GenerateOptions};
+
+use crate::error::{QWEN2_OK, qwen2_error, qwen2_status};
+use crate::fence::{self, Handle, Outcome};
+
+/// Settings of a generation. What is not set is as the checkpoint's `generation_config.json` says,
+/// then as the setter says. Values are checked when a generation starts; the error names the field.
+/// Filters work in this order: repetition_penalty, temperature, top_k, top_p, min_p.
+pub struct qwen2_options(GenerateOptions);
+
+/// A switch that ends generations from any thread. It has no way back: one for each generation.
+pub struct qwen2_cancel(pub(crate) CancelToken);
+
+impl Handle for qwen2_options {
+    const TYPE: &'static str = "qwen2_options";
+}
+
+impl Handle for qwen2_cancel {
+    const TYPE: &'static str = "qwen2_cancel";
+}
+
+/// The settings behind a handle; NULL stands for none set.
+pub(crate) unsafe fn or_default(options: *const qwen2_options) -> Outcome<GenerateOptions> {
+    Ok(fence::borrow_optional(options)?.map(|options| options.0.clone()).unwrap_or_default())
+}
+
+unsafe fn set(options: *mut qwen2_options, body: impl FnOnce(&mut GenerateOptions)) {
+    fence::change(options, |options| body(&mut options.0));
+}
+
+/// New settings, nothing set: everything as the checkpoint says. Freed with `qwen2_options_free`.
+#[unsafe(no_mangle)]
+pub extern "C" fn qwen2_options_new() -> *mut qwen2_options {
+    fence::silent(std::ptr::null_mut(), || Ok(fence::give(qwen2_options(GenerateOptions::new()))))
+}
+
+/// New settings that take the likeliest token every time, without a penalty: the same text on every
+/// run. Freed with `qwen2_options_free`.
+#[unsafe(no_mangle)]
+pub extern "C" fn qwen2_options_new_greedy() -> *mut qwen2_options {
+    fence::silent(std::ptr::null_mut(), || Ok(fence::give(qwen2_options(GenerateOptions::greedy()))))
+}
+
+/// A copy of the settings, freed with `qwen2_options_free`; NULL for a handle that is none.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn qwen2_options_clone(options: *const qwen2_options) -> *mut qwen2_options {
+    fence::read(options, std::ptr::null_mut(), |options| fence::give(qwen2_options(options.0.clone())))
+}
+
+/// Frees the settings; NULL is allowed. Streams that were made with them go on.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn qwen2_options_free(options: *mut qwen2_options) {
+    fence::free(options);
+}
+
+/// Most tokens to produce, at least 1. Default: to the end of the context.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn qwen2_options_set_max_new_tokens(options: *mut qwen2_options, max_new_tokens: usize) {
+    set(options, |options| options.max_new_tokens = Some(max_new_tokens));
+}
+
+/// Divides the logits, 0 to 100; 0 takes the likeliest token every time. Default: 1.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn qwen2_options_set_temperature(options: *mut qwen2_options, temperature: f32) {
+    set(options, |options| options.temperature = Some(temperature));
+}
+
+/// Keeps the k likeliest tokens, at least 1. Default: all.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn qwen2_options_set_top_k(options: *mut qwen2_options, top_k: usize) {
+    set(options, |options| options.top_k = Some(top_k));
+}
+
+/// Keeps the likeliest tokens that together have this probability, above 0 to 1. Default: 1.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn qwen2_options_set_top_p(options: *mut qwen2_options, top_p: f32) {
+    set(options, |options| options.top_p = Some(top_p));
+}
+
+/// Drops tokens less likely than this share of the likeliest one, 0 to 1. Default: 0.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn qwen2_options_set_min_p(options: *mut qwen2_options, min_p: f32) {
+    set(options, |options| options.min_p = Some(min_p));
+}
+
+/// Makes tokens of the prompt and of the output less likely (above 1) or likelier (below 1); above 0.
+/// Default: 1.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn qwen2_options_set_repetition_penalty(options: *mut qwen2_options, penalty: f32) {
+    set(options, |options| options.repetition_penalty = Some(penalty));
+}
+
+/// Same seed, same logits, same tokens. Default: from the operating system.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn qwen2_options_set_seed(options: *mut qwen2_options, seed: u64) {
+    set(options, |options| options.seed = Some(seed));
+}
+
+/// Not 0: goes on after the checkpoint's end tokens; stop strings and stop tokens still end it.
+/// Default: 0.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn qwen2_options_set_ignore_eos(options: *mut qwen2_options, ignore_eos: i32) {
+    set(options, |options| options.ignore_eos = ignore_eos != 0);
+}
+
+/// One more string that ends the generation and is not part of its text: at most 64 of at most 4096
+/// bytes. The text is copied.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn qwen2_options_add_stop(
+    options: *mut qwen2_options,
+    text: *const c_char,
+    len: usize,
+    error: *mut *mut qwen2_error,
+) -> qwen2_status {
+    fence::entry(error, || {
+        let options = fence::borrow_mut(options)?;
+        options.0.stop.push(fence::text(text, len, "stop")?.to_owned());
+        Ok(QWEN2_OK)
+    })
+}
+
+/// One more token that ends the generation, besides the checkpoint's own.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn qwen2_options_add_stop_token_id(options: *mut qwen2_options, token: u32) {
+    set(options, |options| options.stop_token_ids.push(token));
+}
+
+/// The switch of the generations made with these settings; shared, not moved: both handles are freed
+/// on their own. NULL takes it away.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn qwen2_options_set_cancel(options: *mut qwen2_options, cancel: *const qwen2_cancel) {
+    fence::silent((), || {
+        let cancel = fence::borrow_optional(cancel)?.map(|cancel| cancel.0.clone());
+        fence::borrow_mut(options)?.0.cancel = cancel;
+        Ok(())
+    });
+}
+
+/// A switch that is off. Freed with `qwen2_cancel_free`.
+#[unsafe(no_mangle)]
+pub extern "C" fn qwen2_cancel_new() -> *mut qwen2_cancel {
+    fence::silent(std::ptr::null_mut(), || Ok(fence::give(qwen2_cancel(CancelToken::new()))))
+}
+
+/// Ends every generation that has this switch, after the token it is working on; it then has the
+/// finish reason CANCELLED and keeps its text. From any thread, and from a signal handler: it is one
+/// atomic store, and therefore the one function that does not check its handle beyond NULL.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn qwen2_cancel_now(cancel: *const qwen2_cancel) {
+    if let Some(cancel) = cancel.as_ref() {
+        cancel.0.cancel();
+    }
+}
+
+/// 1 if `qwen2_cancel_now` was called, else 0.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn qwen2_cancel_is_cancelled(cancel: *const qwen2_cancel) -> i32 {
+    fence::read(cancel, 0, |cancel| i32::from(cancel.0.is_cancelled()))
+}
+
+/// Frees the handle; NULL is allowed. Generations that have the switch go on.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn qwen2_cancel_free(cancel: *mut qwen2_cancel) {
+    fence::free(cancel);
+}
