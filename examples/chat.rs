@@ -1,19 +1,52 @@
-//! A conversation that the program keeps itself: all messages go in, the next answer comes out.
+//! Answers a conversation and says what it took.
 //!
-//! `cargo run --release -p qwen2-core --example chat [MODEL]`
+//!     cargo run --release -p qwen2-core --example chat [MODEL [QUESTION]]
+#![allow(clippy::print_stdout, clippy::print_stderr)] // a program prints
 
-use qwen2_core::{GenerateOptions, Message, Model};
+use std::ops::ControlFlow;
 
-fn main() -> qwen2_core::Result<()> {
-    let model = std::env::args().nth(1).unwrap_or_else(|| "examples/demo-model".to_owned());
-    let model = Model::load(model)?;
-    let options = GenerateOptions::greedy().max_new_tokens(64);
-    let mut messages = vec![Message::system("You are a helpful assistant.")];
-    for question in ["Which is larger, 7 or 9?", "Count from 3 to 8."] {
-        messages.push(Message::user(question));
-        let answer = model.chat(&messages, &options)?;
-        println!("> {question}\n{}", answer.text);
-        messages.push(Message::assistant(answer.text));
+use qwen2_core::{Error, GenerateOptions, Message, Model, Progress, Result};
+
+fn main() {
+    if let Err(error) = run() {
+        eprintln!("{error}");
+        if let Some(help) = error.help() {
+            eprintln!("help: {help}");
+        }
+        std::process::exit(1);
     }
+}
+
+fn run() -> Result<(), Error> {
+    let mut arguments = std::env::args().skip(1);
+    let directory = arguments
+        .next()
+        .unwrap_or_else(|| "examples/demo-model".to_owned());
+    let question = arguments
+        .next()
+        .unwrap_or_else(|| "What comes after Monday?".to_owned());
+
+    let model = Model::builder(directory).progress(show).load()?;
+    eprintln!();
+
+    let messages = [
+        Message::system("You are a helpful assistant."),
+        Message::user(question),
+    ];
+    let options = GenerateOptions::new().max_new_tokens(32).temperature(0.0);
+    let answer = model.chat(&messages, &options)?;
+    println!("{}", answer.text);
+    eprintln!(
+        "{} tokens read, {} written, {:.0} tokens/s",
+        answer.usage.prompt_tokens,
+        answer.usage.completion_tokens,
+        answer.timings.decode_tokens_per_s
+    );
     Ok(())
+}
+
+fn show(progress: Progress) -> ControlFlow<()> {
+    let share = progress.bytes_done as f64 / progress.bytes_total.max(1) as f64;
+    eprint!("\rloading: {:3.0} %", 100.0 * share);
+    ControlFlow::Continue(())
 }

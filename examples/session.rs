@@ -1,19 +1,23 @@
-//! A conversation that keeps its cache: what was said is not read again.
+//! A conversation of two turns: the second one only reads what is new.
 //!
-//! `cargo run --release -p qwen2-core --example session [MODEL]`
+//!     cargo run --release -p qwen2-core --example session [MODEL]
 
-use qwen2_core::{GenerateOptions, Message, Model};
+use qwen2_core::{GenerateOptions, Message, Model, Result};
 
-fn main() -> qwen2_core::Result<()> {
-    let model = std::env::args().nth(1).unwrap_or_else(|| "examples/demo-model".to_owned());
-    let model = Model::load(model)?;
-    let options = GenerateOptions::greedy().max_new_tokens(64);
-    let mut session = model.session();
-    for question in ["What is 12 plus 30?", "What is 50 minus 8?"] {
+fn main() -> Result<()> {
+    let directory = std::env::args()
+        .nth(1)
+        .unwrap_or_else(|| "examples/demo-model".to_owned());
+    let mut session = Model::load(directory)?.session();
+    let options = GenerateOptions::greedy().max_new_tokens(24);
+    for question in ["What is 2 + 3?", "What is 7 - 4?"] {
         session.append([Message::user(question)])?;
         let answer = session.generate(&options)?;
         println!("> {question}\n{}", answer.text);
-        println!("  {} prompt tokens, {} of them cached", answer.usage.prompt_tokens, answer.usage.cached_tokens);
+        println!(
+            "({} of {} tokens were read before)",
+            answer.usage.cached_tokens, answer.usage.prompt_tokens
+        );
     }
     Ok(())
 }

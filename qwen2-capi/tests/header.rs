@@ -5,8 +5,8 @@ use std::path::Path;
 
 /// In the order of the header.
 const SOURCES: [&str; 12] = [
-    "lib", "error", "values", "load", "model", "prompt", "options", "generation", "stream", "session",
-    "tokenizer", "log",
+    "version", "error", "load", "model", "prompt", "options", "generation", "stream", "session",
+    "tokenizer", "values", "log",
 ];
 
 #[test]
@@ -18,7 +18,8 @@ fn header_is_up_to_date() {
     });
     let mut rendered = Vec::new();
     builder.generate().unwrap().write(&mut rendered);
-    let rendered = String::from_utf8(rendered).unwrap();
+    // A macro is safe in every expression with its parentheses only; cbindgen drops them.
+    let rendered = String::from_utf8(rendered).unwrap().replace("QWEN2_DONE -1", "QWEN2_DONE (-1)");
     let path = root.join("../include/qwen2.h");
     if std::env::var_os("QWEN2_BLESS").is_some() {
         std::fs::write(&path, &rendered).unwrap();
@@ -32,7 +33,7 @@ fn every_source_file_is_in_the_header() {
     let source = std::fs::read_dir(Path::new(env!("CARGO_MANIFEST_DIR")).join("src")).unwrap();
     for file in source {
         let name = file.unwrap().path().file_stem().unwrap().to_str().unwrap().to_owned();
-        let known = SOURCES.contains(&&*name) || name == "fence";
+        let known = SOURCES.contains(&&*name) || ["lib", "fence"].contains(&&*name);
         assert!(known, "{name}.rs is not listed here");
     }
 }

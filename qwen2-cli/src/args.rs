@@ -84,7 +84,11 @@ pub(crate) struct SampleArgs {
 
 impl SampleArgs {
     pub(crate) fn options(&self) -> GenerateOptions {
-        let mut options = if self.greedy { GenerateOptions::greedy() } else { GenerateOptions::new() };
+        let mut options = if self.greedy {
+            GenerateOptions::greedy()
+        } else {
+            GenerateOptions::new()
+        };
         options.max_new_tokens = self.max_new_tokens;
         options.temperature = self.temperature.or(options.temperature);
         options.top_k = self.top_k;
@@ -213,7 +217,10 @@ mod tests {
     #[test]
     fn what_is_not_given_stays_unset() {
         assert_eq!(SampleArgs::default().options(), GenerateOptions::new());
-        let greedy = SampleArgs { greedy: true, ..SampleArgs::default() };
+        let greedy = SampleArgs {
+            greedy: true,
+            ..SampleArgs::default()
+        };
         assert_eq!(greedy.options(), GenerateOptions::greedy());
     }
 }

@@ -40,7 +40,9 @@ fn sum(numbers: &[u64]) -> u64 {
             *sum = sum.wrapping_add(*number);
         }
     }
-    sums.iter().chain(rest).fold(0, |sum, number| sum.wrapping_add(*number))
+    sums.iter()
+        .chain(rest)
+        .fold(0, |sum, number| sum.wrapping_add(*number))
 }
 
 /// The middle of the values, or the mean of the two in the middle; 0 of none.

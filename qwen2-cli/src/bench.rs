@@ -9,8 +9,8 @@ use serde_json::{Value, json};
 use crate::args::{BenchArgs, LoadArgs};
 use crate::bandwidth::{median, read_bytes_per_s};
 use crate::failure::Failure;
-use crate::output::{self, human_bytes};
 use crate::load;
+use crate::output::{self, human_bytes};
 
 /// Name, hidden_size, intermediate_size, num_hidden_layers, num_attention_heads,
 /// num_key_value_heads, vocab_size, tie_word_embeddings: the published config.json files.
@@ -41,7 +41,11 @@ pub(crate) fn run(args: &BenchArgs) -> Result<(), Failure> {
     check(args)?;
     let precision = args.precision.as_deref().map(precision).transpose()?;
     let (name, builder, precision) = match &args.model {
-        Some(model) => (model.to_string_lossy().into_owned(), Model::builder(load::source(model)), precision),
+        Some(model) => (
+            model.to_string_lossy().into_owned(),
+            Model::builder(load::source(model)),
+            precision,
+        ),
         None => {
             let name = args.shape.as_deref().unwrap_or("0.5b");
             let config = shape(name)?;
@@ -54,8 +58,12 @@ pub(crate) fn run(args: &BenchArgs) -> Result<(), Failure> {
     };
     let load_args = LoadArgs {
         device: args.device.clone(),
-        dtype: precision.and_then(Precision::dtype).map(|dtype| dtype.name().to_owned()),
-        quantize: precision.and_then(Precision::quantization).map(|q| q.name().to_owned()),
+        dtype: precision
+            .and_then(Precision::dtype)
+            .map(|dtype| dtype.name().to_owned()),
+        quantize: precision
+            .and_then(Precision::quantization)
+            .map(|q| q.name().to_owned()),
         activations: args.activations.clone(),
         context_length: None,
         threads: args.threads,
@@ -65,7 +73,9 @@ pub(crate) fn run(args: &BenchArgs) -> Result<(), Failure> {
     let load_s = start.elapsed().as_secs_f64();
     // The first run pays for pages and threads that later ones find ready.
     generate(&model, args.prompt.min(16), 2)?.finish()?;
-    let runs = (0..args.repeat).map(|_| measure(&model, args)).collect::<Result<Vec<_>, _>>()?;
+    let runs = (0..args.repeat)
+        .map(|_| measure(&model, args))
+        .collect::<Result<Vec<_>, _>>()?;
     let report = report(args, &model, &name, precision, load_s, &runs);
     match args.json {
         true => output::print_json(&report),
@@ -74,9 +84,16 @@ pub(crate) fn run(args: &BenchArgs) -> Result<(), Failure> {
 }
 
 fn check(args: &BenchArgs) -> Result<(), Failure> {
-    for (name, value, least) in [("prompt", args.prompt, 1), ("new", args.new, 2), ("repeat", args.repeat, 1)] {
+    for (name, value, least) in [
+        ("prompt", args.prompt, 1),
+        ("new", args.new, 2),
+        ("repeat", args.repeat, 1),
+    ] {
         if value < least {
-            return Err(Failure::usage(format!("{name} is {value}"), format!("at least {least}")));
+            return Err(Failure::usage(
+                format!("{name} is {value}"),
+                format!("at least {least}"),
+            ));
         }
     }
     Ok(())
@@ -87,7 +104,10 @@ fn precision(name: &str) -> Result<Precision, Failure> {
         return Ok(Precision::Packed(quantization));
     }
     name.parse().map(Precision::Dense).map_err(|_| {
-        Failure::usage(format!("unknown precision: `{}`", name.escape_debug()), "one of f32, bf16, f16, q8, q4")
+        Failure::usage(
+            format!("unknown precision: `{}`", name.escape_debug()),
+            "one of f32, bf16, f16, q8, q4",
+        )
     })
 }
 
@@ -129,7 +149,10 @@ impl Precision {
 fn shape(name: &str) -> Result<ModelConfig, Failure> {
     let Some(row) = SHAPES.iter().find(|row| row.0 == name) else {
         let names = SHAPES.map(|row| row.0).join(", ");
-        return Err(Failure::usage(format!("unknown shape: `{}`", name.escape_debug()), format!("one of {names}")));
+        return Err(Failure::usage(
+            format!("unknown shape: `{}`", name.escape_debug()),
+            format!("one of {names}"),
+        ));
     };
     let &(name, hidden, intermediate, layers, heads, kv_heads, vocab, tied) = row;
     let mut config = json!({
@@ -151,7 +174,10 @@ fn shape(name: &str) -> Result<ModelConfig, Failure> {
             config[key] = value;
         }
     }
-    Ok(ModelConfig::from_json(config.to_string().as_bytes(), Path::new(name))?)
+    Ok(ModelConfig::from_json(
+        config.to_string().as_bytes(),
+        Path::new(name),
+    )?)
 }
 
 /// Refuses what the system would kill this program for.
@@ -164,17 +190,29 @@ fn check_memory(config: &ModelConfig, precision: Precision) -> Result<(), Failur
     let needed = (config.parameter_count() as f64 * bits / 8.0) as u64;
     match status_bytes("/proc/meminfo", "MemAvailable:") {
         Some(available) if needed > available => Err(Failure::new(
-            format!("not enough memory: the weights take {}, {} are free", human_bytes(needed), human_bytes(available)),
+            format!(
+                "not enough memory: the weights take {}, {} are free",
+                human_bytes(needed),
+                human_bytes(available)
+            ),
             "choose a smaller shape or precision",
         )),
         _ => Ok(()),
     }
 }
 
-fn generate(model: &Model, n_prompt: usize, n_new: usize) -> Result<qwen2_core::TokenStream, Failure> {
+fn generate(
+    model: &Model,
+    n_prompt: usize,
+    n_new: usize,
+) -> Result<qwen2_core::TokenStream, Failure> {
     let vocab_size = model.config().vocab_size;
-    let prompt: Vec<u32> = (0..n_prompt).map(|i| ((i * 7919 + 13) % vocab_size) as u32).collect();
-    let options = GenerateOptions::greedy().max_new_tokens(n_new).ignore_eos(true);
+    let prompt: Vec<u32> = (0..n_prompt)
+        .map(|i| ((i * 7919 + 13) % vocab_size) as u32)
+        .collect();
+    let options = GenerateOptions::greedy()
+        .max_new_tokens(n_new)
+        .ignore_eos(true);
     Ok(model.stream(prompt, &options)?)
 }
 
@@ -237,18 +275,63 @@ fn report(
 
 fn lines(report: &Value) -> String {
     let number = |key: &str| report[key].as_f64().unwrap_or(f64::NAN);
-    let bytes = |key: &str| report[key].as_f64().map_or_else(|| "unknown".to_owned(), |n| human_bytes(n as u64));
+    let bytes = |key: &str| {
+        report[key]
+            .as_f64()
+            .map_or_else(|| "unknown".to_owned(), |n| human_bytes(n as u64))
+    };
     let rows = [
-        ("model", format!("{} {} on {}, {} threads", text(&report["model"]), text(&report["precision"]), text(&report["device"]), report["threads"])),
+        (
+            "model",
+            format!(
+                "{} {} on {}, {} threads",
+                text(&report["model"]),
+                text(&report["precision"]),
+                text(&report["device"]),
+                report["threads"]
+            ),
+        ),
         ("load", format!("{:.2} s", number("load_s"))),
-        ("prefill", format!("{:.1} tokens/s over {} tokens", number("prefill_tokens_per_s"), report["prompt"])),
+        (
+            "prefill",
+            format!(
+                "{:.1} tokens/s over {} tokens",
+                number("prefill_tokens_per_s"),
+                report["prompt"]
+            ),
+        ),
         ("first token", format!("{:.3} s", number("first_token_s"))),
-        ("decode", format!("{:.1} tokens/s over {} tokens", number("decode_tokens_per_s"), report["new"])),
-        ("weights", format!("{} read for each token", bytes("weight_bytes_per_token"))),
-        ("memory", format!("{} read in a second, {} resident", bytes("bandwidth_bytes_per_s"), bytes("resident_bytes"))),
-        ("share", format!("{:.1} % of the memory's speed in decode", 100.0 * number("decode_bandwidth_share"))),
+        (
+            "decode",
+            format!(
+                "{:.1} tokens/s over {} tokens",
+                number("decode_tokens_per_s"),
+                report["new"]
+            ),
+        ),
+        (
+            "weights",
+            format!("{} read for each token", bytes("weight_bytes_per_token")),
+        ),
+        (
+            "memory",
+            format!(
+                "{} read in a second, {} resident",
+                bytes("bandwidth_bytes_per_s"),
+                bytes("resident_bytes")
+            ),
+        ),
+        (
+            "share",
+            format!(
+                "{:.1} % of the memory's speed in decode",
+                100.0 * number("decode_bandwidth_share")
+            ),
+        ),
     ];
-    rows.iter().map(|(name, value)| format!("{name:<14}{value}\n")).collect()
+    rows.iter()
+        .map(|(name, value)| format!("{name:<14}{value}\n"))
+        .collect()
 }
 
 fn text(value: &Value) -> &str {
@@ -270,9 +353,18 @@ mod tests {
 
     #[test]
     fn shapes_have_the_published_parameter_counts() {
-        for (name, billions) in [("0.5b", 0.494), ("1.5b", 1.544), ("7b", 7.616), ("57b-a14b", 57.41), ("72b", 72.71)] {
+        for (name, billions) in [
+            ("0.5b", 0.494),
+            ("1.5b", 1.544),
+            ("7b", 7.616),
+            ("57b-a14b", 57.41),
+            ("72b", 72.71),
+        ] {
             let count = shape(name).unwrap().parameter_count() as f64 / 1e9;
-            assert!((count - billions).abs() / billions < 1e-3, "{name}: {count}");
+            assert!(
+                (count - billions).abs() / billions < 1e-3,
+                "{name}: {count}"
+            );
         }
     }
 }

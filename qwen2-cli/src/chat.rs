@@ -15,7 +15,12 @@ pub(crate) fn run(args: &ChatArgs) -> Result<(), Failure> {
     if interactive {
         greet(args, &model);
     }
-    let mut chat = Chat { args, options: args.sample.options(), session: model.session(), model };
+    let mut chat = Chat {
+        args,
+        options: args.sample.options(),
+        session: model.session(),
+        model,
+    };
     let mut failed = false;
     while let Some(line) = read_line(interactive)? {
         match line.trim() {
@@ -41,8 +46,15 @@ pub(crate) fn run(args: &ChatArgs) -> Result<(), Failure> {
 }
 
 fn greet(args: &ChatArgs, model: &Model) {
-    let name = if args.model.is_some() { model.name() } else { "the demo model" };
-    output::note(&format!("{name} on {}; /reset starts over, /exit or Ctrl-D ends", model.device()));
+    let name = if args.model.is_some() {
+        model.name()
+    } else {
+        "the demo model"
+    };
+    output::note(&format!(
+        "{name} on {}; /reset starts over, /exit or Ctrl-D ends",
+        model.device()
+    ));
     if args.model.is_none() {
         output::note("it adds, subtracts, compares, counts and repeats; try: What is 12 plus 30?");
     }
@@ -84,7 +96,8 @@ impl Chat<'_> {
     fn try_answer(&mut self, message: &str) -> Result<(), Failure> {
         let first = self.session.messages().is_empty();
         let system = self.args.system.as_deref().filter(|_| first);
-        self.session.append(output::messages(system, message.to_owned()))?;
+        self.session
+            .append(output::messages(system, message.to_owned()))?;
         let guard = Guard::new();
         let options = self.options.clone().cancel(guard.token());
         let mut stream = self.session.stream(&options)?;

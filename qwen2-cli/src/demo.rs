@@ -11,7 +11,10 @@ use crate::failure::Failure;
 
 macro_rules! file {
     ($name:literal) => {
-        ($name, include_bytes!(concat!("../demo-model/", $name)).as_slice())
+        (
+            $name,
+            include_bytes!(concat!("../demo-model/", $name)).as_slice(),
+        )
     };
 }
 
@@ -36,7 +39,10 @@ pub(crate) fn directory() -> Result<PathBuf, Failure> {
     })?;
     unpack(&cache).map_err(|error| {
         Failure::new(
-            format!("demo model cannot be unpacked: {}: {error}", cache.display()),
+            format!(
+                "demo model cannot be unpacked: {}: {error}",
+                cache.display()
+            ),
             "set XDG_CACHE_HOME to a folder that can be written, or name a model",
         )
     })
@@ -67,7 +73,9 @@ fn unpack(cache: &Path) -> io::Result<PathBuf> {
 
 /// Whether the folder holds just what this program carries.
 fn is_complete(directory: &Path) -> bool {
-    FILES.iter().all(|(name, bytes)| fs::read(directory.join(name)).is_ok_and(|there| there == *bytes))
+    FILES
+        .iter()
+        .all(|(name, bytes)| fs::read(directory.join(name)).is_ok_and(|there| there == *bytes))
 }
 
 /// FNV-1a: the same on every platform and compiler, unlike the standard library's.
@@ -80,7 +88,11 @@ fn hash() -> u64 {
 
 /// Where this system keeps what programs can make again.
 fn cache_directory() -> Option<PathBuf> {
-    let folder = |name: &str| std::env::var_os(name).map(PathBuf::from).filter(|path| path.is_absolute());
+    let folder = |name: &str| {
+        std::env::var_os(name)
+            .map(PathBuf::from)
+            .filter(|path| path.is_absolute())
+    };
     let cache = folder("XDG_CACHE_HOME").or_else(|| {
         if cfg!(windows) {
             folder("LOCALAPPDATA")
@@ -102,13 +114,26 @@ mod tests {
     fn unpacking_twice_writes_once_and_repairs_what_is_broken() {
         let cache = tempfile::tempdir().unwrap();
         let directory = unpack(cache.path()).unwrap();
-        let written = fs::metadata(directory.join("config.json")).unwrap().modified().unwrap();
+        let written = fs::metadata(directory.join("config.json"))
+            .unwrap()
+            .modified()
+            .unwrap();
         assert_eq!(unpack(cache.path()).unwrap(), directory);
-        assert_eq!(fs::metadata(directory.join("config.json")).unwrap().modified().unwrap(), written);
+        assert_eq!(
+            fs::metadata(directory.join("config.json"))
+                .unwrap()
+                .modified()
+                .unwrap(),
+            written
+        );
 
         fs::write(directory.join("model.safetensors"), b"cut off").unwrap();
         assert_eq!(unpack(cache.path()).unwrap(), directory);
         assert!(is_complete(&directory));
-        assert_eq!(fs::read_dir(cache.path()).unwrap().count(), 1, "nothing else is left behind");
+        assert_eq!(
+            fs::read_dir(cache.path()).unwrap().count(),
+            1,
+            "nothing else is left behind"
+        );
     }
 }

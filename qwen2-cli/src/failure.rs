@@ -18,22 +18,37 @@ pub(crate) struct Failure {
 impl Failure {
     /// An error with the way out.
     pub(crate) fn new(message: impl fmt::Display, help: impl Into<String>) -> Self {
-        Self { code: 1, message: Some(message.to_string()), help: Some(help.into()) }
+        Self {
+            code: 1,
+            message: Some(message.to_string()),
+            help: Some(help.into()),
+        }
     }
 
     /// An argument that makes no sense.
     pub(crate) fn usage(message: impl fmt::Display, help: impl Into<String>) -> Self {
-        Self { code: 2, ..Self::new(message, help) }
+        Self {
+            code: 2,
+            ..Self::new(message, help)
+        }
     }
 
     /// An error whose lines are printed already.
     pub(crate) fn reported() -> Self {
-        Self { code: 1, message: None, help: None }
+        Self {
+            code: 1,
+            message: None,
+            help: None,
+        }
     }
 
     /// Ctrl-C: what there was to say has been said.
     pub(crate) fn interrupted() -> Self {
-        Self { code: 130, message: None, help: None }
+        Self {
+            code: 130,
+            message: None,
+            help: None,
+        }
     }
 
     /// Whether it ends a conversation as well: the reader has gone.
@@ -55,8 +70,16 @@ impl Failure {
 
 impl From<Error> for Failure {
     fn from(error: Error) -> Self {
-        let code = if error.kind() == ErrorKind::InvalidArgument { 2 } else { 1 };
-        Self { code, message: Some(error.to_string()), help: error.help().map(str::to_owned) }
+        let code = if error.kind() == ErrorKind::InvalidArgument {
+            2
+        } else {
+            1
+        };
+        Self {
+            code,
+            message: Some(error.to_string()),
+            help: error.help().map(str::to_owned),
+        }
     }
 }
 
@@ -65,8 +88,16 @@ impl From<io::Error> for Failure {
     fn from(error: io::Error) -> Self {
         match error.kind() {
             // `qwen2 … | head -1`: the reader has what it wanted.
-            io::ErrorKind::BrokenPipe => Self { code: 0, message: None, help: None },
-            _ => Self { code: 1, message: Some(error.to_string()), help: None },
+            io::ErrorKind::BrokenPipe => Self {
+                code: 0,
+                message: None,
+                help: None,
+            },
+            _ => Self {
+                code: 1,
+                message: Some(error.to_string()),
+                help: None,
+            },
         }
     }
 }

@@ -38,7 +38,10 @@ pub(crate) fn run(args: &InfoArgs) -> Result<(), Failure> {
     if let Some(wanted) = args.context_length {
         if wanted == 0 || wanted > facts.context_length {
             return Err(Failure::usage(
-                format!("context_length is {wanted}, the model has {}", facts.context_length),
+                format!(
+                    "context_length is {wanted}, the model has {}",
+                    facts.context_length
+                ),
                 "leave it out for all the model can",
             ));
         }
@@ -56,7 +59,9 @@ fn directory_of(model: &OsStr) -> Option<PathBuf> {
     match path.extension() {
         _ if path.is_dir() => Some(path.to_owned()),
         Some(extension) if extension == "safetensors" && path.is_file() => {
-            let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty());
+            let parent = path
+                .parent()
+                .filter(|parent| !parent.as_os_str().is_empty());
             Some(parent.unwrap_or(Path::new(".")).to_owned())
         }
         _ => None,
@@ -66,14 +71,22 @@ fn directory_of(model: &OsStr) -> Option<PathBuf> {
 fn of_directory(directory: &Path) -> Result<Facts, Failure> {
     let path = directory.join("config.json");
     let unreadable = |why: &dyn std::fmt::Display| {
-        Failure::new(format!("cannot be read: {}: {why}", path.display()), "is this the directory of a checkpoint?")
+        Failure::new(
+            format!("cannot be read: {}: {why}", path.display()),
+            "is this the directory of a checkpoint?",
+        )
     };
-    let size = fs::metadata(&path).map_err(|error| unreadable(&error))?.len();
+    let size = fs::metadata(&path)
+        .map_err(|error| unreadable(&error))?
+        .len();
     if size > MAX_CONFIG {
         return Err(unreadable(&format!("{size} bytes, at most {MAX_CONFIG}")));
     }
-    let config = ModelConfig::from_json(&fs::read(&path).map_err(|error| unreadable(&error))?, &path)?;
-    let name = fs::canonicalize(directory).ok().and_then(|path| Some(path.file_name()?.to_string_lossy().into_owned()));
+    let config =
+        ModelConfig::from_json(&fs::read(&path).map_err(|error| unreadable(&error))?, &path)?;
+    let name = fs::canonicalize(directory)
+        .ok()
+        .and_then(|path| Some(path.file_name()?.to_string_lossy().into_owned()));
     Ok(Facts {
         name: name.unwrap_or_else(|| directory.display().to_string()),
         stored_bytes: Some(stored_bytes(directory)?),
@@ -87,7 +100,10 @@ fn stored_bytes(directory: &Path) -> Result<u64, Failure> {
     let mut bytes = 0;
     for entry in fs::read_dir(directory)? {
         let path = entry?.path();
-        if path.extension().is_some_and(|extension| extension == "safetensors") {
+        if path
+            .extension()
+            .is_some_and(|extension| extension == "safetensors")
+        {
             bytes += fs::metadata(&path)?.len();
         }
     }
@@ -96,7 +112,10 @@ fn stored_bytes(directory: &Path) -> Result<u64, Failure> {
 
 /// An id of the hub: its files must be here first, and then loading them is a mapping.
 fn of_loaded(model: &OsStr) -> Result<Facts, Failure> {
-    let args = LoadArgs { device: "cpu".to_owned(), ..LoadArgs::default() };
+    let args = LoadArgs {
+        device: "cpu".to_owned(),
+        ..LoadArgs::default()
+    };
     let model = load::load(Some(model), &args)?;
     Ok(Facts {
         name: model.name().to_owned(),
@@ -109,7 +128,8 @@ fn of_loaded(model: &OsStr) -> Result<Facts, Failure> {
 
 impl Facts {
     fn weight_bytes(&self) -> Option<u64> {
-        self.dtype.map(|dtype| self.config.parameter_count() * dtype.size_in_bytes() as u64)
+        self.dtype
+            .map(|dtype| self.config.parameter_count() * dtype.size_in_bytes() as u64)
     }
 
     /// The cache holds f32.
@@ -143,8 +163,13 @@ impl Facts {
     fn lines(&self) -> String {
         let config = &self.config;
         let dtype = self.dtype.map_or("dtype not announced", DType::name);
-        let stored = self.stored_bytes.map_or_else(|| dtype.to_owned(), |bytes| format!("{}, {dtype}", human_bytes(bytes)));
-        let weights = self.weight_bytes().map_or_else(|| "unknown".to_owned(), human_bytes);
+        let stored = self.stored_bytes.map_or_else(
+            || dtype.to_owned(),
+            |bytes| format!("{}, {dtype}", human_bytes(bytes)),
+        );
+        let weights = self
+            .weight_bytes()
+            .map_or_else(|| "unknown".to_owned(), human_bytes);
         let architecture = format!(
             "{}, {} layers of width {}, {} heads over {} of keys and values",
             config.model_type,
@@ -160,11 +185,23 @@ impl Facts {
             ("stored", stored),
             ("context", format!("{} tokens", self.context_length)),
             ("weights", weights),
-            ("cache", format!("{} for the whole context, {} a token", human_bytes(self.cache_bytes()), human_bytes(self.cache_bytes_per_token()))),
+            (
+                "cache",
+                format!(
+                    "{} for the whole context, {} a token",
+                    human_bytes(self.cache_bytes()),
+                    human_bytes(self.cache_bytes_per_token())
+                ),
+            ),
             ("devices", Device::compiled().join(", ")),
-            ("processor", format!("{}, {} threads", instruction_set(), threads())),
+            (
+                "processor",
+                format!("{}, {} threads", instruction_set(), threads()),
+            ),
         ];
-        rows.iter().map(|(name, value)| format!("{name:<14}{value}\n")).collect()
+        rows.iter()
+            .map(|(name, value)| format!("{name:<14}{value}\n"))
+            .collect()
     }
 }
 
@@ -175,17 +212,33 @@ fn threads() -> usize {
 /// The instruction set that the kernels choose on this machine, by the rule of the library.
 #[cfg(target_arch = "x86_64")]
 fn instruction_set() -> String {
-    let avx2 = is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c");
+    let avx2 = is_x86_feature_detected!("avx2")
+        && is_x86_feature_detected!("fma")
+        && is_x86_feature_detected!("f16c");
     let avx512 = avx2
         && is_x86_feature_detected!("avx512f")
         && is_x86_feature_detected!("avx512bw")
         && is_x86_feature_detected!("avx512vl")
         && is_x86_feature_detected!("avx512dq");
     let vnni = avx512 && is_x86_feature_detected!("avx512vnni");
-    let present = [("portable", true), ("avx2", avx2), ("avx512", avx512), ("avx512-vnni", vnni)];
-    let names = || present.iter().filter(|(_, is_present)| *is_present).map(|(name, _)| *name);
+    let present = [
+        ("portable", true),
+        ("avx2", avx2),
+        ("avx512", avx512),
+        ("avx512-vnni", vnni),
+    ];
+    let names = || {
+        present
+            .iter()
+            .filter(|(_, is_present)| *is_present)
+            .map(|(name, _)| *name)
+    };
     let wanted = std::env::var("QWEN2_CPU").unwrap_or_default();
-    names().find(|name| *name == wanted).or(names().last()).unwrap_or("portable").to_owned()
+    names()
+        .find(|name| *name == wanted)
+        .or(names().last())
+        .unwrap_or("portable")
+        .to_owned()
 }
 
 #[cfg(not(target_arch = "x86_64"))]

@@ -23,7 +23,9 @@ pub(crate) fn load(model: Option<&OsStr>, args: &LoadArgs) -> Result<Model, Fail
 
 /// A path or an id of the hub; what is not Unicode can only be a path.
 pub(crate) fn source(model: &OsStr) -> Source {
-    model.to_str().map_or_else(|| Source::from(Path::new(model)), Source::from)
+    model
+        .to_str()
+        .map_or_else(|| Source::from(Path::new(model)), Source::from)
 }
 
 /// The builder with the settings of the arguments.

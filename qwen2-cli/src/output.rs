@@ -95,13 +95,21 @@ pub(crate) fn text_or_stdin(text: &str) -> Result<String, Failure> {
 
 /// The text of bytes from stdin.
 pub(crate) fn utf8(bytes: Vec<u8>) -> Result<String, Failure> {
-    String::from_utf8(bytes)
-        .map_err(|error| Failure::usage(format!("input is not UTF-8: {}", error.utf8_error()), "convert it first"))
+    String::from_utf8(bytes).map_err(|error| {
+        Failure::usage(
+            format!("input is not UTF-8: {}", error.utf8_error()),
+            "convert it first",
+        )
+    })
 }
 
 /// A conversation of one message, behind instructions if there are any.
 pub(crate) fn messages(system: Option<&str>, user: String) -> Vec<Message> {
-    system.map(Message::system).into_iter().chain([Message::user(user)]).collect()
+    system
+        .map(Message::system)
+        .into_iter()
+        .chain([Message::user(user)])
+        .collect()
 }
 
 /// A size for people, in powers of ten: `987 B`, `1.5 kB`, `15.2 GB`.
@@ -111,7 +119,9 @@ pub(crate) fn human_bytes(bytes: u64) -> String {
 
 /// A count for people: `494.0 M`.
 pub(crate) fn human_count(count: u64) -> String {
-    human(count, &["", "k", "M", "B", "T"]).trim_end().to_owned()
+    human(count, &["", "k", "M", "B", "T"])
+        .trim_end()
+        .to_owned()
 }
 
 fn human(value: u64, units: &[&str]) -> String {
@@ -133,7 +143,13 @@ mod tests {
 
     #[test]
     fn sizes_are_short() {
-        for (bytes, text) in [(0, "0 B"), (999, "999 B"), (1_000, "1.0 kB"), (999_960, "1.0 MB"), (15_230_000_000, "15.2 GB")] {
+        for (bytes, text) in [
+            (0, "0 B"),
+            (999, "999 B"),
+            (1_000, "1.0 kB"),
+            (999_960, "1.0 MB"),
+            (15_230_000_000, "15.2 GB"),
+        ] {
             assert_eq!(human_bytes(bytes), text);
         }
         assert_eq!(human_count(494_032_768), "494.0 M");

@@ -19,27 +19,44 @@ pub(crate) fn run(args: &TokenizeArgs) -> Result<(), Failure> {
         true => tokenizer.encode_chat(&output::messages(None, text), true)?,
         false => tokenizer.encode(&text)?,
     };
-    let pieces = tokens.iter().map(|&id| tokenizer.decode(&[id], false)).collect::<Result<Vec<_>, _>>()?;
+    let pieces = tokens
+        .iter()
+        .map(|&id| tokenizer.decode(&[id], false))
+        .collect::<Result<Vec<_>, _>>()?;
     if args.json {
-        return output::print_json(&json!({ "tokens": tokens, "pieces": pieces, "count": tokens.len() }));
+        return output::print_json(
+            &json!({ "tokens": tokens, "pieces": pieces, "count": tokens.len() }),
+        );
     }
-    let lines = tokens.iter().zip(&pieces).map(|(id, piece)| format!("{id}\t{piece:?}\n"));
+    let lines = tokens
+        .iter()
+        .zip(&pieces)
+        .map(|(id, piece)| format!("{id}\t{piece:?}\n"));
     output::print(&lines.collect::<String>())
 }
 
 fn decode(tokenizer: &Tokenizer, ids: &str, json: bool) -> Result<(), Failure> {
     let separators = |c: char| c.is_whitespace() || matches!(c, ',' | '[' | ']');
-    let tokens = ids.split(separators).filter(|id| !id.is_empty()).map(id).collect::<Result<Vec<_>, _>>()?;
+    let tokens = ids
+        .split(separators)
+        .filter(|id| !id.is_empty())
+        .map(id)
+        .collect::<Result<Vec<_>, _>>()?;
     let text = tokenizer.decode(&tokens, false)?;
     match json {
-        true => output::print_json(&json!({ "tokens": tokens, "text": text, "count": tokens.len() })),
+        true => {
+            output::print_json(&json!({ "tokens": tokens, "text": text, "count": tokens.len() }))
+        }
         false => output::print(&format!("{text}\n")),
     }
 }
 
 fn id(text: &str) -> Result<u32, Failure> {
     text.parse().map_err(|_| {
-        Failure::usage(format!("not a token id: `{}`", text.escape_debug()), "give numbers, as in 9707,11")
+        Failure::usage(
+            format!("not a token id: `{}`", text.escape_debug()),
+            "give numbers, as in 9707,11",
+        )
     })
 }
 
@@ -49,5 +66,13 @@ fn tokenizer(args: &TokenizeArgs) -> Result<Tokenizer, Failure> {
     if path.is_dir() {
         return Ok(Tokenizer::load(path)?);
     }
-    Ok(load::load(Some(&args.model), &LoadArgs { device: "cpu".to_owned(), ..LoadArgs::default() })?.tokenizer().clone())
+    Ok(load::load(
+        Some(&args.model),
+        &LoadArgs {
+            device: "cpu".to_owned(),
+            ..LoadArgs::default()
+        },
+    )?
+    .tokenizer()
+    .clone())
 }

@@ -16,7 +16,8 @@ struct Outcome {
 impl Outcome {
     fn json(&self) -> Value {
         assert_eq!(self.code, Some(0), "{}", self.stderr);
-        serde_json::from_str(&self.stdout).unwrap_or_else(|error| panic!("{error}: {}", self.stdout))
+        serde_json::from_str(&self.stdout)
+            .unwrap_or_else(|error| panic!("{error}: {}", self.stdout))
     }
 }
 
@@ -51,7 +52,10 @@ fn qwen2(args: &[&str]) -> Outcome {
 }
 
 fn root() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap().to_owned()
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+        .parent()
+        .unwrap()
+        .to_owned()
 }
 
 fn tied() -> String {
@@ -64,7 +68,13 @@ fn demo() -> String {
 
 /// The tied fixture with room for a million tokens: greedy, it goes on until it is stopped.
 fn endless(directory: &Path) -> String {
-    for name in ["config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"] {
+    for name in [
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ] {
         std::fs::copy(Path::new(&tied()).join(name), directory.join(name)).unwrap();
     }
     let path = directory.join("config.json");
@@ -75,7 +85,12 @@ fn endless(directory: &Path) -> String {
 }
 
 fn keys(value: &Value) -> Vec<&str> {
-    value.as_object().unwrap().keys().map(String::as_str).collect()
+    value
+        .as_object()
+        .unwrap()
+        .keys()
+        .map(String::as_str)
+        .collect()
 }
 
 // ------------------------------------------------------------------------------- generate
@@ -83,20 +98,57 @@ fn keys(value: &Value) -> Vec<&str> {
 #[test]
 fn generate_streams_text_to_stdout_and_the_rate_to_stderr() {
     let tied = tied();
-    let args = ["generate", &tied, "hello", "--greedy", "--max-new-tokens", "8"];
+    let args = [
+        "generate",
+        &tied,
+        "hello",
+        "--greedy",
+        "--max-new-tokens",
+        "8",
+    ];
     let text = qwen2(&args);
     assert_eq!(text.code, Some(0), "{}", text.stderr);
-    assert!(text.stderr.starts_with("[8 tokens, ") && text.stderr.ends_with(" tokens/s, ended by length]\n"), "{}", text.stderr);
+    assert!(
+        text.stderr.starts_with("[8 tokens, ")
+            && text.stderr.ends_with(" tokens/s, ended by length]\n"),
+        "{}",
+        text.stderr
+    );
 
     let json = qwen2(&[&args[..], &["--json"]].concat());
     let value = json.json();
     assert_eq!(json.stderr, "");
-    assert_eq!(keys(&value), ["text", "tokens", "finish_reason", "stop_match", "seed", "usage", "timings"]);
-    assert_eq!(keys(&value["usage"]), ["prompt_tokens", "cached_tokens", "completion_tokens"]);
-    assert_eq!(keys(&value["timings"]), ["prefill_s", "decode_s", "prefill_tokens_per_s", "decode_tokens_per_s"]);
+    assert_eq!(
+        keys(&value),
+        [
+            "text",
+            "tokens",
+            "finish_reason",
+            "stop_match",
+            "seed",
+            "usage",
+            "timings"
+        ]
+    );
+    assert_eq!(
+        keys(&value["usage"]),
+        ["prompt_tokens", "cached_tokens", "completion_tokens"]
+    );
+    assert_eq!(
+        keys(&value["timings"]),
+        [
+            "prefill_s",
+            "decode_s",
+            "prefill_tokens_per_s",
+            "decode_tokens_per_s"
+        ]
+    );
     assert_eq!(value["tokens"].as_array().unwrap().len(), 8);
     assert_eq!(value["finish_reason"], "length");
-    assert_eq!(text.stdout, format!("{}\n", value["text"].as_str().unwrap()));
+    assert_eq!(
+        text.stdout,
+        format!("{}\n", value["text"].as_str().unwrap())
+    );
 }
 
 #[test]
@@ -104,7 +156,11 @@ fn generate_reads_the_prompt_from_stdin_without_its_last_newline() {
     let tied = tied();
     let args = ["--greedy", "--max-new-tokens", "8", "--json"];
     let given = qwen2(&[&["generate", &tied, "two\nlines"], &args[..]].concat()).json();
-    let read = qwen2_with(&[&["generate", &tied, "-"], &args[..]].concat(), b"two\nlines\n").json();
+    let read = qwen2_with(
+        &[&["generate", &tied, "-"], &args[..]].concat(),
+        b"two\nlines\n",
+    )
+    .json();
     assert_eq!(given["tokens"], read["tokens"]);
 }
 
@@ -112,20 +168,47 @@ fn generate_reads_the_prompt_from_stdin_without_its_last_newline() {
 fn generate_chat_goes_through_the_template_and_plain_text_does_not() {
     let tied = tied();
     let count = |args: &[&str]| {
-        let common = ["generate", &tied, "hello", "--max-new-tokens", "1", "--json"];
-        qwen2(&[&common[..], args].concat()).json()["usage"]["prompt_tokens"].as_u64().unwrap()
+        let common = [
+            "generate",
+            &tied,
+            "hello",
+            "--max-new-tokens",
+            "1",
+            "--json",
+        ];
+        qwen2(&[&common[..], args].concat()).json()["usage"]["prompt_tokens"]
+            .as_u64()
+            .unwrap()
     };
-    let tokens = |args: &[&str]| qwen2(&[&["tokenize", &tied, "hello", "--json"], args].concat()).json()["count"].as_u64().unwrap();
+    let tokens = |args: &[&str]| {
+        qwen2(&[&["tokenize", &tied, "hello", "--json"], args].concat()).json()["count"]
+            .as_u64()
+            .unwrap()
+    };
     assert_eq!(count(&[]), tokens(&[]));
     assert_eq!(count(&["--chat"]), tokens(&["--chat"]));
-    assert!(count(&["--chat", "--system", "x"]) < count(&["--chat"]), "the default instructions are longer");
+    assert!(
+        count(&["--chat", "--system", "x"]) < count(&["--chat"]),
+        "the default instructions are longer"
+    );
 }
 
 #[test]
 fn the_same_seed_gives_the_same_text() {
     let tied = tied();
     let run = |seed: &str| {
-        let args = ["generate", &tied, "hello", "--max-new-tokens", "12", "--temperature", "1.5", "--seed", seed, "--json"];
+        let args = [
+            "generate",
+            &tied,
+            "hello",
+            "--max-new-tokens",
+            "12",
+            "--temperature",
+            "1.5",
+            "--seed",
+            seed,
+            "--json",
+        ];
         qwen2(&args).json()
     };
     let (first, again, other) = (run("7"), run("7"), run("8"));
@@ -137,31 +220,68 @@ fn the_same_seed_gives_the_same_text() {
 #[test]
 fn stop_may_be_given_several_times_and_ends_before_the_text() {
     let tied = tied();
-    let args = ["generate", &tied, "hello", "--greedy", "--max-new-tokens", "40", "--json"];
+    let args = [
+        "generate",
+        &tied,
+        "hello",
+        "--greedy",
+        "--max-new-tokens",
+        "40",
+        "--json",
+    ];
     let whole = qwen2(&args).json();
     let text = whole["text"].as_str().unwrap();
     let stop: String = text.chars().skip(3).take(2).collect();
     let stopped = qwen2(&[&args[..], &["--stop", "never in it", "--stop", &stop]].concat()).json();
     assert_eq!(stopped["finish_reason"], "stop");
     assert_eq!(stopped["stop_match"]["text"], stop.as_str());
-    assert_eq!(stopped["text"].as_str().unwrap(), &text[..text.find(&stop).unwrap()]);
+    assert_eq!(
+        stopped["text"].as_str().unwrap(),
+        &text[..text.find(&stop).unwrap()]
+    );
 }
 
 #[test]
 fn loading_options_reach_the_library() {
     let tied = tied();
-    let with = |args: &[&str]| qwen2(&[&["generate", &tied, "hello", "--max-new-tokens", "4"], args].concat());
+    let with = |args: &[&str]| {
+        qwen2(&[&["generate", &tied, "hello", "--max-new-tokens", "4"], args].concat())
+    };
     for args in [
         &["--device", "cpu", "--threads", "1"][..],
-        &["--dtype", "bf16", "--activations", "bf16", "--context-length", "64"],
-        &["--quantize", "q8", "--top-k", "5", "--top-p", "0.9", "--min-p", "0.01", "--repetition-penalty", "1.1"],
+        &[
+            "--dtype",
+            "bf16",
+            "--activations",
+            "bf16",
+            "--context-length",
+            "64",
+        ],
+        &[
+            "--quantize",
+            "q8",
+            "--top-k",
+            "5",
+            "--top-p",
+            "0.9",
+            "--min-p",
+            "0.01",
+            "--repetition-penalty",
+            "1.1",
+        ],
     ] {
         let outcome = with(args);
         assert_eq!(outcome.code, Some(0), "{args:?}: {}", outcome.stderr);
     }
-    let overflow = with(&["--context-length", "8"]);
+    let overflow = with(&["--context-length", "7"]);
     assert_eq!(overflow.code, Some(1));
-    assert!(overflow.stderr.starts_with("error: prompt and new tokens exceed the context"), "{}", overflow.stderr);
+    assert!(
+        overflow
+            .stderr
+            .starts_with("error: prompt and new tokens exceed the context"),
+        "{}",
+        overflow.stderr
+    );
     assert!(overflow.stderr.contains("\nhelp: "), "{}", overflow.stderr);
 }
 
@@ -169,25 +289,47 @@ fn loading_options_reach_the_library() {
 
 #[test]
 fn chat_opens_the_demo_model_and_answers_line_by_line() {
-    let outcome = qwen2_with(&["chat", "--greedy"], b"What is 12 plus 30?\n\nWhich is larger, 7 or 9?\n");
+    let outcome = qwen2_with(
+        &["chat", "--greedy"],
+        b"What is 12 plus 30?\n\nWhich is larger, 7 or 9?\n",
+    );
     assert_eq!(outcome.code, Some(0), "{}", outcome.stderr);
     let lines: Vec<&str> = outcome.stdout.lines().collect();
-    assert_eq!(lines.len(), 2, "an answer for each message, none for the empty line: {lines:?}");
+    assert_eq!(
+        lines.len(),
+        2,
+        "an answer for each message, none for the empty line: {lines:?}"
+    );
     assert!(lines[0].contains("42"), "{lines:?}");
     assert!(lines[1].contains('9'), "{lines:?}");
-    assert_eq!(outcome.stderr.matches(" tokens/s]").count(), 2, "{}", outcome.stderr);
+    assert_eq!(
+        outcome.stderr.matches(" tokens/s]").count(),
+        2,
+        "{}",
+        outcome.stderr
+    );
 }
 
 #[test]
 fn chat_keeps_the_conversation_until_reset() {
     let tied = tied();
     let input = b"a\nb\n/reset\na\n/exit\nnever read\n";
-    let outcome = qwen2_with(&["chat", &tied, "--greedy", "--max-new-tokens", "4", "--json"], input);
+    let outcome = qwen2_with(
+        &["chat", &tied, "--greedy", "--max-new-tokens", "4", "--json"],
+        input,
+    );
     assert_eq!(outcome.code, Some(0), "{}", outcome.stderr);
-    let answers: Vec<Value> = outcome.stdout.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    let answers: Vec<Value> = outcome
+        .stdout
+        .lines()
+        .map(|line| serde_json::from_str(line).unwrap())
+        .collect();
     assert_eq!(answers.len(), 3);
     assert_eq!(answers[0]["usage"]["cached_tokens"], 0);
-    assert!(answers[1]["usage"]["cached_tokens"].as_u64().unwrap() > 0, "the past is not read again");
+    assert!(
+        answers[1]["usage"]["cached_tokens"].as_u64().unwrap() > 0,
+        "the past is not read again"
+    );
     assert_eq!(answers[0]["usage"], answers[2]["usage"]);
     assert_eq!(answers[0]["tokens"], answers[2]["tokens"]);
 }
@@ -197,9 +339,14 @@ fn chat_takes_instructions() {
     let tied = tied();
     let prompt_tokens = |args: &[&str]| {
         let common = ["chat", &tied, "--max-new-tokens", "1", "--json"];
-        qwen2_with(&[&common[..], args].concat(), b"a\n").json()["usage"]["prompt_tokens"].as_u64().unwrap()
+        qwen2_with(&[&common[..], args].concat(), b"a\n").json()["usage"]["prompt_tokens"]
+            .as_u64()
+            .unwrap()
     };
-    assert!(prompt_tokens(&["--system", "x"]) < prompt_tokens(&[]), "the default instructions are longer");
+    assert!(
+        prompt_tokens(&["--system", "x"]) < prompt_tokens(&[]),
+        "the default instructions are longer"
+    );
 }
 
 #[test]
@@ -207,13 +354,33 @@ fn a_message_that_does_not_fit_leaves_the_conversation_as_it_was() {
     let tied = tied();
     let long = "long ".repeat(60);
     let input = format!("a\n{long}\nb\n");
-    let with = qwen2_with(&["chat", &tied, "--greedy", "--max-new-tokens", "4", "--json"], input.as_bytes());
-    let without = qwen2_with(&["chat", &tied, "--greedy", "--max-new-tokens", "4", "--json"], b"a\nb\n");
-    assert_eq!(with.code, Some(1), "a script learns that a message had no answer");
-    assert!(with.stderr.starts_with("error: conversation exceeds the context"), "{}", with.stderr);
+    let with = qwen2_with(
+        &["chat", &tied, "--greedy", "--max-new-tokens", "4", "--json"],
+        input.as_bytes(),
+    );
+    let without = qwen2_with(
+        &["chat", &tied, "--greedy", "--max-new-tokens", "4", "--json"],
+        b"a\nb\n",
+    );
+    assert_eq!(
+        with.code,
+        Some(1),
+        "a script learns that a message had no answer"
+    );
+    assert!(
+        with.stderr
+            .starts_with("error: conversation exceeds the context"),
+        "{}",
+        with.stderr
+    );
     let tokens = |outcome: &Outcome| {
-        let lines = outcome.stdout.lines().map(|line| serde_json::from_str::<Value>(line).unwrap());
-        lines.map(|answer| answer["tokens"].clone()).collect::<Vec<_>>()
+        let lines = outcome
+            .stdout
+            .lines()
+            .map(|line| serde_json::from_str::<Value>(line).unwrap());
+        lines
+            .map(|answer| answer["tokens"].clone())
+            .collect::<Vec<_>>()
     };
     assert_eq!(tokens(&with), tokens(&without));
 }
@@ -249,14 +416,19 @@ fn control_c_stops_the_answer_and_then_the_program() {
 
 #[cfg(unix)]
 fn interrupt(child: &Child) {
-    let status = Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap();
+    let status = Command::new("kill")
+        .args(["-INT", &child.id().to_string()])
+        .status()
+        .unwrap();
     assert!(status.success());
 }
 
 #[test]
 fn a_reader_that_leaves_ends_the_program_quietly() {
     let directory = tempfile::tempdir().unwrap();
-    let mut child = command(&["generate", &endless(directory.path()), "a", "--greedy"]).spawn().unwrap();
+    let mut child = command(&["generate", &endless(directory.path()), "a", "--greedy"])
+        .spawn()
+        .unwrap();
     drop(child.stdout.take());
     let outcome = finish(child, b"");
     assert_eq!((outcome.code, outcome.stderr.as_str()), (Some(0), ""));
@@ -271,21 +443,56 @@ fn info_tells_what_a_checkpoint_is_and_needs() {
     assert_eq!(
         keys(&value),
         [
-            "name", "model_type", "parameters", "stored_bytes", "dtype", "context_length", "weight_bytes",
-            "cache_bytes_per_token", "cache_bytes", "devices", "instruction_set", "threads", "config", "version",
+            "name",
+            "model_type",
+            "parameters",
+            "stored_bytes",
+            "dtype",
+            "context_length",
+            "weight_bytes",
+            "cache_bytes_per_token",
+            "cache_bytes",
+            "devices",
+            "instruction_set",
+            "threads",
+            "config",
+            "version",
         ]
     );
-    assert_eq!((&value["name"], &value["model_type"], &value["dtype"]), (&"tied".into(), &"qwen2".into(), &"f32".into()));
+    assert_eq!(
+        (&value["name"], &value["model_type"], &value["dtype"]),
+        (&"tied".into(), &"qwen2".into(), &"f32".into())
+    );
     assert_eq!(value["context_length"], 128);
-    assert_eq!(value["weight_bytes"].as_u64().unwrap(), 4 * value["parameters"].as_u64().unwrap());
-    assert_eq!(value["cache_bytes"].as_u64().unwrap(), 128 * value["cache_bytes_per_token"].as_u64().unwrap());
+    assert_eq!(
+        value["weight_bytes"].as_u64().unwrap(),
+        4 * value["parameters"].as_u64().unwrap()
+    );
+    assert_eq!(
+        value["cache_bytes"].as_u64().unwrap(),
+        128 * value["cache_bytes_per_token"].as_u64().unwrap()
+    );
     assert!(value["devices"].as_array().unwrap().contains(&"cpu".into()));
     assert_eq!(value["config"]["num_key_value_heads"], 2);
 
     let lines = qwen2(&["info", &tied()]);
     assert_eq!(lines.code, Some(0));
-    for name in ["model", "architecture", "parameters", "stored", "context", "weights", "cache", "devices", "processor"] {
-        assert!(lines.stdout.lines().any(|line| line.starts_with(name)), "{name}: {}", lines.stdout);
+    for name in [
+        "model",
+        "architecture",
+        "parameters",
+        "stored",
+        "context",
+        "weights",
+        "cache",
+        "devices",
+        "processor",
+    ] {
+        assert!(
+            lines.stdout.lines().any(|line| line.starts_with(name)),
+            "{name}: {}",
+            lines.stdout
+        );
     }
 }
 
@@ -295,7 +502,10 @@ fn info_needs_no_weights_and_knows_the_demo_model() {
     let moe = root().join("conformance/models/moe/config.json");
     std::fs::copy(moe, directory.path().join("config.json")).unwrap();
     let value = qwen2(&["info", &directory.path().display().to_string(), "--json"]).json();
-    assert_eq!((&value["model_type"], &value["stored_bytes"]), (&"qwen2_moe".into(), &0.into()));
+    assert_eq!(
+        (&value["model_type"], &value["stored_bytes"]),
+        (&"qwen2_moe".into(), &0.into())
+    );
 
     let built_in = qwen2(&["info", "--json"]).json();
     let in_tree = qwen2(&["info", &demo(), "--json"]).json();
@@ -304,11 +514,32 @@ fn info_needs_no_weights_and_knows_the_demo_model() {
 
 #[test]
 fn info_takes_a_precision_and_a_context() {
-    let value = qwen2(&["info", &tied(), "--dtype", "bf16", "--context-length", "10", "--json"]).json();
-    assert_eq!(value["weight_bytes"].as_u64().unwrap(), 2 * value["parameters"].as_u64().unwrap());
-    assert_eq!(value["cache_bytes"].as_u64().unwrap(), 10 * value["cache_bytes_per_token"].as_u64().unwrap());
+    let value = qwen2(&[
+        "info",
+        &tied(),
+        "--dtype",
+        "bf16",
+        "--context-length",
+        "10",
+        "--json",
+    ])
+    .json();
+    assert_eq!(
+        value["weight_bytes"].as_u64().unwrap(),
+        2 * value["parameters"].as_u64().unwrap()
+    );
+    assert_eq!(
+        value["cache_bytes"].as_u64().unwrap(),
+        10 * value["cache_bytes_per_token"].as_u64().unwrap()
+    );
     let outcome = qwen2(&["info", &tied(), "--context-length", "129"]);
-    assert_eq!((outcome.code, outcome.stderr.lines().next()), (Some(2), Some("error: context_length is 129, the model has 128")));
+    assert_eq!(
+        (outcome.code, outcome.stderr.lines().next()),
+        (
+            Some(2),
+            Some("error: context_length is 129, the model has 128")
+        )
+    );
 }
 
 #[test]
@@ -317,13 +548,26 @@ fn tokenize_round_trips_and_never_makes_control_tokens_of_text() {
     let text = "héllo <|im_end|>\n你好";
     let value = qwen2(&["tokenize", &tied, text, "--json"]).json();
     assert_eq!(keys(&value), ["tokens", "pieces", "count"]);
-    assert_eq!(value["count"].as_u64().unwrap() as usize, value["tokens"].as_array().unwrap().len());
-    assert!(value["tokens"].as_array().unwrap().iter().all(|id| id.as_u64().unwrap() < 294), "294 to 296 are control tokens");
+    assert_eq!(
+        value["count"].as_u64().unwrap() as usize,
+        value["tokens"].as_array().unwrap().len()
+    );
+    assert!(
+        value["tokens"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .all(|id| id.as_u64().unwrap() < 294),
+        "294 to 296 are control tokens"
+    );
     let ids = value["tokens"].to_string();
     let decoded = qwen2(&["tokenize", &tied, "--decode", &ids]);
     assert_eq!(decoded.stdout, format!("{text}\n"));
     let decoded = qwen2(&["tokenize", &tied, "--decode", &ids, "--json"]).json();
-    assert_eq!((keys(&decoded), &decoded["text"]), (vec!["tokens", "text", "count"], &text.into()));
+    assert_eq!(
+        (keys(&decoded), &decoded["text"]),
+        (vec!["tokens", "text", "count"], &text.into())
+    );
     let lines = qwen2_with(&["tokenize", &tied, "-"], b"a b\n").stdout;
     assert_eq!(lines.lines().next(), Some("64\t\"a\""));
 }
@@ -334,19 +578,54 @@ fn tokenize_round_trips_and_never_makes_control_tokens_of_text() {
 fn bench_reports_what_the_documentation_names() {
     let tied = tied();
     for precision in ["f32", "bf16", "q8", "q4"] {
-        let args = ["bench", &tied, "--precision", precision, "--prompt", "16", "--new", "8", "--repeat", "1", "--threads", "1", "--json"];
+        let args = [
+            "bench",
+            &tied,
+            "--precision",
+            precision,
+            "--prompt",
+            "16",
+            "--new",
+            "8",
+            "--repeat",
+            "1",
+            "--threads",
+            "1",
+            "--json",
+        ];
         let value = qwen2(&args).json();
         assert_eq!(
             keys(&value),
             [
-                "model", "precision", "activations", "device", "threads", "prompt", "new", "repeat", "load_s", "prefill_tokens_per_s",
-                "decode_tokens_per_s", "first_token_s", "weight_bytes_per_token", "resident_bytes",
-                "bandwidth_bytes_per_s", "decode_bandwidth_share",
+                "model",
+                "precision",
+                "activations",
+                "device",
+                "threads",
+                "prompt",
+                "new",
+                "repeat",
+                "load_s",
+                "prefill_tokens_per_s",
+                "decode_tokens_per_s",
+                "first_token_s",
+                "weight_bytes_per_token",
+                "resident_bytes",
+                "bandwidth_bytes_per_s",
+                "decode_bandwidth_share",
             ]
         );
-        assert_eq!((&value["precision"], &value["threads"]), (&precision.into(), &1.into()));
+        assert_eq!(
+            (&value["precision"], &value["threads"]),
+            (&precision.into(), &1.into())
+        );
         let number = |key: &str| value[key].as_f64().unwrap();
-        for key in ["prefill_tokens_per_s", "decode_tokens_per_s", "bandwidth_bytes_per_s", "decode_bandwidth_share"] {
+        for key in [
+            "prefill_tokens_per_s",
+            "decode_tokens_per_s",
+            "bandwidth_bytes_per_s",
+            "decode_bandwidth_share",
+        ] {
             assert!(number(key) > 0.0, "{key}: {value}");
         }
     }
@@ -356,7 +635,13 @@ fn bench_reports_what_the_documentation_names() {
 fn bench_refuses_by_name_what_does_not_run_yet() {
     let outcome = qwen2(&["bench", "--shape", "57b-a14b"]);
     assert_eq!(outcome.code, Some(1));
-    assert!(outcome.stderr.starts_with("error: model type is not supported yet"), "{}", outcome.stderr);
+    assert!(
+        outcome
+            .stderr
+            .starts_with("error: model type is not supported yet"),
+        "{}",
+        outcome.stderr
+    );
     assert!(outcome.stderr.contains("qwen2_moe"), "{}", outcome.stderr);
 }
 
@@ -366,16 +651,52 @@ fn bench_refuses_by_name_what_does_not_run_yet() {
 fn errors_are_a_line_with_a_way_out_on_stderr() {
     let tied = tied();
     for (args, code, error) in [
-        (&["generate", "/absent", "x"][..], 1, "error: no such model: /absent"),
-        (&["generate", &tied, ""], 2, "error: prompt is empty: prompt"),
-        (&["generate", &tied, "x", "--temperature", "200"], 2, "error: option out of range: temperature: expected 0 to 100, found 200"),
-        (&["generate", &tied, "x", "--device", "abacus"], 2, "error: unknown device: device: `abacus`"),
-        (&["generate", &tied, "x", "--dtype", "f8"], 2, "error: unknown dtype: dtype: f8"),
-        (&["generate", &tied, "x", "--quantize", "q3"], 2, "error: unknown quantization: quantize: `q3`"),
-        (&["generate", &tied, "x", "--context-length", "129"], 2, "error: context is longer than the model's: context_length: 129, the model has 128"),
-        (&["tokenize", &tied, "--decode", "1 x"], 2, "error: not a token id: `x`"),
+        (
+            &["generate", "/absent", "x"][..],
+            1,
+            "error: no such model: /absent",
+        ),
+        (
+            &["generate", &tied, ""],
+            2,
+            "error: prompt is empty: prompt",
+        ),
+        (
+            &["generate", &tied, "x", "--temperature", "200"],
+            2,
+            "error: option out of range: temperature: expected 0 to 100, found 200",
+        ),
+        (
+            &["generate", &tied, "x", "--device", "abacus"],
+            2,
+            "error: unknown device: device: `abacus`",
+        ),
+        (
+            &["generate", &tied, "x", "--dtype", "f8"],
+            2,
+            "error: unknown dtype: dtype: f8",
+        ),
+        (
+            &["generate", &tied, "x", "--quantize", "q3"],
+            2,
+            "error: unknown quantization: quantize: `q3`",
+        ),
+        (
+            &["generate", &tied, "x", "--context-length", "129"],
+            2,
+            "error: context is longer than the model's: context_length: 129, the model has 128",
+        ),
+        (
+            &["tokenize", &tied, "--decode", "1 x"],
+            2,
+            "error: not a token id: `x`",
+        ),
         (&["bench", "--shape", "3b"], 2, "error: unknown shape: `3b`"),
-        (&["bench", "--precision", "q3"], 2, "error: unknown precision: `q3`"),
+        (
+            &["bench", "--precision", "q3"],
+            2,
+            "error: unknown precision: `q3`",
+        ),
         (&["bench", "--new", "1"], 2, "error: new is 1"),
     ] {
         let outcome = qwen2(args);
@@ -383,7 +704,10 @@ fn errors_are_a_line_with_a_way_out_on_stderr() {
         assert_eq!(outcome.stdout, "", "{args:?}");
         let lines: Vec<&str> = outcome.stderr.lines().collect();
         assert_eq!(lines.first(), Some(&error), "{args:?}");
-        assert!(lines.get(1).is_some_and(|line| line.starts_with("help: ")), "{args:?}: {lines:?}");
+        assert!(
+            lines.get(1).is_some_and(|line| line.starts_with("help: ")),
+            "{args:?}: {lines:?}"
+        );
     }
 }
 
@@ -394,14 +718,32 @@ fn a_device_that_is_not_compiled_in_names_the_feature() {
     }
     let outcome = qwen2(&["generate", &tied(), "x", "--device", "cuda"]);
     assert_eq!(outcome.code, Some(1));
-    assert!(outcome.stderr.starts_with("error: device is not available: cuda: not compiled in\nhelp: "), "{}", outcome.stderr);
+    assert!(
+        outcome
+            .stderr
+            .starts_with("error: device is not available: cuda: not compiled in\nhelp: "),
+        "{}",
+        outcome.stderr
+    );
 }
 
 #[test]
 fn wrong_usage_is_code_2_and_help_is_text() {
-    for args in [&[][..], &["sing"], &["generate"], &["generate", "a", "b", "--frobnicate"], &["chat", "--top-k", "x"], &["generate", "a", "b", "--system", "s"], &["chat", "--greedy", "--temperature", "1"]] {
+    for args in [
+        &[][..],
+        &["sing"],
+        &["generate"],
+        &["generate", "a", "b", "--frobnicate"],
+        &["chat", "--top-k", "x"],
+        &["generate", "a", "b", "--system", "s"],
+        &["chat", "--greedy", "--temperature", "1"],
+    ] {
         let outcome = qwen2(args);
-        assert_eq!((outcome.code, outcome.stdout.as_str()), (Some(2), ""), "{args:?}");
+        assert_eq!(
+            (outcome.code, outcome.stdout.as_str()),
+            (Some(2), ""),
+            "{args:?}"
+        );
         assert!(!outcome.stderr.is_empty(), "{args:?}");
     }
     for command in ["chat", "generate", "info", "tokenize", "bench"] {
@@ -409,7 +751,10 @@ fn wrong_usage_is_code_2_and_help_is_text() {
         assert_eq!((outcome.code, outcome.stderr.as_str()), (Some(0), ""));
         assert!(outcome.stdout.contains("--json"), "{command}");
     }
-    assert_eq!(qwen2(&["--version"]).stdout, format!("qwen2 {}\n", env!("CARGO_PKG_VERSION")));
+    assert_eq!(
+        qwen2(&["--version"]).stdout,
+        format!("qwen2 {}\n", env!("CARGO_PKG_VERSION"))
+    );
 }
 
 #[test]

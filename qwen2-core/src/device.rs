@@ -35,7 +35,7 @@ const BACKENDS: [(Backend, &str, &str, bool); 7] = [
     (Backend::Vulkan, "vulkan", "vulkan", cfg!(feature = "vulkan")),
     (Backend::Metal, "metal", "metal", cfg!(feature = "metal")),
     (Backend::Wgpu, "wgpu", "wgpu", cfg!(feature = "wgpu")),
-    (Backend::WebGpu, "webgpu", "wgpu", cfg!(feature = "wgpu")),
+    (Backend::WebGpu, "webgpu", "webgpu", cfg!(feature = "webgpu")),
     (Backend::NdArray, "ndarray", "ndarray", cfg!(feature = "ndarray")),
 ];
 
@@ -132,7 +132,7 @@ impl Device {
             Backend::Cuda => Ok(BurnDevice::cuda(self.index.unwrap_or(0))),
             #[cfg(feature = "wgpu")]
             Backend::Wgpu => Ok(BurnDevice::wgpu(self.kind())),
-            #[cfg(feature = "wgpu")]
+            #[cfg(feature = "webgpu")]
             Backend::WebGpu => Ok(BurnDevice::webgpu(self.kind())),
             #[cfg(feature = "vulkan")]
             Backend::Vulkan => Ok(BurnDevice::vulkan(self.kind())),

@@ -1,0 +1,288 @@
+// Qwen2 for C++17: the handles of qwen2.h as values that free themselves, its errors as exceptions.
+//
+// Header only, over the C ABI: a program compiled with it runs with every library of the same ABI
+// version. Objects move; Model also copies, sharing its weights. Threads: as in qwen2.h, where a
+// `const` member function stands for `const T *`.
+#ifndef QWEN2_HPP
+#define QWEN2_HPP
+
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <string_view>
+#include <utility>
+#include <vector>
+
+#include "qwen2.h"
+
+namespace qwen2 {
+
+/// What a function of the library failed with; `what()` is one line, `what: where: why`.
+class Error : public std::runtime_error {
+public:
+    Error(qwen2_status code, const std::string &message, std::string help)
+        : std::runtime_error(message), code_(code), help_(std::move(help)) {}
+    qwen2_status code() const noexcept { return code_; }             ///< QWEN2_ERROR_*
+    const std::string &help() const noexcept { return help_; }       ///< the way out, or empty
+private:
+    qwen2_status code_;
+    std::string help_;
+};
+
+namespace detail {
+template <auto Free> struct Deleter {
+    template <class T> void operator()(T *handle) const noexcept { Free(handle); }
+};
+template <class T, auto Free> using Handle = std::unique_ptr<T, Deleter<Free>>;
+
+/// Calls `function(args..., &error)` and throws what it fails with.
+template <class F, class... Args> qwen2_status call(F function, Args... args) {
+    qwen2_error *error = nullptr;
+    const qwen2_status status = function(args..., &error);
+    if (status == QWEN2_OK || status == QWEN2_DONE) return status;
+    const Handle<qwen2_error, qwen2_error_free> guard(error);
+    const char *help = qwen2_error_help(error);
+    throw Error(status, qwen2_error_message(error), help ? help : "");
+}
+
+inline std::vector<std::uint32_t> tokens(qwen2_tokens *raw) {
+    const Handle<qwen2_tokens, qwen2_tokens_free> guard(raw);
+    std::size_t n = 0;
+    const std::uint32_t *ids = qwen2_tokens_data(raw, &n);
+    return {ids, ids + n};
+}
+inline std::string text(qwen2_text *raw) {
+    const Handle<qwen2_text, qwen2_text_free> guard(raw);
+    std::size_t len = 0;
+    const char *data = qwen2_text_data(raw, &len);
+    return {data, len};
+}
+} // namespace detail
+
+/// Ends generations from any thread; copies share one switch only through Options and streams.
+class Cancel {
+public:
+    Cancel() : raw_(qwen2_cancel_new()) {}
+    explicit Cancel(qwen2_cancel *raw) : raw_(raw) {}
+    void cancel() const noexcept { qwen2_cancel_now(raw_.get()); }
+    bool is_cancelled() const noexcept { return qwen2_cancel_is_cancelled(raw_.get()) != 0; }
+    const qwen2_cancel *get() const noexcept { return raw_.get(); }
+private:
+    detail::Handle<qwen2_cancel, qwen2_cancel_free> raw_;
+};
+
+/// Settings of a generation; what is not set is as the checkpoint says.
+class Options {
+public:
+    Options() : raw_(qwen2_options_new()) {}
+    static Options greedy() { return Options(qwen2_options_new_greedy()); }
+    Options &max_new_tokens(std::size_t v) { return qwen2_options_set_max_new_tokens(raw_.get(), v), *this; }
+    Options &temperature(float v) { return qwen2_options_set_temperature(raw_.get(), v), *this; }
+    Options &top_k(std::size_t v) { return qwen2_options_set_top_k(raw_.get(), v), *this; }
+    Options &top_p(float v) { return qwen2_options_set_top_p(raw_.get(), v), *this; }
+    Options &min_p(float v) { return qwen2_options_set_min_p(raw_.get(), v), *this; }
+    Options &repetition_penalty(float v) { return qwen2_options_set_repetition_penalty(raw_.get(), v), *this; }
+    Options &seed(std::uint64_t v) { return qwen2_options_set_seed(raw_.get(), v), *this; }
+    Options &ignore_eos(bool v) { return qwen2_options_set_ignore_eos(raw_.get(), v), *this; }
+    Options &stop_token_id(std::uint32_t v) { return qwen2_options_add_stop_token_id(raw_.get(), v), *this; }
+    Options &cancel(const Cancel &v) { return qwen2_options_set_cancel(raw_.get(), v.get()), *this; }
+    Options &stop(std::string_view v) {
+        detail::call(qwen2_options_add_stop, raw_.get(), v.data(), v.size());
+        return *this;
+    }
+    const qwen2_options *get() const noexcept { return raw_.get(); }
+private:
+    explicit Options(qwen2_options *raw) : raw_(raw) {}
+    detail::Handle<qwen2_options, qwen2_options_free> raw_;
+};
+
+/// Text, tokens or messages.
+class Prompt {
+public:
+    Prompt() : raw_(qwen2_prompt_new()) {}
+    Prompt(std::string_view text) : Prompt() {
+        detail::call(qwen2_prompt_set_text, raw_.get(), text.data(), text.size());
+    }
+    Prompt(const char *text) : Prompt(std::string_view(text)) {}
+    Prompt(const std::vector<std::uint32_t> &tokens) : Prompt() {
+        detail::call(qwen2_prompt_set_tokens, raw_.get(), tokens.data(), tokens.size());
+    }
+    Prompt &message(std::string_view role, std::string_view content) & {
+        detail::call(qwen2_prompt_add_message, raw_.get(), role.data(), role.size(), content.data(), content.size());
+        return *this;
+    }
+    Prompt message(std::string_view role, std::string_view content) && { return std::move(message(role, content)); }
+    const qwen2_prompt *get() const noexcept { return raw_.get(); }
+    static Prompt user(std::string_view content) { return Prompt().message("user", content); }
+private:
+    detail::Handle<qwen2_prompt, qwen2_prompt_free> raw_;
+};
+
+/// A finished generation; its views live as long as it does.
+class Generation {
+public:
+    explicit Generation(qwen2_generation *raw) : raw_(raw) {}
+    std::string_view text() const {
+        std::size_t len = 0;
+        const char *data = qwen2_generation_text(raw_.get(), &len);
+        return {data, len};
+    }
+    std::vector<std::uint32_t> tokens() const {
+        std::size_t n = 0;
+        const std::uint32_t *ids = qwen2_generation_tokens(raw_.get(), &n);
+        return {ids, ids + n};
+    }
+    int finish_reason() const { return qwen2_generation_finish_reason(raw_.get()); } ///< QWEN2_FINISH_*
+    std::uint64_t prompt_tokens() const { return qwen2_generation_prompt_tokens(raw_.get()); }
+    std::uint64_t cached_tokens() const { return qwen2_generation_cached_tokens(raw_.get()); }
+    std::uint64_t completion_tokens() const { return qwen2_generation_completion_tokens(raw_.get()); }
+    double decode_tokens_per_s() const { return qwen2_generation_decode_tokens_per_s(raw_.get()); }
+    const qwen2_generation *get() const noexcept { return raw_.get(); }            ///< for the other getters
+private:
+    detail::Handle<qwen2_generation, qwen2_generation_free> raw_;
+};
+
+/// A generation that runs as it is read: `while (auto piece = stream.next()) std::cout << *piece;`
+class Stream {
+public:
+    explicit Stream(qwen2_stream *raw) : raw_(raw) {}
+    /// The next piece, valid until the next call; nothing when it has ended.
+    std::optional<std::string_view> next() {
+        const char *data = nullptr;
+        std::size_t len = 0;
+        if (detail::call(qwen2_stream_next, raw_.get(), &data, &len) == QWEN2_DONE) return std::nullopt;
+        return std::string_view(data, len);
+    }
+    std::uint32_t token() const { return qwen2_stream_token(raw_.get()); }
+    Cancel cancel() const { return Cancel(qwen2_stream_cancel(raw_.get())); }
+    Generation finish() {
+        qwen2_generation *out = nullptr;
+        detail::call(qwen2_stream_finish, raw_.get(), &out);
+        return Generation(out);
+    }
+private:
+    detail::Handle<qwen2_stream, qwen2_stream_free> raw_;
+};
+
+/// A conversation that keeps its cache between turns.
+class Session {
+public:
+    explicit Session(qwen2_session *raw) : raw_(raw) {}
+    void append(const Prompt &prompt) { detail::call(qwen2_session_append, raw_.get(), prompt.get()); }
+    Generation generate(const Options &options = {}) {
+        qwen2_generation *out = nullptr;
+        detail::call(qwen2_session_generate, raw_.get(), options.get(), &out);
+        return Generation(out);
+    }
+    Stream stream(const Options &options = {}) {
+        qwen2_stream *out = nullptr;
+        detail::call(qwen2_session_stream, raw_.get(), options.get(), &out);
+        return Stream(out);
+    }
+    Session fork() const {
+        qwen2_session *out = nullptr;
+        detail::call(qwen2_session_fork, raw_.get(), &out);
+        return Session(out);
+    }
+    void truncate(std::size_t n_tokens) { detail::call(qwen2_session_truncate, raw_.get(), n_tokens); }
+    std::vector<std::uint32_t> tokens() const {
+        qwen2_tokens *out = nullptr;
+        detail::call(qwen2_session_tokens, raw_.get(), &out);
+        return detail::tokens(out);
+    }
+private:
+    detail::Handle<qwen2_session, qwen2_session_free> raw_;
+};
+
+/// Text to tokens and back; needs no weights.
+class Tokenizer {
+public:
+    explicit Tokenizer(qwen2_tokenizer *raw) : raw_(raw) {}
+    static Tokenizer load(std::string_view path) {
+        qwen2_tokenizer *out = nullptr;
+        detail::call(qwen2_tokenizer_load, path.data(), path.size(), &out);
+        return Tokenizer(out);
+    }
+    std::vector<std::uint32_t> encode(std::string_view text) const {
+        qwen2_tokens *out = nullptr;
+        detail::call(qwen2_tokenizer_encode, raw_.get(), text.data(), text.size(), &out);
+        return detail::tokens(out);
+    }
+    std::vector<std::uint32_t> encode_chat(const Prompt &messages, bool add_generation_prompt = true) const {
+        qwen2_tokens *out = nullptr;
+        detail::call(qwen2_tokenizer_encode_chat, raw_.get(), messages.get(), add_generation_prompt, &out);
+        return detail::tokens(out);
+    }
+    std::string decode(const std::vector<std::uint32_t> &tokens, bool skip_special_tokens = true) const {
+        qwen2_text *out = nullptr;
+        detail::call(qwen2_tokenizer_decode, raw_.get(), tokens.data(), tokens.size(), skip_special_tokens, &out);
+        return detail::text(out);
+    }
+private:
+    detail::Handle<qwen2_tokenizer, qwen2_tokenizer_free> raw_;
+};
+
+/// How to load a model.
+struct LoadOptions {
+    std::string device = "auto", dtype, quantize;                    ///< empty: as stored
+    std::optional<std::size_t> context_length, threads;
+    std::function<bool(std::uint64_t done, std::uint64_t total)> progress; ///< false stops; must not throw
+};
+
+/// A loaded model; copies share the weights.
+class Model {
+public:
+    static Model load(std::string_view path, const LoadOptions &options = {}) {
+        const detail::Handle<qwen2_load_options, qwen2_load_options_free> raw(qwen2_load_options_new());
+        const auto set = [&](auto setter, std::string_view v) { detail::call(setter, raw.get(), v.data(), v.size()); };
+        set(qwen2_load_options_set_device, options.device);
+        if (!options.dtype.empty()) set(qwen2_load_options_set_dtype, options.dtype);
+        if (!options.quantize.empty()) set(qwen2_load_options_set_quantize, options.quantize);
+        if (options.context_length) qwen2_load_options_set_context_length(raw.get(), *options.context_length);
+        if (options.threads) qwen2_load_options_set_threads(raw.get(), *options.threads);
+        if (options.progress) qwen2_load_options_set_progress(raw.get(), on_progress, const_cast<LoadOptions *>(&options));
+        qwen2_model *out = nullptr;
+        detail::call(qwen2_model_load, path.data(), path.size(), raw.get(), &out);
+        return Model(out);
+    }
+    Model(const Model &other) : raw_(qwen2_model_clone(other.raw_.get())) {}
+    Model &operator=(const Model &other) { return raw_.reset(qwen2_model_clone(other.raw_.get())), *this; }
+    Model(Model &&) noexcept = default;
+    Model &operator=(Model &&) noexcept = default;
+    ~Model() = default;
+
+    Generation generate(const Prompt &prompt, const Options &options = {}) const {
+        qwen2_generation *out = nullptr;
+        detail::call(qwen2_generate, raw_.get(), prompt.get(), options.get(), &out);
+        return Generation(out);
+    }
+    Stream stream(const Prompt &prompt, const Options &options = {}) const {
+        qwen2_stream *out = nullptr;
+        detail::call(qwen2_stream_new, raw_.get(), prompt.get(), options.get(), &out);
+        return Stream(out);
+    }
+    Session session() const {
+        qwen2_session *out = nullptr;
+        detail::call(qwen2_session_new, raw_.get(), &out);
+        return Session(out);
+    }
+    Tokenizer tokenizer() const { return Tokenizer(qwen2_model_tokenizer(raw_.get())); }
+    std::string name() const { return qwen2_model_name(raw_.get()); }
+    std::string device() const { return qwen2_model_device(raw_.get()); }
+    std::size_t context_length() const { return static_cast<std::size_t>(qwen2_model_context_length(raw_.get())); }
+    const qwen2_model *get() const noexcept { return raw_.get(); }                 ///< for the other functions
+private:
+    explicit Model(qwen2_model *raw) : raw_(raw) {}
+    static std::int32_t on_progress(std::uint64_t done, std::uint64_t total, void *options) {
+        return static_cast<const LoadOptions *>(options)->progress(done, total) ? 0 : 1;
+    }
+    detail::Handle<qwen2_model, qwen2_model_free> raw_;
+};
+
+} // namespace qwen2
+
+#endif // QWEN2_HPP

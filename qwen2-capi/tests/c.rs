@@ -1,0 +1,47 @@
+//! The header and every promise of it, through a C and a C++ compiler.
+#![cfg(target_os = "linux")]
+
+mod common;
+
+use std::process::Command;
+
+use common::{Workshop, demo, fixture, run, text};
+
+/// Our own thread pool and the libraries hold memory until the process ends; what the program was
+/// given it must give back, which LeakSanitizer sees.
+const SANITIZERS: [&str; 3] = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g"];
+
+#[test]
+fn header_may_be_included_twice_in_c_and_in_cpp() {
+    for more in [&[][..], &["-xc++"]] {
+        let workshop = Workshop::new();
+        run(&mut Command::new(workshop.compile_test("double_include.c", more)));
+    }
+}
+
+#[test]
+fn smoke_test_passes_as_c_and_as_cpp_and_prints_nothing_else() {
+    for more in [&[][..], &["-xc++"]] {
+        let workshop = Workshop::new();
+        let output = run(Command::new(workshop.compile_test("smoke.c", more)).arg(fixture("tied")));
+        assert_eq!(text(&output.stdout), "smoke: all well\n");
+        assert_eq!(text(&output.stderr), "", "a library is silent");
+    }
+}
+
+#[test]
+fn smoke_test_passes_under_address_leak_and_undefined_behaviour_sanitizers() {
+    let workshop = Workshop::new();
+    let program = workshop.compile_test("smoke.c", &SANITIZERS);
+    let output = run(Command::new(program).arg(fixture("tied")).env("ASAN_OPTIONS", "detect_leaks=1"));
+    assert_eq!(text(&output.stderr), "");
+}
+
+#[test]
+fn smoke_test_passes_on_the_demo_model() {
+    let Some(demo) = demo() else {
+        return; // not trained yet
+    };
+    let workshop = Workshop::new();
+    run(Command::new(workshop.compile_test("smoke.c", &[])).arg(demo));
+}
