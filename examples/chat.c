@@ -8,11 +8,11 @@
 #include "qwen2.h"
 
 /* Ends the program with the library's own words. */
-static void check(qwen2_status status, qwen2_error *error) {
+static void check(qwen2_status status, qwen2_error **error) {
     if (status == QWEN2_OK)
         return;
-    const char *help = qwen2_error_help(error);
-    fprintf(stderr, "%s\n%s%s\n", qwen2_error_message(error), help ? "help: " : "", help ? help : "");
+    const char *help = qwen2_error_help(*error);
+    fprintf(stderr, "%s\n%s%s\n", qwen2_error_message(*error), help ? "help: " : "", help ? help : "");
     exit(1);
 }
 
@@ -23,7 +23,7 @@ static int32_t show_progress(uint64_t done, uint64_t total, void *user_data) {
 
 static void add(qwen2_prompt *prompt, const char *role, const char *content) {
     qwen2_error *error = NULL;
-    check(qwen2_prompt_add_message(prompt, role, QWEN2_NUL_TERMINATED, content, QWEN2_NUL_TERMINATED, &error), error);
+    check(qwen2_prompt_add_message(prompt, role, QWEN2_NUL_TERMINATED, content, QWEN2_NUL_TERMINATED, &error), &error);
 }
 
 int main(int argc, char **argv) {
@@ -34,7 +34,7 @@ int main(int argc, char **argv) {
     qwen2_load_options *load = qwen2_load_options_new();
     qwen2_load_options_set_progress(load, show_progress, stderr);
     qwen2_model *model = NULL;
-    check(qwen2_model_load(directory, QWEN2_NUL_TERMINATED, load, &model, &error), error);
+    check(qwen2_model_load(directory, QWEN2_NUL_TERMINATED, load, &model, &error), &error);
     fputc('\n', stderr);
 
     qwen2_prompt *prompt = qwen2_prompt_new();
@@ -46,7 +46,7 @@ int main(int argc, char **argv) {
     qwen2_options_set_temperature(options, 0.0f);
 
     qwen2_generation *answer = NULL;
-    check(qwen2_generate(model, prompt, options, &answer, &error), error);
+    check(qwen2_generate(model, prompt, options, &answer, &error), &error);
     puts(qwen2_generation_text(answer, NULL));
     fprintf(stderr, "%" PRIu64 " tokens read, %" PRIu64 " written, %.0f tokens/s\n",
             qwen2_generation_prompt_tokens(answer), qwen2_generation_completion_tokens(answer),

@@ -8,7 +8,7 @@
 int main(int argc, char **argv) try {
     const auto model = qwen2::Model::load(argc > 1 ? argv[1] : "examples/demo-model");
     auto options = qwen2::Options::greedy();
-    options.max_new_tokens(32);
+    options.max_new_tokens(16);
 
     auto session = model.session();
     for (const char *question : {"What is 2 + 3?", "What comes after Monday?"}) {

@@ -1,6 +1,7 @@
 //! A conversation of two turns: the second one only reads what is new.
 //!
 //!     cargo run --release -p qwen2-core --example session [MODEL]
+#![allow(clippy::print_stdout)] // a program prints
 
 use qwen2_core::{GenerateOptions, Message, Model, Result};
 

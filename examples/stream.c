@@ -14,10 +14,10 @@ static void on_interrupt(int signal_number) {
     qwen2_cancel_now(interrupted); /* one atomic store: safe here */
 }
 
-static void check(qwen2_status status, qwen2_error *error) {
+static void check(qwen2_status status, qwen2_error **error) {
     if (status == QWEN2_OK || status == QWEN2_DONE)
         return;
-    fprintf(stderr, "%s\n", qwen2_error_message(error));
+    fprintf(stderr, "%s\n", qwen2_error_message(*error));
     exit(1);
 }
 
@@ -27,10 +27,10 @@ int main(int argc, char **argv) {
     qwen2_error *error = NULL;
 
     qwen2_model *model = NULL;
-    check(qwen2_model_load(directory, QWEN2_NUL_TERMINATED, NULL, &model, &error), error);
+    check(qwen2_model_load(directory, QWEN2_NUL_TERMINATED, NULL, &model, &error), &error);
     qwen2_prompt *prompt = qwen2_prompt_new();
     check(qwen2_prompt_add_message(prompt, "user", QWEN2_NUL_TERMINATED, question, QWEN2_NUL_TERMINATED, &error),
-          error);
+          &error);
 
     interrupted = qwen2_cancel_new();
     signal(SIGINT, on_interrupt);
@@ -39,7 +39,7 @@ int main(int argc, char **argv) {
     qwen2_options_set_cancel(options, interrupted);
 
     qwen2_stream *stream = NULL;
-    check(qwen2_stream_new(model, prompt, options, &stream, &error), error);
+    check(qwen2_stream_new(model, prompt, options, &stream, &error), &error);
     const char *piece = NULL;
     size_t len = 0;
     qwen2_status status;
@@ -47,11 +47,11 @@ int main(int argc, char **argv) {
         fwrite(piece, 1, len, stdout);
         fflush(stdout);
     }
-    check(status, error);
+    check(status, &error);
     putchar('\n');
 
     qwen2_generation *answer = NULL;
-    check(qwen2_stream_finish(stream, &answer, &error), error);
+    check(qwen2_stream_finish(stream, &answer, &error), &error);
     if (qwen2_generation_finish_reason(answer) == QWEN2_FINISH_CANCELLED)
         fputs("interrupted\n", stderr);
 

@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use common::{Workshop, fixture, root, text};
-use qwen2_core::ErrorKind;
+use qwen2_core::{ErrorKind, Message, Tokenizer};
 use serde_json::Value;
 use tempfile::TempDir;
 
@@ -98,6 +98,7 @@ fn chats_are_rendered_as_the_vectors_say() {
         }
         commands.push('\n');
     }
+    let tokenizer = Tokenizer::load(fixture("tied")).unwrap();
     let answers = drive(&commands);
     assert_eq!(answers.len(), cases.len());
     for (case, answer) in cases.iter().zip(&answers) {
@@ -105,7 +106,13 @@ fn chats_are_rendered_as_the_vectors_say() {
         assert_eq!(parts[0], "ok", "{}: {answer}", case["name"]);
         let rendered = case["rendered"].as_str().unwrap();
         assert_eq!(unhex(parts[1]), rendered, "{}", case["name"]);
-        assert_eq!(unhex(parts[2]), rendered, "{}: decoded tokens", case["name"]);
+        let messages = case["messages"].as_array().unwrap().iter().map(|message| {
+            Message::new(message["role"].as_str().unwrap(), message["content"].as_str().unwrap())
+        });
+        let generation = case["add_generation_prompt"].as_bool().unwrap();
+        let tokens = tokenizer.encode_chat(&messages.collect::<Vec<_>>(), generation).unwrap();
+        let got: Vec<u32> = parts[2..].iter().map(|word| word.parse().unwrap()).collect();
+        assert_eq!(got, tokens, "{}: not the tokens that Rust gives", case["name"]);
     }
 }
 

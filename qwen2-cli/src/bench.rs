@@ -12,14 +12,14 @@ use crate::failure::Failure;
 use crate::load;
 use crate::output::{self, human_bytes};
 
-/// Name, hidden_size, intermediate_size, num_hidden_layers, num_attention_heads,
-/// num_key_value_heads, vocab_size, tie_word_embeddings: the published config.json files.
-const SHAPES: [(&str, usize, usize, usize, usize, usize, usize, bool); 5] = [
-    ("0.5b", 896, 4864, 24, 14, 2, 151_936, true),
-    ("1.5b", 1536, 8960, 28, 12, 2, 151_936, true),
-    ("7b", 3584, 18_944, 28, 28, 4, 152_064, false),
-    ("57b-a14b", 3584, 18_944, 28, 28, 4, 151_936, false),
-    ("72b", 8192, 29_568, 80, 64, 8, 152_064, false),
+/// Name; hidden_size, intermediate_size, num_hidden_layers, num_attention_heads,
+/// num_key_value_heads, vocab_size; tie_word_embeddings: the published config.json files.
+const SHAPES: [(&str, [usize; 6], bool); 5] = [
+    ("0.5b", [896, 4864, 24, 14, 2, 151_936], true),
+    ("1.5b", [1536, 8960, 28, 12, 2, 151_936], true),
+    ("7b", [3584, 18_944, 28, 28, 4, 152_064], false),
+    ("57b-a14b", [3584, 18_944, 28, 28, 4, 151_936], false),
+    ("72b", [8192, 29_568, 80, 64, 8, 152_064], false),
 ];
 
 /// What the weights are kept as.
@@ -154,7 +154,7 @@ fn shape(name: &str) -> Result<ModelConfig, Failure> {
             format!("one of {names}"),
         ));
     };
-    let &(name, hidden, intermediate, layers, heads, kv_heads, vocab, tied) = row;
+    let &(name, [hidden, intermediate, layers, heads, kv_heads, vocab], tied) = row;
     let mut config = json!({
         "model_type": "qwen2", "hidden_act": "silu", "hidden_size": hidden, "intermediate_size": intermediate,
         "num_hidden_layers": layers, "num_attention_heads": heads, "num_key_value_heads": kv_heads,

@@ -236,7 +236,7 @@ fn instruction_set() -> String {
     let wanted = std::env::var("QWEN2_CPU").unwrap_or_default();
     names()
         .find(|name| *name == wanted)
-        .or(names().last())
+        .or(names().next_back())
         .unwrap_or("portable")
         .to_owned()
 }

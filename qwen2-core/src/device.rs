@@ -32,32 +32,60 @@ enum Backend {
 const BACKENDS: [(Backend, &str, &str, bool); 7] = [
     (Backend::Cpu, "cpu", "cpu", cfg!(feature = "cpu")),
     (Backend::Cuda, "cuda", "cuda", cfg!(feature = "cuda")),
-    (Backend::Vulkan, "vulkan", "vulkan", cfg!(feature = "vulkan")),
+    (
+        Backend::Vulkan,
+        "vulkan",
+        "vulkan",
+        cfg!(feature = "vulkan"),
+    ),
     (Backend::Metal, "metal", "metal", cfg!(feature = "metal")),
     (Backend::Wgpu, "wgpu", "wgpu", cfg!(feature = "wgpu")),
-    (Backend::WebGpu, "webgpu", "webgpu", cfg!(feature = "webgpu")),
-    (Backend::NdArray, "ndarray", "ndarray", cfg!(feature = "ndarray")),
+    (
+        Backend::WebGpu,
+        "webgpu",
+        "webgpu",
+        cfg!(feature = "webgpu"),
+    ),
+    (
+        Backend::NdArray,
+        "ndarray",
+        "ndarray",
+        cfg!(feature = "ndarray"),
+    ),
 ];
 
 impl Device {
     /// The best device that is compiled in and present: CUDA, then a discrete GPU, then the CPU.
     pub const fn auto() -> Self {
-        Self { backend: Backend::Auto, index: None }
+        Self {
+            backend: Backend::Auto,
+            index: None,
+        }
     }
 
     /// The processor.
     pub const fn cpu() -> Self {
-        Self { backend: Backend::Cpu, index: None }
+        Self {
+            backend: Backend::Cpu,
+            index: None,
+        }
     }
 
     /// The devices of this build, by name.
     pub fn compiled() -> Vec<&'static str> {
-        BACKENDS.iter().filter(|row| row.3).map(|row| row.1).collect()
+        BACKENDS
+            .iter()
+            .filter(|row| row.3)
+            .map(|row| row.1)
+            .collect()
     }
 
     /// Whether this is a GPU, whose memory is not the host's.
     pub(crate) fn is_gpu(&self) -> bool {
-        !matches!(self.backend, Backend::Auto | Backend::Cpu | Backend::NdArray)
+        !matches!(
+            self.backend,
+            Backend::Auto | Backend::Cpu | Backend::NdArray
+        )
     }
 
     /// Whether the kernels of `ops/cpu` run here.
@@ -94,9 +122,17 @@ impl Device {
     }
 
     fn open_auto() -> Result<(Self, BurnDevice)> {
-        let order = [Backend::Cuda, Backend::Metal, Backend::Vulkan, Backend::Wgpu];
+        let order = [
+            Backend::Cuda,
+            Backend::Metal,
+            Backend::Vulkan,
+            Backend::Wgpu,
+        ];
         for backend in order {
-            let candidate = Self { backend, index: None };
+            let candidate = Self {
+                backend,
+                index: None,
+            };
             let compiled = BACKENDS.iter().any(|row| row.0 == backend && row.3);
             if compiled && candidate.is_discrete() {
                 match candidate.open() {
@@ -105,8 +141,16 @@ impl Device {
                 }
             }
         }
-        let last = if cfg!(feature = "cpu") { Backend::Cpu } else { Backend::NdArray };
-        Self { backend: last, index: None }.open()
+        let last = if cfg!(feature = "cpu") {
+            Backend::Cpu
+        } else {
+            Backend::NdArray
+        };
+        Self {
+            backend: last,
+            index: None,
+        }
+        .open()
     }
 
     /// Whether the first device of the backend is a GPU of its own, not a processor in disguise.
@@ -145,7 +189,8 @@ impl Device {
     #[cfg(feature = "wgpu")]
     fn kind(&self) -> burn::tensor::DeviceKind {
         use burn::tensor::DeviceKind;
-        self.index.map_or(DeviceKind::DefaultDevice, DeviceKind::DiscreteGpu)
+        self.index
+            .map_or(DeviceKind::DefaultDevice, DeviceKind::DiscreteGpu)
     }
 
     /// One small matrix product, whose result is known, before the device is trusted with a model.
@@ -157,7 +202,9 @@ impl Device {
         if y.as_slice::<f32>().ok() == Some(&[5.0, 14.0, 14.0, 50.0]) {
             return Ok(());
         }
-        Err(self.unavailable("its self-test gave wrong numbers").with_help("update the driver"))
+        Err(self
+            .unavailable("its self-test gave wrong numbers")
+            .with_help("update the driver"))
     }
 
     fn unavailable(&self, why: &str) -> Error {
@@ -167,7 +214,10 @@ impl Device {
     }
 
     fn feature(&self) -> &'static str {
-        BACKENDS.iter().find(|row| row.0 == self.backend).map_or("cpu", |row| row.2)
+        BACKENDS
+            .iter()
+            .find(|row| row.0 == self.backend)
+            .map_or("cpu", |row| row.2)
     }
 }
 
@@ -175,9 +225,7 @@ impl Device {
 fn adapters(backend: Backend) -> Option<usize> {
     #[cfg(feature = "wgpu")]
     if matches!(backend, Backend::Wgpu | Backend::Vulkan | Backend::Metal) {
-        let count = catch_unwind(|| {
-            BurnDevice::enumerate_physical().len()
-        });
+        let count = catch_unwind(|| BurnDevice::enumerate_physical().len());
         return count.ok();
     }
     let _ = backend;
@@ -186,7 +234,11 @@ fn adapters(backend: Backend) -> Option<usize> {
 
 /// Whether the driver's library can be loaded; asking the backend would panic without it.
 fn cuda_driver_is_there() -> bool {
-    let names: &[&str] = if cfg!(windows) { &["nvcuda.dll"] } else { &["libcuda.so.1", "libcuda.so"] };
+    let names: &[&str] = if cfg!(windows) {
+        &["nvcuda.dll"]
+    } else {
+        &["libcuda.so.1", "libcuda.so"]
+    };
     let folders = std::env::var("LD_LIBRARY_PATH").unwrap_or_default();
     let fixed = [
         "/usr/lib/x86_64-linux-gnu",
@@ -197,9 +249,15 @@ fn cuda_driver_is_there() -> bool {
         "/usr/local/nvidia/lib64",
         "C:\\Windows\\System32",
     ];
-    folders.split(':').chain(fixed).filter(|folder| !folder.is_empty()).any(|folder| {
-        names.iter().any(|name| std::path::Path::new(folder).join(name).exists())
-    })
+    folders
+        .split(':')
+        .chain(fixed)
+        .filter(|folder| !folder.is_empty())
+        .any(|folder| {
+            names
+                .iter()
+                .any(|name| std::path::Path::new(folder).join(name).exists())
+        })
 }
 
 /// The message of a caught panic.
@@ -219,7 +277,10 @@ impl Default for Device {
 
 impl fmt::Display for Device {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let name = BACKENDS.iter().find(|row| row.0 == self.backend).map_or("auto", |row| row.1);
+        let name = BACKENDS
+            .iter()
+            .find(|row| row.0 == self.backend)
+            .map_or("auto", |row| row.1);
         match self.index {
             Some(index) => write!(f, "{name}:{index}"),
             None => f.write_str(name),
@@ -232,14 +293,23 @@ impl FromStr for Device {
 
     fn from_str(text: &str) -> Result<Self> {
         let (name, index) = match text.split_once(':') {
-            Some((name, index)) => (name, Some(index.parse::<usize>().map_err(|_| unknown(text))?)),
+            Some((name, index)) => (
+                name,
+                Some(index.parse::<usize>().map_err(|_| unknown(text))?),
+            ),
             None => (text, None),
         };
         if name == "auto" && index.is_none() {
             return Ok(Self::auto());
         }
-        let row = BACKENDS.iter().find(|row| row.1 == name).ok_or_else(|| unknown(text))?;
-        let device = Self { backend: row.0, index };
+        let row = BACKENDS
+            .iter()
+            .find(|row| row.1 == name)
+            .ok_or_else(|| unknown(text))?;
+        let device = Self {
+            backend: row.0,
+            index,
+        };
         if index.is_some() && !device.is_gpu() {
             return Err(unknown(text));
         }
@@ -260,10 +330,14 @@ mod tests {
 
     #[test]
     fn device_strings_round_trip() {
-        for text in ["auto", "cpu", "wgpu", "wgpu:1", "vulkan", "metal:0", "webgpu", "cuda:3", "ndarray"] {
+        for text in [
+            "auto", "cpu", "wgpu", "wgpu:1", "vulkan", "metal:0", "webgpu", "cuda:3", "ndarray",
+        ] {
             assert_eq!(text.parse::<Device>().expect(text).to_string(), text);
         }
-        for text in ["", "gpu", "cuda:", "cuda:-1", "cuda:x", "cpu:0", "auto:1", "CPU"] {
+        for text in [
+            "", "gpu", "cuda:", "cuda:-1", "cuda:x", "cpu:0", "auto:1", "CPU",
+        ] {
             let error = text.parse::<Device>().expect_err(text);
             assert_eq!(error.kind(), ErrorKind::InvalidArgument, "{text}");
         }
@@ -272,9 +346,17 @@ mod tests {
     #[test]
     fn a_device_that_is_not_compiled_in_names_the_feature() {
         if let Some(row) = BACKENDS.iter().find(|row| !row.3) {
-            let error = row.1.parse::<Device>().expect("a known name").open().expect_err("not compiled in");
+            let error = row
+                .1
+                .parse::<Device>()
+                .expect("a known name")
+                .open()
+                .expect_err("not compiled in");
             assert_eq!(error.kind(), ErrorKind::DeviceUnavailable);
-            assert!(error.help().is_some_and(|help| help.contains(row.2)), "{error:?}");
+            assert!(
+                error.help().is_some_and(|help| help.contains(row.2)),
+                "{error:?}"
+            );
         }
     }
 }

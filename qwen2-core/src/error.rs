@@ -108,17 +108,21 @@ impl ErrorKind {
         match self {
             Self::InvalidArgument => ("invalid_argument", "InvalidArgumentError", "ValueError"),
             Self::NotFound => ("not_found", "NotFoundError", "FileNotFoundError"),
-            Self::PermissionDenied => {
-                ("permission_denied", "PermissionDeniedError", "PermissionError")
-            }
+            Self::PermissionDenied => (
+                "permission_denied",
+                "PermissionDeniedError",
+                "PermissionError",
+            ),
             Self::Io => ("io", "IoError", "OSError"),
             Self::InvalidFile => ("invalid_file", "InvalidFileError", "ValueError"),
             Self::Unsupported => ("unsupported", "UnsupportedError", "NotImplementedError"),
             Self::ContextOverflow => ("context_overflow", "ContextOverflowError", "ValueError"),
             Self::OutOfMemory => ("out_of_memory", "OutOfMemoryError", "MemoryError"),
-            Self::DeviceUnavailable => {
-                ("device_unavailable", "DeviceUnavailableError", "RuntimeError")
-            }
+            Self::DeviceUnavailable => (
+                "device_unavailable",
+                "DeviceUnavailableError",
+                "RuntimeError",
+            ),
             Self::DeviceFailed => ("device_failed", "DeviceFailedError", "RuntimeError"),
             Self::Network => ("network", "NetworkError", "ConnectionError"),
             Self::InvalidTemplate => ("invalid_template", "InvalidTemplateError", "ValueError"),

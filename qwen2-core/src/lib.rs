@@ -10,9 +10,9 @@ mod model;
 mod ops;
 mod text;
 
-pub use api::{Logits, Memory, Model, ModelBuilder, Prompt, Quantization, Session, SessionStream};
 #[doc(hidden)]
 pub use api::SessionRun;
+pub use api::{Logits, Memory, Model, ModelBuilder, Prompt, Quantization, Session, SessionStream};
 pub use checkpoint::{Progress, Source};
 pub use config::{DType, GenerationConfig, ModelConfig, MoeConfig, RopeScaling};
 pub use device::Device;

@@ -24,13 +24,20 @@ fn held_out_questions_are_answered_right_and_as_by_the_reference() {
         assert_eq!(prompt, ids(&case["prompt_tokens"]));
         let generation = model.chat(&messages, &options).unwrap();
         assert_eq!(generation.tokens, ids(&case["tokens"]), "{messages:?}");
-        let row = right.entry(case["category"].as_str().unwrap().to_owned()).or_default();
+        let row = right
+            .entry(case["category"].as_str().unwrap().to_owned())
+            .or_default();
         row.0 += usize::from(generation.text == case["answer"].as_str().unwrap());
         row.1 += 1;
     }
-    let (hits, all) = right.values().fold((0, 0), |sum, row| (sum.0 + row.0, sum.1 + row.1));
+    let (hits, all) = right
+        .values()
+        .fold((0, 0), |sum, row| (sum.0 + row.0, sum.1 + row.1));
     assert!(all >= 200, "{all} questions");
-    assert!(hits as f64 >= 0.95 * all as f64, "{hits} of {all} right: {right:?}");
+    assert!(
+        hits as f64 >= 0.95 * all as f64,
+        "{hits} of {all} right: {right:?}"
+    );
 }
 
 #[test]
@@ -44,7 +51,9 @@ fn long_greedy_runs_equal_the_reference_token_by_token() {
         assert!(want.len() >= 64);
         let mut options = GenerateOptions::greedy().max_new_tokens(want.len());
         options.ignore_eos = true;
-        let generation = model.generate(Prompt::Tokens(ids(&case["prompt_tokens"])), &options).unwrap();
+        let generation = model
+            .generate(Prompt::Tokens(ids(&case["prompt_tokens"])), &options)
+            .unwrap();
         assert_eq!(generation.tokens, want);
     }
 }

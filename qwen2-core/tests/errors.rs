@@ -23,13 +23,21 @@ fn apply(directory: &Path, change: &Value) {
         "remove" => fs::remove_file(path).unwrap(),
         "truncate" => {
             let length = change["length"].as_u64().unwrap();
-            fs::OpenOptions::new().write(true).open(path).unwrap().set_len(length).unwrap();
+            fs::OpenOptions::new()
+                .write(true)
+                .open(path)
+                .unwrap()
+                .set_len(length)
+                .unwrap();
         }
         "set_json" => edit(&path, |object| {
             object[change["key"].as_str().unwrap()] = change["value"].clone();
         }),
         "remove_json" => edit(&path, |object| {
-            object.as_object_mut().unwrap().remove(change["key"].as_str().unwrap());
+            object
+                .as_object_mut()
+                .unwrap()
+                .remove(change["key"].as_str().unwrap());
         }),
         "write" => fs::write(path, change["text"].as_str().unwrap()).unwrap(),
         "write_base64" => fs::write(path, base64(change["base64"].as_str().unwrap())).unwrap(),
@@ -50,7 +58,9 @@ fn edit(path: &Path, body: impl FnOnce(&mut Value)) {
 
 fn base64(text: &str) -> Vec<u8> {
     const ALPHABET: &[u8] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
-    let sextets = text.bytes().filter_map(|c| ALPHABET.iter().position(|&a| a == c));
+    let sextets = text
+        .bytes()
+        .filter_map(|c| ALPHABET.iter().position(|&a| a == c));
     let (mut out, mut bits, mut n) = (Vec::new(), 0_u32, 0);
     for sextet in sextets {
         bits = bits << 6 | sextet as u32;
@@ -81,8 +91,16 @@ fn bad_checkpoints_give_the_errors_of_the_vectors() {
         match Model::load(directory.path()) {
             Ok(_) => wrong.push(format!("{name}: loaded")),
             Err(error) => {
-                let got = (error.kind().name().to_owned(), error.to_string(), error.help().map(str::to_owned));
-                let want = (fill("kind").unwrap(), fill("message").unwrap(), fill("help"));
+                let got = (
+                    error.kind().name().to_owned(),
+                    error.to_string(),
+                    error.help().map(str::to_owned),
+                );
+                let want = (
+                    fill("kind").unwrap(),
+                    fill("message").unwrap(),
+                    fill("help"),
+                );
                 if got != want {
                     wrong.push(format!("{name}:\n  got  {got:?}\n  want {want:?}"));
                 }

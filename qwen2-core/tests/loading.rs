@@ -24,17 +24,28 @@ fn a_vocabulary_smaller_than_the_tokenizers_is_refused() {
     let path = directory.path().join("tokenizer.json");
     let mut tokenizer = json(path.clone());
     let added = tokenizer["added_tokens"].as_array().unwrap();
-    let next = added.iter().map(|token| token["id"].as_u64().unwrap()).max().unwrap() + 1;
+    let next = added
+        .iter()
+        .map(|token| token["id"].as_u64().unwrap())
+        .max()
+        .unwrap()
+        + 1;
     let template = added[0].clone();
     for id in next..330 {
         let mut token = template.clone();
         token["id"] = id.into();
         token["content"] = format!("<|extra_{id}|>").into();
-        tokenizer["added_tokens"].as_array_mut().unwrap().push(token);
+        tokenizer["added_tokens"]
+            .as_array_mut()
+            .unwrap()
+            .push(token);
     }
     fs::write(&path, tokenizer.to_string()).unwrap();
     let error = Model::load(directory.path()).unwrap_err();
-    assert_eq!((error.kind(), error.key()), (ErrorKind::InvalidFile, Some("vocab_size")));
+    assert_eq!(
+        (error.kind(), error.key()),
+        (ErrorKind::InvalidFile, Some("vocab_size"))
+    );
     assert!(error.to_string().contains("config.json"), "{error}");
     assert!(error.help().is_some());
 }
@@ -53,9 +64,18 @@ fn a_missing_tokenizer_names_its_file() {
 #[test]
 fn a_context_beyond_the_models_is_refused() {
     let longest = load(fixture("tied")).context_length();
-    let error = builder(fixture("tied")).context_length(longest + 1).load().unwrap_err();
-    assert_eq!((error.kind(), error.key()), (ErrorKind::InvalidArgument, Some("context_length")));
-    let error = builder(fixture("tied")).context_length(0).load().unwrap_err();
+    let error = builder(fixture("tied"))
+        .context_length(longest + 1)
+        .load()
+        .unwrap_err();
+    assert_eq!(
+        (error.kind(), error.key()),
+        (ErrorKind::InvalidArgument, Some("context_length"))
+    );
+    let error = builder(fixture("tied"))
+        .context_length(0)
+        .load()
+        .unwrap_err();
     assert_eq!(error.kind(), ErrorKind::InvalidArgument);
     let error = builder(fixture("tied")).threads(0).load().unwrap_err();
     assert_eq!(error.key(), Some("threads"));
@@ -67,7 +87,10 @@ fn a_device_that_is_not_there_is_refused_before_anything_is_read() {
         .into_iter()
         .find(|name| !Device::compiled().contains(name));
     if let Some(name) = missing {
-        let error = Model::builder("/no/such/directory").device(name.parse().unwrap()).load().unwrap_err();
+        let error = Model::builder("/no/such/directory")
+            .device(name.parse().unwrap())
+            .load()
+            .unwrap_err();
         assert_eq!(error.kind(), ErrorKind::DeviceUnavailable);
         assert_eq!(error.key(), Some(name));
     }
@@ -89,13 +112,20 @@ fn packed_weights_stay_close_to_the_stored_ones() {
     let exact = load(fixture("gqa7")).logits(&tokens).unwrap();
     // Two layers of width 32 to 64, logits up to 4: 8 bits lose little, 4 bits visibly.
     for (quantization, bound) in [(Quantization::Q8, 0.005), (Quantization::Q4, 0.5)] {
-        let model = builder(fixture("gqa7")).quantize(quantization).load().unwrap();
+        let model = builder(fixture("gqa7"))
+            .quantize(quantization)
+            .load()
+            .unwrap();
         let logits = model.logits(&tokens).unwrap();
         let divergence = mean_divergence(&exact.values, &logits.values, exact.vocab_size);
         assert!(divergence < bound, "{quantization:?}: {divergence}");
         assert!(divergence > 0.0, "{quantization:?} was not applied");
-        let options = GenerateOptions::greedy().ignore_eos(true).max_new_tokens(20);
-        let generation = model.generate(Prompt::Tokens(tokens.clone()), &options).unwrap();
+        let options = GenerateOptions::greedy()
+            .ignore_eos(true)
+            .max_new_tokens(20);
+        let generation = model
+            .generate(Prompt::Tokens(tokens.clone()), &options)
+            .unwrap();
         assert_eq!(generation.tokens.len(), 20);
     }
 }
@@ -109,7 +139,13 @@ fn mean_divergence(a: &[f32], b: &[f32], width: usize) -> f64 {
     let rows: Vec<f64> = a
         .chunks(width)
         .zip(b.chunks(width))
-        .map(|(a, b)| softmax(a).iter().zip(softmax(b)).map(|(p, q)| p * (p / q).ln()).sum())
+        .map(|(a, b)| {
+            softmax(a)
+                .iter()
+                .zip(softmax(b))
+                .map(|(p, q)| p * (p / q).ln())
+                .sum()
+        })
         .collect();
     rows.iter().sum::<f64>() / rows.len() as f64
 }

@@ -15,7 +15,12 @@ use serde_json::{Map, Value, json};
 fn status(key: &str) -> u64 {
     let text = fs::read_to_string("/proc/self/status").unwrap();
     let line = text.lines().find(|line| line.starts_with(key)).unwrap();
-    line.split_whitespace().nth(1).unwrap().parse::<u64>().unwrap() * 1024
+    line.split_whitespace()
+        .nth(1)
+        .unwrap()
+        .parse::<u64>()
+        .unwrap()
+        * 1024
 }
 
 /// A checkpoint of about 100 MB in bf16, all weights zero, with the tokenizer of a fixture.
@@ -43,7 +48,9 @@ fn write_checkpoint(directory: &Path) -> u64 {
         ("model.norm.weight".into(), vec![hidden]),
     ];
     for i in 0..layers {
-        let mut push = |name: &str, shape: &[u64]| shapes.push((format!("model.layers.{i}.{name}"), shape.to_vec()));
+        let mut push = |name: &str, shape: &[u64]| {
+            shapes.push((format!("model.layers.{i}.{name}"), shape.to_vec()))
+        };
         push("input_layernorm.weight", &[hidden]);
         push("post_attention_layernorm.weight", &[hidden]);
         for (name, rows) in [("q", hidden), ("k", kv), ("v", kv)] {
@@ -58,13 +65,17 @@ fn write_checkpoint(directory: &Path) -> u64 {
     let (mut header, mut at) = (Map::new(), 0);
     for (name, shape) in shapes {
         let end = at + 2 * shape.iter().product::<u64>();
-        header.insert(name, json!({"dtype": "BF16", "shape": shape, "data_offsets": [at, end]}));
+        header.insert(
+            name,
+            json!({"dtype": "BF16", "shape": shape, "data_offsets": [at, end]}),
+        );
         at = end;
     }
     let mut header = Value::Object(header).to_string();
     header.push_str(&" ".repeat(header.len().next_multiple_of(8) - header.len()));
     let mut file = fs::File::create(directory.join("model.safetensors")).unwrap();
-    file.write_all(&(header.len() as u64).to_le_bytes()).unwrap();
+    file.write_all(&(header.len() as u64).to_le_bytes())
+        .unwrap();
     file.write_all(header.as_bytes()).unwrap();
     file.write_all(&vec![0; at as usize]).unwrap();
     at
@@ -76,10 +87,21 @@ fn loading_and_answering_peaks_at_the_stored_weights_and_a_tenth() {
     let directory = tempfile::tempdir().unwrap();
     let stored = write_checkpoint(directory.path());
     let before = status("VmRSS");
-    let model = Model::builder(directory.path()).device(Device::cpu()).load().unwrap();
+    let model = Model::builder(directory.path())
+        .device(Device::cpu())
+        .load()
+        .unwrap();
     let options = GenerateOptions::greedy().ignore_eos(true).max_new_tokens(4);
-    model.generate(Prompt::Tokens(vec![1, 2, 3]), &options).unwrap();
+    model
+        .generate(Prompt::Tokens(vec![1, 2, 3]), &options)
+        .unwrap();
     let peak = status("VmHWM") - before;
-    assert!(peak <= stored + stored / 10, "{peak} bytes for {stored} stored");
-    assert!(peak >= stored / 2, "the weights were not used: {peak} of {stored}");
+    assert!(
+        peak <= stored + stored / 10,
+        "{peak} bytes for {stored} stored"
+    );
+    assert!(
+        peak >= stored / 2,
+        "the weights were not used: {peak} of {stored}"
+    );
 }

@@ -7,8 +7,19 @@ use common::{builder, device, fixture, ids, json, load, max_difference, rows};
 use qwen2_core::{DType, ErrorKind, GenerateOptions, Model, Prompt};
 
 const DENSE: [&str; 13] = [
-    "tied", "untied", "tied_flag_untied_weights", "mqa", "gqa7", "head_dim_10", "head_dim_explicit",
-    "bf16_shards", "f16", "yarn", "yarn5", "sliding", "sliding5",
+    "tied",
+    "untied",
+    "tied_flag_untied_weights",
+    "mqa",
+    "gqa7",
+    "head_dim_10",
+    "head_dim_explicit",
+    "bf16_shards",
+    "f16",
+    "yarn",
+    "yarn5",
+    "sliding",
+    "sliding5",
 ];
 
 /// The project's bound for float32 on logits of size about 4.
@@ -24,8 +35,14 @@ fn logits_equal_the_reference_at_every_position() {
         assert_eq!(logits.values.len(), logits.n_tokens * logits.vocab_size);
         let size = want.iter().fold(0.0_f32, |max, x| max.max(x.abs()));
         let difference = max_difference(&logits.values, &want);
-        assert!(difference <= TOLERANCE, "{name}: {difference} on logits up to {size}");
-        assert!(size > 1.0, "{name}: a reference of nearly zero proves nothing");
+        assert!(
+            difference <= TOLERANCE,
+            "{name}: {difference} on logits up to {size}"
+        );
+        assert!(
+            size > 1.0,
+            "{name}: a reference of nearly zero proves nothing"
+        );
     }
 }
 
@@ -51,7 +68,10 @@ fn prefill_in_chunks_equals_one_shot() {
         for chunk in [1, 7, 64] {
             let model = builder(fixture(name)).prefill_chunk(chunk).load().unwrap();
             let difference = max_difference(&model.logits(&tokens).unwrap().values, &whole);
-            assert!(difference <= TOLERANCE, "{name} in chunks of {chunk}: {difference}");
+            assert!(
+                difference <= TOLERANCE,
+                "{name} in chunks of {chunk}: {difference}"
+            );
         }
     }
 }
@@ -63,10 +83,16 @@ fn bf16_stays_within_the_references_own_rounding() {
     let reference = json(fixture("bf16_shards").join("reference.json"));
     let exact = rows(&reference["logits"]);
     let theirs = rows(&reference["logits_bf16"]);
-    let ours = load(fixture("bf16_shards")).logits(&ids(&reference["tokens"])).unwrap().values;
+    let ours = load(fixture("bf16_shards"))
+        .logits(&ids(&reference["tokens"]))
+        .unwrap()
+        .values;
     let allowed = max_difference(&theirs, &exact);
     let difference = max_difference(&ours, &theirs);
-    assert!(difference <= allowed + TOLERANCE, "{difference} from their bf16, which is {allowed} from float32");
+    assert!(
+        difference <= allowed + TOLERANCE,
+        "{difference} from their bf16, which is {allowed} from float32"
+    );
     assert!(max_difference(&ours, &exact) <= allowed);
 }
 
@@ -76,7 +102,10 @@ fn bf16_activations_round_less_than_the_reference() {
     let reference = json(fixture("bf16_shards").join("reference.json"));
     let exact = rows(&reference["logits"]);
     let allowed = max_difference(&rows(&reference["logits_bf16"]), &exact);
-    let model = builder(fixture("bf16_shards")).activations(DType::BF16).load().unwrap();
+    let model = builder(fixture("bf16_shards"))
+        .activations(DType::BF16)
+        .load()
+        .unwrap();
     let ours = model.logits(&ids(&reference["tokens"])).unwrap().values;
     assert!(max_difference(&ours, &exact) <= allowed);
 }
@@ -89,12 +118,19 @@ fn weights_may_be_kept_in_another_precision() {
     let reference = json(fixture("tied").join("reference.json"));
     let (tokens, want) = (ids(&reference["tokens"]), rows(&reference["logits"]));
     // 8 and 11 bits of mantissa, on logits of size ~4 behind two layers.
-    for (dtype, bound) in [(DType::BF16, 0.3), (DType::F16, 0.03), (DType::F32, TOLERANCE)] {
+    for (dtype, bound) in [
+        (DType::BF16, 0.3),
+        (DType::F16, 0.03),
+        (DType::F32, TOLERANCE),
+    ] {
         let model = builder(fixture("tied")).dtype(dtype).load().unwrap();
         assert_eq!(model.dtype(), dtype);
         let difference = max_difference(&model.logits(&tokens).unwrap().values, &want);
         assert!(difference <= bound, "{dtype:?}: {difference}");
-        assert!(dtype == DType::F32 || difference > 0.0, "{dtype:?} was not applied");
+        assert!(
+            dtype == DType::F32 || difference > 0.0,
+            "{dtype:?} was not applied"
+        );
     }
 }
 

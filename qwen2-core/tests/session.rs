@@ -24,15 +24,29 @@ fn greedy(n: usize) -> GenerateOptions {
 fn a_session_continues_like_one_long_prompt() {
     let model = model();
     let mut session = model.session();
-    session.append(Prompt::Tokens(tokens()[..8].to_vec())).unwrap();
+    session
+        .append(Prompt::Tokens(tokens()[..8].to_vec()))
+        .unwrap();
     let first = session.generate(&greedy(6)).unwrap();
     session.append(Prompt::Tokens(vec![9, 10, 11])).unwrap();
     let second = session.generate(&greedy(6)).unwrap();
     let mut whole = tokens()[..8].to_vec();
-    assert_eq!(first.tokens, model.generate(Prompt::Tokens(whole.clone()), &greedy(6)).unwrap().tokens);
+    assert_eq!(
+        first.tokens,
+        model
+            .generate(Prompt::Tokens(whole.clone()), &greedy(6))
+            .unwrap()
+            .tokens
+    );
     whole.extend(&first.tokens);
     whole.extend([9, 10, 11]);
-    assert_eq!(second.tokens, model.generate(Prompt::Tokens(whole.clone()), &greedy(6)).unwrap().tokens);
+    assert_eq!(
+        second.tokens,
+        model
+            .generate(Prompt::Tokens(whole.clone()), &greedy(6))
+            .unwrap()
+            .tokens
+    );
     assert!(second.usage.cached_tokens >= 13, "{:?}", second.usage);
     whole.extend(&second.tokens);
     assert_eq!(session.tokens(), whole);
@@ -46,23 +60,36 @@ fn truncate_then_decode_equals_fresh_prompt() {
     session.generate(&greedy(5)).unwrap();
     session.truncate(10).unwrap();
     let again = session.generate(&greedy(8)).unwrap();
-    let fresh = model.generate(Prompt::Tokens(tokens()[..10].to_vec()), &greedy(8)).unwrap();
+    let fresh = model
+        .generate(Prompt::Tokens(tokens()[..10].to_vec()), &greedy(8))
+        .unwrap();
     assert_eq!(again.tokens, fresh.tokens);
-    assert_eq!(session.truncate(1000).unwrap_err().kind(), ErrorKind::InvalidArgument);
+    assert_eq!(
+        session.truncate(1000).unwrap_err().kind(),
+        ErrorKind::InvalidArgument
+    );
 }
 
 #[test]
 fn a_fork_goes_its_own_way() {
     let model = model();
     let mut session = model.session();
-    session.append(Prompt::Tokens(tokens()[..8].to_vec())).unwrap();
+    session
+        .append(Prompt::Tokens(tokens()[..8].to_vec()))
+        .unwrap();
     session.generate(&greedy(3)).unwrap();
     let mut fork = session.fork().unwrap();
     fork.append(Prompt::Tokens(vec![40, 41])).unwrap();
     fork.generate(&greedy(4)).unwrap();
     let straight = session.generate(&greedy(6)).unwrap();
     let whole = [&tokens()[..8], &session.tokens()[8..11]].concat();
-    assert_eq!(straight.tokens, model.generate(Prompt::Tokens(whole), &greedy(6)).unwrap().tokens);
+    assert_eq!(
+        straight.tokens,
+        model
+            .generate(Prompt::Tokens(whole), &greedy(6))
+            .unwrap()
+            .tokens
+    );
 }
 
 #[test]
@@ -70,11 +97,22 @@ fn messages_go_through_the_template_as_one_conversation() {
     let model = model();
     let mut session = model.session();
     session.append([Message::user("a b")]).unwrap();
-    let first = session.generate(&GenerateOptions::greedy().max_new_tokens(4)).unwrap();
+    let first = session
+        .generate(&GenerateOptions::greedy().max_new_tokens(4))
+        .unwrap();
     session.append([Message::user("c")]).unwrap();
-    let messages = [Message::user("a b"), Message::assistant(first.text.as_str()), Message::user("c")];
-    assert_eq!(session.tokens(), model.tokenizer().encode_chat(&messages, true).unwrap());
-    let second = session.generate(&GenerateOptions::greedy().max_new_tokens(4)).unwrap();
+    let messages = [
+        Message::user("a b"),
+        Message::assistant(first.text.as_str()),
+        Message::user("c"),
+    ];
+    assert_eq!(
+        session.tokens(),
+        model.tokenizer().encode_chat(&messages, true).unwrap()
+    );
+    let second = session
+        .generate(&GenerateOptions::greedy().max_new_tokens(4))
+        .unwrap();
     assert!(second.usage.cached_tokens > 0);
     assert_eq!(session.messages().len(), 4);
 }
@@ -83,21 +121,33 @@ fn messages_go_through_the_template_as_one_conversation() {
 fn a_dropped_stream_keeps_what_was_said() {
     let model = model();
     let mut session = model.session();
-    session.append(Prompt::Tokens(tokens()[..8].to_vec())).unwrap();
+    session
+        .append(Prompt::Tokens(tokens()[..8].to_vec()))
+        .unwrap();
     let mut stream = session.stream(&greedy(20)).unwrap();
-    let said: Vec<u32> = (0..4).map(|_| stream.next().unwrap().unwrap().token).collect();
+    let said: Vec<u32> = (0..4)
+        .map(|_| stream.next().unwrap().unwrap().token)
+        .collect();
     drop(stream);
     assert_eq!(session.tokens()[8..], said);
 }
 
 #[test]
 fn a_session_refuses_what_exceeds_the_context_and_stays_as_it_was() {
-    let model = common::builder(fixture("tied")).context_length(16).load().unwrap();
+    let model = common::builder(fixture("tied"))
+        .context_length(16)
+        .load()
+        .unwrap();
     let mut session = model.session();
-    session.append(Prompt::Tokens(tokens()[..10].to_vec())).unwrap();
+    session
+        .append(Prompt::Tokens(tokens()[..10].to_vec()))
+        .unwrap();
     let error = session.append(Prompt::Tokens(vec![1; 7])).unwrap_err();
     assert_eq!(error.kind(), ErrorKind::ContextOverflow);
     assert_eq!(session.tokens().len(), 10);
     assert!(session.generate(&greedy(6)).is_ok());
-    assert_eq!(session.generate(&greedy(1)).unwrap_err().kind(), ErrorKind::ContextOverflow);
+    assert_eq!(
+        session.generate(&greedy(1)).unwrap_err().kind(),
+        ErrorKind::ContextOverflow
+    );
 }

@@ -1,1 +1,46 @@
-//! Placeholder.
+//! The compiled half of the Python package `qwen2_rs`.
+
+mod enter;
+mod error;
+mod model;
+mod options;
+mod results;
+mod session;
+mod stream;
+mod tokenizer;
+
+use std::ffi::OsString;
+
+use pyo3::prelude::*;
+
+/// The devices that this build can compute on.
+#[pyfunction]
+fn devices() -> Vec<&'static str> {
+    qwen2_core::Device::compiled()
+}
+
+/// Runs the command `qwen2` and returns its exit code. For a process that is this command and
+/// nothing else: it takes Ctrl-C over.
+#[pyfunction]
+fn run_cli(py: Python<'_>, argv: Vec<OsString>) -> i32 {
+    enter::outside(py, || qwen2_cli::run_program(argv))
+}
+
+// Nothing here counts on the GIL: every class is frozen, what changes is behind a lock.
+#[pymodule(gil_used = false)]
+fn _qwen2(module: &Bound<'_, PyModule>) -> PyResult<()> {
+    module.add("__version__", env!("CARGO_PKG_VERSION"))?;
+    module.add_class::<model::Model>()?;
+    module.add_class::<session::Session>()?;
+    module.add_class::<stream::TokenStream>()?;
+    module.add_class::<tokenizer::Tokenizer>()?;
+    module.add_class::<results::Generation>()?;
+    module.add_class::<results::Memory>()?;
+    module.add_class::<results::Piece>()?;
+    module.add_class::<results::StopMatch>()?;
+    module.add_class::<results::Timings>()?;
+    module.add_class::<results::Usage>()?;
+    module.add_function(wrap_pyfunction!(devices, module)?)?;
+    module.add_function(wrap_pyfunction!(run_cli, module)?)?;
+    error::add_classes(module)
+}

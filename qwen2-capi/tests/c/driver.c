@@ -4,7 +4,7 @@
  *     load DIR                              -> ok | error CODE MESSAGE HELP
  *     logits DIR TOKEN...                   -> ok N_TOKENS VOCAB_SIZE LOGIT...
  *     greedy DIR N TOKEN...                 -> ok TOKEN...
- *     chat DIR GENERATION (ROLE CONTENT)... -> ok RENDERED DECODED
+ *     chat DIR GENERATION (ROLE CONTENT)... -> ok RENDERED TOKEN...
  */
 #include <stdio.h>
 #include <stdlib.h>
@@ -42,15 +42,15 @@ static void print_text(const char *bytes, size_t len) {
 }
 
 /* Prints the error, frees it, and says whether there was one. */
-static int failed(qwen2_status status, qwen2_error *error) {
+static int failed(qwen2_status status, qwen2_error **error) {
     if (status == QWEN2_OK)
         return 0;
     printf("error %d", (int)status);
-    const char *message = qwen2_error_message(error), *help = qwen2_error_help(error);
+    const char *message = qwen2_error_message(*error), *help = qwen2_error_help(*error);
     print_text(message, strlen(message));
     print_text(help ? help : "", help ? strlen(help) : 0);
     putchar('\n');
-    qwen2_error_free(error);
+    qwen2_error_free(*error);
     return 1;
 }
 
@@ -59,7 +59,7 @@ static qwen2_model *load(void) {
     qwen2_model *model = NULL;
     size_t len;
     const char *directory = text(1, &len);
-    return failed(qwen2_model_load(directory, len, NULL, &model, &error), error) ? NULL : model;
+    return failed(qwen2_model_load(directory, len, NULL, &model, &error), &error) ? NULL : model;
 }
 
 static size_t token_words(size_t from, uint32_t *tokens) {
@@ -76,7 +76,7 @@ static void run_logits(void) {
     const size_t n = token_words(2, tokens);
     qwen2_error *error = NULL;
     qwen2_logits *logits = NULL;
-    if (!failed(qwen2_model_logits(model, tokens, n, &logits, &error), error)) {
+    if (!failed(qwen2_model_logits(model, tokens, n, &logits, &error), &error)) {
         size_t rows, columns;
         const float *data = qwen2_logits_data(logits, &rows, &columns);
         printf("ok %zu %zu", rows, columns);
@@ -103,7 +103,7 @@ static void run_greedy(void) {
     qwen2_status status = qwen2_prompt_set_tokens(prompt, tokens, n, &error);
     if (status == QWEN2_OK)
         status = qwen2_generate(model, prompt, options, &generation, &error);
-    if (!failed(status, error)) {
+    if (!failed(status, &error)) {
         size_t made;
         const uint32_t *ids = qwen2_generation_tokens(generation, &made);
         fputs("ok", stdout);
@@ -121,7 +121,7 @@ static void run_chat(void) {
     qwen2_error *error = NULL;
     qwen2_tokenizer *tokenizer = NULL;
     qwen2_prompt *prompt = qwen2_prompt_new();
-    qwen2_text *rendered = NULL, *decoded = NULL;
+    qwen2_text *rendered = NULL;
     qwen2_tokens *tokens = NULL;
     size_t len, role_len, content_len, n;
     const char *directory = text(1, &len);
@@ -135,20 +135,16 @@ static void run_chat(void) {
         status = qwen2_tokenizer_apply_chat_template(tokenizer, prompt, add_generation_prompt, &rendered, &error);
     if (status == QWEN2_OK)
         status = qwen2_tokenizer_encode_chat(tokenizer, prompt, add_generation_prompt, &tokens, &error);
-    if (status == QWEN2_OK) {
-        const uint32_t *ids = qwen2_tokens_data(tokens, &n);
-        status = qwen2_tokenizer_decode(tokenizer, ids, n, 0, &decoded, &error);
-    }
-    if (!failed(status, error)) {
+    if (!failed(status, &error)) {
         fputs("ok", stdout);
         const char *bytes = qwen2_text_data(rendered, &len);
         print_text(bytes, len);
-        bytes = qwen2_text_data(decoded, &len);
-        print_text(bytes, len);
+        const uint32_t *ids = qwen2_tokens_data(tokens, &n);
+        for (size_t i = 0; i < n; i++)
+            printf(" %u", (unsigned)ids[i]);
         putchar('\n');
     }
     qwen2_text_free(rendered);
-    qwen2_text_free(decoded);
     qwen2_tokens_free(tokens);
     qwen2_prompt_free(prompt);
     qwen2_tokenizer_free(tokenizer);

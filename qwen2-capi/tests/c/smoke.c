@@ -150,7 +150,7 @@ static void load_errors(const char *directory) {
     if (strstr(qwen2_devices(), "cuda") == NULL) {
         OK(qwen2_load_options_set_device(options, "cuda:1", NUL, &error));
         FAILS(qwen2_model_load(directory, NUL, options, &model, &error), QWEN2_ERROR_DEVICE_UNAVAILABLE,
-              "device is not available: device: cuda:1: not compiled in");
+              "device is not available: cuda:1: not compiled in");
     }
     qwen2_load_options_free(options);
     FAILS(qwen2_load_options_set_device(options, "cpu", NUL, &error), QWEN2_ERROR_INVALID_ARGUMENT,
@@ -359,7 +359,7 @@ static void *cancel_from_thread(void *cancel) {
 static void cancelling(const qwen2_model *model) {
     qwen2_error *error = NULL;
     qwen2_prompt *prompt = message("Hello");
-    qwen2_options *options = greedy(60);
+    qwen2_options *options = greedy(40);
     qwen2_cancel *cancel = qwen2_cancel_new();
     qwen2_options_set_cancel(options, cancel);
     qwen2_stream *stream = NULL;

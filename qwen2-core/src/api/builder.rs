@@ -62,10 +62,12 @@ impl std::str::FromStr for Quantization {
         match text {
             "q8" => Ok(Self::Q8),
             "q4" => Ok(Self::Q4),
-            _ => Err(Error::new(ErrorKind::InvalidArgument, "unknown quantization")
-                .with_key("quantize")
-                .with_why(format!("`{}`", text.escape_debug()))
-                .with_help("one of q8, q4")),
+            _ => Err(
+                Error::new(ErrorKind::InvalidArgument, "unknown quantization")
+                    .with_key("quantize")
+                    .with_why(format!("`{}`", text.escape_debug()))
+                    .with_help("one of q8, q4"),
+            ),
         }
     }
 }
@@ -144,7 +146,10 @@ impl ModelBuilder {
     }
 
     /// Called with the bytes done and in all while loading; `Break` stops it with `Cancelled`.
-    pub fn progress(mut self, progress: impl FnMut(Progress) -> ControlFlow<()> + Send + 'static) -> Self {
+    pub fn progress(
+        mut self,
+        progress: impl FnMut(Progress) -> ControlFlow<()> + Send + 'static,
+    ) -> Self {
         self.progress = Some(Box::new(progress));
         self
     }
@@ -158,19 +163,26 @@ impl ModelBuilder {
         self.check()?;
         // An unusable device is reported before anything is read.
         let (device, burn_device) = self.device.open()?;
-        let mut progress = self.progress.take().unwrap_or_else(|| Box::new(|_| ControlFlow::Continue(())));
+        let mut progress = self
+            .progress
+            .take()
+            .unwrap_or_else(|| Box::new(|_| ControlFlow::Continue(())));
         match std::mem::replace(&mut self.origin, Origin::Random(Box::default())) {
-            Origin::Checkpoint(source) => self.load_checkpoint(&source, device, &burn_device, &mut *progress),
+            Origin::Checkpoint(source) => {
+                self.load_checkpoint(&source, device, &burn_device, &mut *progress)
+            }
             Origin::Random(config) => self.load_random(*config, device, &burn_device),
         }
     }
 
     fn check(&self) -> Result<()> {
         if self.activations == DType::F16 {
-            return Err(Error::new(ErrorKind::Unsupported, "no products with f16 activations")
-                .with_key("activations")
-                .with_why("f16")
-                .with_help("f32 or bf16: f16 overflows in Qwen2's larger layers"));
+            return Err(
+                Error::new(ErrorKind::Unsupported, "no products with f16 activations")
+                    .with_key("activations")
+                    .with_why("f16")
+                    .with_help("f32 or bf16: f16 overflows in Qwen2's larger layers"),
+            );
         }
         let limits = [
             ("threads", self.threads, 1024),
@@ -179,11 +191,17 @@ impl ModelBuilder {
         ];
         for (key, value, most) in limits {
             if let Some(value) = value.filter(|value| *value == 0 || *value > most) {
-                let why = if value == 0 { "0".to_owned() } else { format!("{value}, at most {most}") };
-                return Err(Error::new(ErrorKind::InvalidArgument, "setting is out of range")
-                    .with_key(key)
-                    .with_why(why)
-                    .with_help("leave it unset for the default"));
+                let why = if value == 0 {
+                    "0".to_owned()
+                } else {
+                    format!("{value}, at most {most}")
+                };
+                return Err(
+                    Error::new(ErrorKind::InvalidArgument, "setting is out of range")
+                        .with_key(key)
+                        .with_why(why)
+                        .with_help("leave it unset for the default"),
+                );
             }
         }
         Ok(())
@@ -218,28 +236,56 @@ impl ModelBuilder {
             Ok(data)
         })?;
         let mut generation_config = checkpoint.generation_config.clone();
-        merge_eos(&mut generation_config, &checkpoint.config, tokenizer.eos_token_id());
+        merge_eos(
+            &mut generation_config,
+            &checkpoint.config,
+            tokenizer.eos_token_id(),
+        );
         let name = display_name(checkpoint.directory());
         let config = checkpoint.config.clone();
-        self.finish(name, config, generation_config, tokenizer, qwen2, threads, device, dtype, weight_bytes)
+        self.finish(
+            name,
+            config,
+            generation_config,
+            tokenizer,
+            qwen2,
+            threads,
+            device,
+            dtype,
+            weight_bytes,
+        )
     }
 
     /// The precision of matrices on the device: burn's GPU backends do not all take bf16.
     fn kept_dtype(&self, device: &Device) -> Option<DType> {
-        if device.is_cpu() { self.dtype } else { self.dtype.or(Some(DType::F32)) }
+        if device.is_cpu() {
+            self.dtype
+        } else {
+            self.dtype.or(Some(DType::F32))
+        }
     }
 
-    fn load_random(&self, config: ModelConfig, device: Device, burn_device: &BurnDevice) -> Result<Model> {
+    fn load_random(
+        &self,
+        config: ModelConfig,
+        device: Device,
+        burn_device: &BurnDevice,
+    ) -> Result<Model> {
         config.require_dense(std::path::Path::new("config.json"))?;
         let threads = self.start_threads()?;
         let dtype = self.dtype.or(config.dtype).unwrap_or(DType::BF16);
         let mut weight_bytes = 0;
         let mut seed = 0;
         let tied = config.tie_word_embeddings;
-        let shapes: std::collections::HashMap<_, _> = names::expected(&config, tied).into_iter().collect();
+        let shapes: std::collections::HashMap<_, _> =
+            names::expected(&config, tied).into_iter().collect();
         let qwen2 = model::load(&config, burn_device, tied, &mut |name| {
             let shape = shapes.get(name).ok_or_else(|| {
-                Error::new(ErrorKind::Internal, "network asks for a tensor it does not have").with_key(name)
+                Error::new(
+                    ErrorKind::Internal,
+                    "network asks for a tensor it does not have",
+                )
+                .with_key(name)
             })?;
             seed += 1;
             let data = self.keep(name, random_tensor(name, shape, dtype, seed), &threads);
@@ -248,7 +294,17 @@ impl ModelBuilder {
         })?;
         let tokenizer = Tokenizer::byte_level()?;
         let name = format!("random {}", config.hidden_size);
-        self.finish(name, config, GenerationConfig::default(), tokenizer, qwen2, threads, device, dtype, weight_bytes)
+        self.finish(
+            name,
+            config,
+            GenerationConfig::default(),
+            tokenizer,
+            qwen2,
+            threads,
+            device,
+            dtype,
+            weight_bytes,
+        )
     }
 
     #[allow(clippy::too_many_arguments)] // the parts of a model, each once
@@ -312,12 +368,13 @@ impl ModelBuilder {
     fn resolve_context(&self, config: &ModelConfig) -> Result<usize> {
         let most = config.context_length();
         match self.context_length {
-            Some(wanted) if wanted > most => {
-                Err(Error::new(ErrorKind::InvalidArgument, "context is longer than the model's")
-                    .with_key("context_length")
-                    .with_why(format!("{wanted}, the model has {most}"))
-                    .with_help("add rope_scaling (YaRN) to config.json if the model supports it"))
-            }
+            Some(wanted) if wanted > most => Err(Error::new(
+                ErrorKind::InvalidArgument,
+                "context is longer than the model's",
+            )
+            .with_key("context_length")
+            .with_why(format!("{wanted}, the model has {most}"))
+            .with_help("add rope_scaling (YaRN) to config.json if the model supports it")),
             wanted => Ok(wanted.unwrap_or(most)),
         }
     }
@@ -340,11 +397,14 @@ fn check_vocabulary(checkpoint: &Checkpoint, tokenizer: &Tokenizer) -> Result<()
     if ids <= rows {
         return Ok(());
     }
-    Err(Error::new(ErrorKind::InvalidFile, "vocabulary is smaller than the tokenizer's")
-        .with_path(checkpoint.config_path())
-        .with_key("vocab_size")
-        .with_why(format!("{rows}, the tokenizer has {ids} ids"))
-        .with_help("is tokenizer.json from another checkpoint?"))
+    Err(Error::new(
+        ErrorKind::InvalidFile,
+        "vocabulary is smaller than the tokenizer's",
+    )
+    .with_path(checkpoint.config_path())
+    .with_key("vocab_size")
+    .with_why(format!("{rows}, the tokenizer has {ids} ids"))
+    .with_help("is tokenizer.json from another checkpoint?"))
 }
 
 fn sampling_defaults(config: &GenerationConfig) -> SamplingDefaults {
@@ -361,7 +421,11 @@ fn sampling_defaults(config: &GenerationConfig) -> SamplingDefaults {
 }
 
 /// The stop set is the union over the checkpoint's files: they differ (QwenLM/Qwen3#927).
-fn merge_eos(generation_config: &mut GenerationConfig, config: &ModelConfig, tokenizer: Option<u32>) {
+fn merge_eos(
+    generation_config: &mut GenerationConfig,
+    config: &ModelConfig,
+    tokenizer: Option<u32>,
+) {
     for id in config.eos_token_ids.iter().copied().chain(tokenizer) {
         if !generation_config.eos_token_ids.contains(&id) {
             generation_config.eos_token_ids.push(id);
@@ -397,7 +461,10 @@ fn bytes_of(kept: &Kept) -> u64 {
 /// Packs a matrix panel by panel, on all threads.
 fn pack(shape: packed::Shape, data: &TensorData, threads: &Threads) -> Vec<u8> {
     let mut bytes = vec![0; shape.bytes()];
-    let panels: Vec<_> = bytes.chunks_mut(shape.panel_bytes()).map(Mutex::new).collect();
+    let panels: Vec<_> = bytes
+        .chunks_mut(shape.panel_bytes())
+        .map(Mutex::new)
+        .collect();
     let stored = data.as_bytes();
     let size = data.dtype().size();
     let row = |index: usize, out: &mut [f32]| {
@@ -436,11 +503,15 @@ fn random_tensor(name: &str, shape: &[usize], dtype: DType, seed: u64) -> Tensor
     match dtype {
         DType::F32 => TensorData::new((0..n).map(|_| next()).collect::<Vec<_>>(), shape.to_vec()),
         DType::BF16 => TensorData::new(
-            (0..n).map(|_| half::bf16::from_f32(next())).collect::<Vec<_>>(),
+            (0..n)
+                .map(|_| half::bf16::from_f32(next()))
+                .collect::<Vec<_>>(),
             shape.to_vec(),
         ),
         DType::F16 => TensorData::new(
-            (0..n).map(|_| half::f16::from_f32(next())).collect::<Vec<_>>(),
+            (0..n)
+                .map(|_| half::f16::from_f32(next()))
+                .collect::<Vec<_>>(),
             shape.to_vec(),
         ),
     }

@@ -94,7 +94,11 @@ impl Model {
     /// # Errors
     /// `InvalidArgument` for options out of range or an empty prompt, `ContextOverflow`,
     /// `InvalidTemplate`, `DeviceFailed`.
-    pub fn generate(&self, prompt: impl Into<Prompt>, options: &GenerateOptions) -> Result<Generation> {
+    pub fn generate(
+        &self,
+        prompt: impl Into<Prompt>,
+        options: &GenerateOptions,
+    ) -> Result<Generation> {
         self.stream(prompt, options)?.finish()
     }
 
@@ -102,7 +106,11 @@ impl Model {
     ///
     /// # Errors
     /// As [`Model::generate`].
-    pub fn stream(&self, prompt: impl Into<Prompt>, options: &GenerateOptions) -> Result<TokenStream> {
+    pub fn stream(
+        &self,
+        prompt: impl Into<Prompt>,
+        options: &GenerateOptions,
+    ) -> Result<TokenStream> {
         self.start(prompt.into(), options, None)
     }
 
@@ -128,8 +136,15 @@ impl Model {
     }
 
     /// Answers several prompts in order; a failure does not sink the rest.
-    pub fn generate_batch(&self, prompts: &[Prompt], options: &GenerateOptions) -> Vec<Result<Generation>> {
-        prompts.iter().map(|prompt| self.generate(prompt.clone(), options)).collect()
+    pub fn generate_batch(
+        &self,
+        prompts: &[Prompt],
+        options: &GenerateOptions,
+    ) -> Vec<Result<Generation>> {
+        prompts
+            .iter()
+            .map(|prompt| self.generate(prompt.clone(), options))
+            .collect()
     }
 
     /// A conversation that keeps its cache.
@@ -146,9 +161,18 @@ impl Model {
         let mut cache = self.new_cache();
         let mut values = Vec::new();
         for chunk in tokens.chunks(self.inner.host.prefill_chunk) {
-            values.extend(self.inner.host.network.forward(chunk, &mut cache, Rows::All)?);
+            values.extend(
+                self.inner
+                    .host
+                    .network
+                    .forward(chunk, &mut cache, Rows::All)?,
+            );
         }
-        Ok(Logits { values, n_tokens: tokens.len(), vocab_size: self.inner.config.vocab_size })
+        Ok(Logits {
+            values,
+            n_tokens: tokens.len(),
+            vocab_size: self.inner.config.vocab_size,
+        })
     }
 
     /// Natural log-probability of each token given those before it; the first has none, so the
@@ -162,7 +186,11 @@ impl Model {
         let mut scores = Vec::with_capacity(tokens.len());
         let vocab_size = self.inner.config.vocab_size;
         for chunk in tokens.chunks(self.inner.host.prefill_chunk) {
-            let logits = self.inner.host.network.forward(chunk, &mut cache, Rows::All)?;
+            let logits = self
+                .inner
+                .host
+                .network
+                .forward(chunk, &mut cache, Rows::All)?;
             let next = &tokens[(scores.len() + 1).min(tokens.len())..];
             let rows = logits.chunks_exact(vocab_size).zip(next);
             scores.extend(rows.map(|(row, &token)| log_softmax(row, token)));
@@ -247,12 +275,18 @@ impl Model {
     }
 
     pub(crate) fn new_cache(&self) -> crate::model::cache::Cache {
-        self.inner.host.network.qwen2.new_cache(self.inner.context_length)
+        self.inner
+            .host
+            .network
+            .qwen2
+            .new_cache(self.inner.context_length)
     }
 
     fn check_tokens(&self, tokens: &[u32]) -> Result<()> {
         if tokens.is_empty() {
-            return Err(Error::new(ErrorKind::InvalidArgument, "no tokens given").with_key("tokens"));
+            return Err(
+                Error::new(ErrorKind::InvalidArgument, "no tokens given").with_key("tokens")
+            );
         }
         self.check_ids(tokens)
     }
@@ -331,5 +365,8 @@ impl<const N: usize> From<[Message; N]> for Prompt {
 
 /// The last part of a source, for people.
 pub(crate) fn display_name(path: &Path) -> String {
-    path.file_name().map_or_else(|| path.display().to_string(), |name| name.to_string_lossy().into_owned())
+    path.file_name().map_or_else(
+        || path.display().to_string(),
+        |name| name.to_string_lossy().into_owned(),
+    )
 }

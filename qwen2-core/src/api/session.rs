@@ -18,7 +18,12 @@ pub struct Session {
 impl Session {
     pub(crate) fn new(model: Model) -> Self {
         let cache = model.new_cache();
-        Self { model, cache, tokens: Vec::new(), messages: Vec::new() }
+        Self {
+            model,
+            cache,
+            tokens: Vec::new(),
+            messages: Vec::new(),
+        }
     }
 
     /// Adds to the conversation; the model reads it at the next generation.
@@ -42,9 +47,12 @@ impl Session {
 
     fn append_messages(&mut self, new: Vec<Message>) -> Result<()> {
         if self.messages.is_empty() && !self.tokens.is_empty() {
-            return Err(Error::new(ErrorKind::InvalidArgument, "session holds text, not messages")
-                .with_key("prompt")
-                .with_help("keep to text and tokens in this session, or start one with messages"));
+            return Err(Error::new(
+                ErrorKind::InvalidArgument,
+                "session holds text, not messages",
+            )
+            .with_key("prompt")
+            .with_help("keep to text and tokens in this session, or start one with messages"));
         }
         let mut messages = self.messages.clone();
         messages.extend(new);
@@ -57,7 +65,12 @@ impl Session {
 
     /// Takes over `tokens`, keeping the cache of what both have at the start.
     fn adopt(&mut self, tokens: Vec<u32>) {
-        let common = self.tokens.iter().zip(&tokens).take_while(|(old, new)| old == new).count();
+        let common = self
+            .tokens
+            .iter()
+            .zip(&tokens)
+            .take_while(|(old, new)| old == new)
+            .count();
         self.cache.truncate(common);
         self.tokens = tokens;
     }
@@ -67,10 +80,15 @@ impl Session {
         if n_tokens <= context_length {
             return Ok(());
         }
-        Err(Error::new(ErrorKind::ContextOverflow, "conversation exceeds the context")
-            .with_key("prompt")
-            .with_why(format!("{n_tokens} tokens, the context holds {context_length}"))
-            .with_help("truncate the session or start a new one"))
+        Err(Error::new(
+            ErrorKind::ContextOverflow,
+            "conversation exceeds the context",
+        )
+        .with_key("prompt")
+        .with_why(format!(
+            "{n_tokens} tokens, the context holds {context_length}"
+        ))
+        .with_help("truncate the session or start a new one"))
     }
 
     /// Answers what was appended; the answer becomes part of the conversation.
@@ -88,7 +106,10 @@ impl Session {
     /// As [`Model::generate`].
     pub fn stream(&mut self, options: &GenerateOptions) -> Result<SessionStream<'_>> {
         let run = self.start(options)?;
-        Ok(SessionStream { session: self, run: Some(run) })
+        Ok(SessionStream {
+            session: self,
+            run: Some(run),
+        })
     }
 
     /// As [`Session::stream`], for holders that cannot borrow the session while the run lives: the
@@ -100,7 +121,13 @@ impl Session {
     pub fn start(&mut self, options: &GenerateOptions) -> Result<SessionRun> {
         let resolved = options.resolve(&self.model.inner.defaults)?;
         let host = self.model.inner.host.clone();
-        Ok(SessionRun(Run::new(host, self.tokens.clone(), &self.cache, resolved, None)?))
+        Ok(SessionRun(Run::new(
+            host,
+            self.tokens.clone(),
+            &self.cache,
+            resolved,
+            None,
+        )?))
     }
 
     /// Takes over what a run has added.
@@ -200,7 +227,9 @@ impl SessionRun {
 
 impl std::fmt::Debug for SessionRun {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("SessionRun").field("tokens", &self.0.tokens().len()).finish_non_exhaustive()
+        f.debug_struct("SessionRun")
+            .field("tokens", &self.0.tokens().len())
+            .finish_non_exhaustive()
     }
 }
 
@@ -213,7 +242,10 @@ pub struct SessionStream<'a> {
 impl SessionStream<'_> {
     /// Stops the generation from any thread.
     pub fn cancel_token(&self) -> CancelToken {
-        self.run.as_ref().map(SessionRun::cancel_token).unwrap_or_default()
+        self.run
+            .as_ref()
+            .map(SessionRun::cancel_token)
+            .unwrap_or_default()
     }
 
     /// Runs to the end and returns the whole result.
@@ -221,7 +253,7 @@ impl SessionStream<'_> {
     /// # Errors
     /// The error that ended the generation; what came before it is part of the conversation.
     pub fn finish(mut self) -> Result<Generation> {
-        while let Some(piece) = self.next() {
+        for piece in self.by_ref() {
             piece?;
         }
         match self.run.take() {
@@ -249,6 +281,8 @@ impl Drop for SessionStream<'_> {
 
 impl std::fmt::Debug for SessionStream<'_> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("SessionStream").field("session", &self.session).finish_non_exhaustive()
+        f.debug_struct("SessionStream")
+            .field("session", &self.session)
+            .finish_non_exhaustive()
     }
 }

@@ -69,9 +69,18 @@ pub struct Timings {
 }
 
 impl Timings {
-    pub(crate) fn new(prefill: Duration, n_prefill: usize, decode: Duration, n_decode: usize) -> Self {
+    pub(crate) fn new(
+        prefill: Duration,
+        n_prefill: usize,
+        decode: Duration,
+        n_decode: usize,
+    ) -> Self {
         let rate = |n: usize, time: Duration| {
-            if n == 0 || time.is_zero() { 0.0 } else { n as f64 / time.as_secs_f64() }
+            if n == 0 || time.is_zero() {
+                0.0
+            } else {
+                n as f64 / time.as_secs_f64()
+            }
         };
         Self {
             prefill,

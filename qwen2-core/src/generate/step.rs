@@ -20,18 +20,28 @@ impl Network {
     ///
     /// # Errors
     /// `ContextOverflow`; `DeviceFailed` if the backend failed, and then the cache is empty.
-    pub(crate) fn forward(&self, tokens: &[u32], cache: &mut Cache, rows: Rows) -> Result<Vec<f32>> {
+    pub(crate) fn forward(
+        &self,
+        tokens: &[u32],
+        cache: &mut Cache,
+        rows: Rows,
+    ) -> Result<Vec<f32>> {
         if self.threads.are_foreign() {
-            return Err(Error::new(ErrorKind::Unsupported, "model does not survive a fork")
-                .with_why("this process is a fork of the one that loaded the model")
-                .with_help("load the model in the process that uses it"));
+            return Err(
+                Error::new(ErrorKind::Unsupported, "model does not survive a fork")
+                    .with_why("this process is a fork of the one that loaded the model")
+                    .with_help("load the model in the process that uses it"),
+            );
         }
         // burn reports failures by panic; what the panic leaves behind is the cache, emptied below.
         let outcome = catch_unwind(AssertUnwindSafe(|| {
             self.threads.install(|| {
                 let logits = self.qwen2.forward(tokens, cache, rows)?;
-                let data = logits.try_into_data().map_err(|error| failed(&format!("{error:?}")))?;
-                data.try_into_vec::<f32>().map_err(|error| failed(&format!("{error:?}")))
+                let data = logits
+                    .try_into_data()
+                    .map_err(|error| failed(&format!("{error:?}")))?;
+                data.try_into_vec::<f32>()
+                    .map_err(|error| failed(&format!("{error:?}")))
             })
         }));
         match outcome {

@@ -71,9 +71,11 @@ impl Run {
             text: String::new(),
             prefill: Duration::ZERO,
             decode: Duration::ZERO,
-            max_new_tokens: options
-                .max_new_tokens
-                .unwrap_or_else(|| options.usual_new_tokens.map_or(room, |usual| usual.min(room))),
+            max_new_tokens: options.max_new_tokens.unwrap_or_else(|| {
+                options
+                    .usual_new_tokens
+                    .map_or(room, |usual| usual.min(room))
+            }),
             options,
             finished: None,
             failed: false,
@@ -125,7 +127,10 @@ impl Run {
         let token = self.sampler.pick(&mut logits, &self.tokens)?;
         self.tokens.push(token);
         self.usage.completion_tokens += 1;
-        Ok(Some(Piece { text: self.emit(token), token }))
+        Ok(Some(Piece {
+            text: self.emit(token),
+            token,
+        }))
     }
 
     /// Runs what the cache has not seen, in chunks; `None` if the generation was cancelled.
@@ -138,7 +143,11 @@ impl Run {
             }
             let pending = &self.tokens[cache.n_tokens()..];
             let chunk = &pending[..pending.len().min(self.host.prefill_chunk)];
-            let rows = if chunk.len() == pending.len() { Rows::Last } else { Rows::None };
+            let rows = if chunk.len() == pending.len() {
+                Rows::Last
+            } else {
+                Rows::None
+            };
             let logits = self.host.network.forward(chunk, cache, rows)?;
             if rows == Rows::Last {
                 return Ok(Some(logits));
@@ -151,7 +160,10 @@ impl Run {
         let ends = if self.options.eos_token_ids.contains(&token) {
             Some(StopMatch::Eos(token))
         } else {
-            self.options.stop_token_ids.contains(&token).then_some(StopMatch::Token(token))
+            self.options
+                .stop_token_ids
+                .contains(&token)
+                .then_some(StopMatch::Token(token))
         };
         let mut out = String::new();
         if ends.is_none() && !self.host.tokenizer.is_special(token) {
@@ -215,12 +227,17 @@ fn check_fit(n_prompt: usize, context_length: usize, options: &Resolved) -> Resu
     let room = context_length.saturating_sub(n_prompt);
     let wanted = options.max_new_tokens.unwrap_or(1);
     if n_prompt > context_length || wanted > room {
-        return Err(Error::new(ErrorKind::ContextOverflow, "prompt and new tokens exceed the context")
-            .with_key("max_new_tokens")
-            .with_why(format!(
-                "{n_prompt} prompt tokens and {wanted} new ones, the context holds {context_length}"
-            ))
-            .with_help("shorten the prompt, lower max_new_tokens, or load with a longer context_length"));
+        return Err(Error::new(
+            ErrorKind::ContextOverflow,
+            "prompt and new tokens exceed the context",
+        )
+        .with_key("max_new_tokens")
+        .with_why(format!(
+            "{n_prompt} prompt tokens and {wanted} new ones, the context holds {context_length}"
+        ))
+        .with_help(
+            "shorten the prompt, lower max_new_tokens, or load with a longer context_length",
+        ));
     }
     Ok(room)
 }

@@ -32,7 +32,10 @@ impl Attention {
         let q = ops::rope(q, cos, sin);
         // The cache holds rotated keys.
         cache.write(ops::rope(k, cos, sin), v, n_past);
-        let visible = Visible { n_past, window: self.sliding_window };
+        let visible = Visible {
+            n_past,
+            window: self.sliding_window,
+        };
         let out = ops::attention(q, cache.keys(), cache.values(), visible); // [n, heads · head_dim]
         self.o_proj.forward(out)
     }

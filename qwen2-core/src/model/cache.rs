@@ -37,7 +37,13 @@ pub(crate) struct LayerCache {
 impl Cache {
     /// An empty cache for sequences of up to `context_length` tokens.
     pub(crate) fn new(shape: CacheShape, context_length: usize) -> Self {
-        Self { layers: Vec::new(), n_tokens: 0, capacity: 0, context_length, shape }
+        Self {
+            layers: Vec::new(),
+            n_tokens: 0,
+            capacity: 0,
+            context_length,
+            shape,
+        }
     }
 
     /// Positions that are filled.
@@ -53,8 +59,11 @@ impl Cache {
     /// Bytes of its buffers.
     pub(crate) fn bytes(&self) -> u64 {
         let s = &self.shape;
-        (2 * s.num_hidden_layers * s.num_key_value_heads * self.capacity * s.head_dim * s.dtype.size())
-            as u64
+        (2 * s.num_hidden_layers
+            * s.num_key_value_heads
+            * self.capacity
+            * s.head_dim
+            * s.dtype.size()) as u64
     }
 
     /// Makes room for `n` more positions.
@@ -65,12 +74,18 @@ impl Cache {
         let needed = self.n_tokens + n;
         if needed > self.context_length {
             return Err(Error::new(ErrorKind::ContextOverflow, "context is full")
-                .with_why(format!("{needed} tokens, the context holds {}", self.context_length))
+                .with_why(format!(
+                    "{needed} tokens, the context holds {}",
+                    self.context_length
+                ))
                 .with_help("shorten the prompt or ask for fewer new tokens"));
         }
         if needed > self.capacity {
             // Doubling: the copies cost less than one more pass over what they hold.
-            let capacity = needed.max(2 * self.capacity).max(FIRST_CAPACITY).min(self.context_length);
+            let capacity = needed
+                .max(2 * self.capacity)
+                .max(FIRST_CAPACITY)
+                .min(self.context_length);
             self.grow(capacity);
         }
         Ok(())
@@ -87,10 +102,18 @@ impl Cache {
         };
         let old = std::mem::take(&mut self.layers);
         self.layers = if old.is_empty() || n_tokens == 0 {
-            (0..s.num_hidden_layers).map(|_| LayerCache { keys: empty(), values: empty() }).collect()
+            (0..s.num_hidden_layers)
+                .map(|_| LayerCache {
+                    keys: empty(),
+                    values: empty(),
+                })
+                .collect()
         } else {
             old.into_iter()
-                .map(|layer| LayerCache { keys: copy(layer.keys), values: copy(layer.values) })
+                .map(|layer| LayerCache {
+                    keys: copy(layer.keys),
+                    values: copy(layer.values),
+                })
                 .collect()
         };
         self.capacity = capacity;

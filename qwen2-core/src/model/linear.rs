@@ -17,7 +17,10 @@ pub(crate) enum Weight {
     /// `[out_features, in_features]`, as checkpoints store it.
     Dense(Tensor<2>),
     /// Blocks of few bits, bytes in the order of `ops/packed.rs`.
-    Packed { shape: packed::Shape, bytes: Tensor<1, Int> },
+    Packed {
+        shape: packed::Shape,
+        bytes: Tensor<1, Int>,
+    },
 }
 
 impl Linear {

@@ -33,7 +33,11 @@ pub(crate) fn load(
         embed_tokens,
         layers,
         norm: source.norm("model.norm", config.rms_norm_eps)?,
-        lm_head: if tied { None } else { Some(source.linear("lm_head", false)?) },
+        lm_head: if tied {
+            None
+        } else {
+            Some(source.linear("lm_head", false)?)
+        },
         rope: Rope::new(config),
         cache_shape: CacheShape {
             num_hidden_layers: config.num_hidden_layers,
@@ -89,27 +93,38 @@ impl Source<'_> {
             }
             Kept::Packed(shape, bytes) => {
                 let data = TensorData::from_bytes(bytes, [shape.bytes()], DType::U8);
-                Weight::Packed { shape, bytes: Tensor::from_data(data, (self.device, DType::U8)) }
+                Weight::Packed {
+                    shape,
+                    bytes: Tensor::from_data(data, (self.device, DType::U8)),
+                }
             }
         })
     }
 
     fn linear(&mut self, name: &str, bias: bool) -> Result<Linear> {
         let weight = self.matrix(&format!("{name}.weight"))?;
-        let bias = if bias { Some(self.vector(&format!("{name}.bias"))?) } else { None };
+        let bias = if bias {
+            Some(self.vector(&format!("{name}.bias"))?)
+        } else {
+            None
+        };
         Ok(Linear { weight, bias })
     }
 
     fn norm(&mut self, name: &str, eps: f64) -> Result<RmsNorm> {
-        Ok(RmsNorm { weight: self.vector(&format!("{name}.weight"))?, eps })
+        Ok(RmsNorm {
+            weight: self.vector(&format!("{name}.weight"))?,
+            eps,
+        })
     }
 
     /// Norm weights and biases: a few kilobytes, kept in f32, where they are used.
     fn vector(&mut self, name: &str) -> Result<Tensor<1>> {
         match (self.get)(name)? {
-            Kept::Dense(data) => {
-                Ok(Tensor::from_data(data.convert_dtype(DType::F32), (self.device, DType::F32)))
-            }
+            Kept::Dense(data) => Ok(Tensor::from_data(
+                data.convert_dtype(DType::F32),
+                (self.device, DType::F32),
+            )),
             Kept::Packed(..) => {
                 Err(Error::new(ErrorKind::Internal, "a vector was packed").with_key(name))
             }

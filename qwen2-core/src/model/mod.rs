@@ -69,10 +69,17 @@ impl Qwen2 {
     ///
     /// # Panics
     /// Where burn fails (it reports by panic); the caller clears the cache then.
-    pub(crate) fn forward(&self, tokens: &[u32], cache: &mut Cache, rows: Rows) -> Result<Tensor<2>> {
+    pub(crate) fn forward(
+        &self,
+        tokens: &[u32],
+        cache: &mut Cache,
+        rows: Rows,
+    ) -> Result<Tensor<2>> {
         cache.reserve(tokens.len())?;
         let (layers, n_past) = cache.parts();
-        let tables = self.rope.tables(n_past, tokens.len(), &self.cache_shape.device);
+        let tables = self
+            .rope
+            .tables(n_past, tokens.len(), &self.cache_shape.device);
         let mut h = self.embed_tokens.rows(tokens); // [n, hidden]
         for (layer, cache) in self.layers.iter().zip(layers) {
             h = layer.forward(h, &tables, cache, n_past);

@@ -32,8 +32,12 @@ impl Rope {
                     let ramp = ((j as f64 - low) / (high - low)).clamp(0.0, 1.0);
                     (plain(j) / factor * ramp + plain(j) * (1.0 - ramp)) as f32
                 };
-                let attention = attention_factor.unwrap_or_else(|| default_attention_factor(*factor));
-                Self { inv_freq: (0..half).map(blend).collect(), attention_factor: attention as f32 }
+                let attention =
+                    attention_factor.unwrap_or_else(|| default_attention_factor(*factor));
+                Self {
+                    inv_freq: (0..half).map(blend).collect(),
+                    attention_factor: attention as f32,
+                }
             }
             None => Self {
                 inv_freq: (0..half).map(|j| plain(j) as f32).collect(),
@@ -61,14 +65,19 @@ impl Rope {
 
 /// `0.1 ln(factor) + 1`, as transformers and vLLM take it when the config is silent.
 fn default_attention_factor(factor: f64) -> f64 {
-    if factor <= 1.0 { 1.0 } else { 0.1 * factor.ln() + 1.0 }
+    if factor <= 1.0 {
+        1.0
+    } else {
+        0.1 * factor.ln() + 1.0
+    }
 }
 
 /// The dimensions between which YaRN goes over from extrapolation to interpolation.
 fn ramp_ends(config: &ModelConfig, length: f64, beta_fast: f64, beta_slow: f64) -> (f64, f64) {
     let d = config.head_dim as f64;
     let dimension = |rotations: f64| {
-        d * (length / (rotations * 2.0 * std::f64::consts::PI)).ln() / (2.0 * config.rope_theta.ln())
+        d * (length / (rotations * 2.0 * std::f64::consts::PI)).ln()
+            / (2.0 * config.rope_theta.ln())
     };
     let low = dimension(beta_fast).floor().max(0.0);
     let high = dimension(beta_slow).ceil().min(d - 1.0);

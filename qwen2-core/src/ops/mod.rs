@@ -49,7 +49,11 @@ pub(crate) fn packed_linear(
 }
 
 /// Rows of a packed embedding table as f32, `[n, hidden]`.
-pub(crate) fn packed_embed(shape: packed::Shape, bytes: &Tensor<1, Int>, tokens: &[u32]) -> Tensor<2> {
+pub(crate) fn packed_embed(
+    shape: packed::Shape,
+    bytes: &Tensor<1, Int>,
+    tokens: &[u32],
+) -> Tensor<2> {
     #[cfg(feature = "cpu")]
     if bytes.device() == burn::tensor::Device::flex() {
         return cpu::packed_embed(shape, bytes, tokens);

@@ -114,7 +114,11 @@ impl Shape {
 
     /// Row `index` of the matrix in `bytes`, as f32: the definition that kernels are tested against.
     pub(crate) fn unpack_row(self, bytes: &[u8], index: usize, out: &mut [f32]) {
-        assert_eq!((bytes.len(), out.len()), (self.bytes(), self.cols), "packed length");
+        assert_eq!(
+            (bytes.len(), out.len()),
+            (self.bytes(), self.cols),
+            "packed length"
+        );
         let panel = &bytes[index / ROWS * self.panel_bytes()..][..self.panel_bytes()];
         let (scales, quants) = panel.split_at(self.scale_bytes());
         let r = index % ROWS;
@@ -140,7 +144,10 @@ fn quantize<const MAX: i32>(x: &[f32; BLOCK]) -> (f16, [i8; BLOCK]) {
 
 /// Scale and quants in `-8..=7`: the largest weight gets -8, and scales around that are tried.
 fn quantize_q4(x: &[f32; BLOCK]) -> (f16, [i8; BLOCK]) {
-    let largest = x.iter().fold(0.0_f32, |max, &x| if x.abs() > f32::abs(max) { x } else { max });
+    let largest = x.iter().fold(
+        0.0_f32,
+        |max, &x| if x.abs() > f32::abs(max) { x } else { max },
+    );
     let candidates = (-10..=10).map(|step| largest / (-8.0 + 0.1 * step as f32));
     fit(x, candidates, -8, 7)
 }
@@ -170,8 +177,11 @@ fn fit(
         }
         let refined = if qq > 0.0 { xq / qq } else { scale };
         for scale in [f16::from_f32(scale), f16::from_f32(refined)] {
-            let error: f32 =
-                x.iter().zip(q).map(|(x, q)| x * x * (x - scale.to_f32() * f32::from(q)).powi(2)).sum();
+            let error: f32 = x
+                .iter()
+                .zip(q)
+                .map(|(x, q)| x * x * (x - scale.to_f32() * f32::from(q)).powi(2))
+                .sum();
             if error < best_error && scale.is_finite() {
                 best_error = error;
                 best = (scale, q);
@@ -191,13 +201,16 @@ mod tests {
     use super::*;
 
     fn matrix(rows: usize, cols: usize) -> Vec<f32> {
-        (0..rows * cols).map(|i| ((i * 7919 % 1009) as f32 / 504.5 - 1.0) * 0.05).collect()
+        (0..rows * cols)
+            .map(|i| ((i * 7919 % 1009) as f32 / 504.5 - 1.0) * 0.05)
+            .collect()
     }
 
     fn pack(shape: Shape, w: &[f32]) -> Vec<u8> {
         let mut bytes = vec![0; shape.bytes()];
         for (panel, out) in bytes.chunks_mut(shape.panel_bytes()).enumerate() {
-            let row = |i: usize, out: &mut [f32]| out.copy_from_slice(&w[i * shape.cols..][..shape.cols]);
+            let row =
+                |i: usize, out: &mut [f32]| out.copy_from_slice(&w[i * shape.cols..][..shape.cols]);
             shape.pack_panel(panel, &row, out);
         }
         bytes
@@ -214,7 +227,10 @@ mod tests {
                 for (i, want) in w.chunks(cols).enumerate() {
                     shape.unpack_row(&bytes, i, &mut row);
                     for (got, want) in row.iter().zip(want) {
-                        assert!((got - want).abs() <= 0.05 / steps * 1.1, "{format:?} {got} {want}");
+                        assert!(
+                            (got - want).abs() <= 0.05 / steps * 1.1,
+                            "{format:?} {got} {want}"
+                        );
                     }
                 }
             }
@@ -224,7 +240,11 @@ mod tests {
     #[test]
     fn zeros_and_tiny_and_infinite_blocks_are_defined() {
         for format in [Format::Q8, Format::Q4] {
-            let shape = Shape { format, rows: 3, cols: 32 };
+            let shape = Shape {
+                format,
+                rows: 3,
+                cols: 32,
+            };
             let mut w = vec![0.0; 96];
             w[32..64].fill(1e-30);
             w[64] = f32::INFINITY;
@@ -232,7 +252,10 @@ mod tests {
             let mut row = vec![1.0; 32];
             for i in 0..3 {
                 shape.unpack_row(&bytes, i, &mut row);
-                assert!(row.iter().all(|x| x.is_finite() && x.abs() < 1e-6), "{format:?} {i}");
+                assert!(
+                    row.iter().all(|x| x.is_finite() && x.abs() < 1e-6),
+                    "{format:?} {i}"
+                );
             }
         }
     }

@@ -62,7 +62,8 @@ pub(crate) fn attention(
     let v = values.clone().narrow(1, 0, n_total).cast(DType::F32);
     // f32 scores: at layer 27 of 7B they exceed the f16 range (llama.cpp#7805).
     let scores = q.matmul(k.swap_dims(1, 2)) * (1.0 / (head_dim as f64).sqrt());
-    let scores = scores.reshape([kv_heads, group, n, n_total]) + mask(n, n_total, visible, &values.device());
+    let scores =
+        scores.reshape([kv_heads, group, n, n_total]) + mask(n, n_total, visible, &values.device());
     let weights = activation::softmax(scores, 3).reshape([kv_heads, group * n, n_total]);
     weights
         .matmul(v) // [kv_heads, group · n, head_dim]
@@ -78,7 +79,10 @@ fn mask(n: usize, n_total: usize, visible: Visible, device: &burn::tensor::Devic
         let position = visible.n_past + i;
         row[visible.first(position)..=position].fill(0.0);
     }
-    Tensor::from_data(TensorData::new(mask, [1, 1, n, n_total]), (device, DType::F32))
+    Tensor::from_data(
+        TensorData::new(mask, [1, 1, n, n_total]),
+        (device, DType::F32),
+    )
 }
 
 pub(crate) fn embed(table: &Tensor<2>, tokens: &[u32]) -> Tensor<2> {
@@ -100,12 +104,19 @@ pub(crate) fn packed_linear(
     linear(x, &packed_embed(shape, bytes, &rows), bias)
 }
 
-pub(crate) fn packed_embed(shape: packed::Shape, bytes: &Tensor<1, Int>, tokens: &[u32]) -> Tensor<2> {
+pub(crate) fn packed_embed(
+    shape: packed::Shape,
+    bytes: &Tensor<1, Int>,
+    tokens: &[u32],
+) -> Tensor<2> {
     let device = bytes.device();
     let data = bytes.clone().into_data();
     let mut rows = vec![0.0; tokens.len() * shape.cols];
     for (token, row) in tokens.iter().zip(rows.chunks_exact_mut(shape.cols)) {
         shape.unpack_row(data.as_bytes(), *token as usize, row);
     }
-    Tensor::from_data(TensorData::new(rows, [tokens.len(), shape.cols]), (&device, DType::F32))
+    Tensor::from_data(
+        TensorData::new(rows, [tokens.len(), shape.cols]),
+        (&device, DType::F32),
+    )
 }

@@ -25,7 +25,9 @@ impl Tokenizer {
             let character = char::from_u32(code).unwrap_or(char::REPLACEMENT_CHARACTER);
             vocab.insert(character.to_string(), byte.into());
         }
-        let added = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"].iter().enumerate();
+        let added = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+            .iter()
+            .enumerate();
         let added: Vec<_> = added
             .map(|(i, content)| {
                 json!({"id": 256 + i, "content": content, "special": true, "normalized": false,

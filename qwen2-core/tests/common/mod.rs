@@ -8,7 +8,10 @@ use qwen2_core::{Device, Model, ModelBuilder};
 use serde_json::Value;
 
 pub fn root() -> PathBuf {
-    PathBuf::from(env!("CARGO_MANIFEST_DIR")).parent().unwrap().to_owned()
+    PathBuf::from(env!("CARGO_MANIFEST_DIR"))
+        .parent()
+        .unwrap()
+        .to_owned()
 }
 
 pub fn fixture(name: &str) -> PathBuf {
@@ -21,7 +24,10 @@ pub fn demo() -> PathBuf {
 
 /// The device that these tests run on: `QWEN2_TEST_DEVICE`, else the CPU.
 pub fn device() -> Device {
-    std::env::var("QWEN2_TEST_DEVICE").unwrap_or_else(|_| "cpu".to_owned()).parse().unwrap()
+    std::env::var("QWEN2_TEST_DEVICE")
+        .unwrap_or_else(|_| "cpu".to_owned())
+        .parse()
+        .unwrap()
 }
 
 pub fn builder(path: PathBuf) -> ModelBuilder {
@@ -33,16 +39,27 @@ pub fn load(path: PathBuf) -> Model {
 }
 
 pub fn json(path: PathBuf) -> Value {
-    let text = std::fs::read_to_string(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+    let text = std::fs::read_to_string(&path)
+        .unwrap_or_else(|error| panic!("{}: {error}", path.display()));
     serde_json::from_str(&text).unwrap()
 }
 
 pub fn ids(value: &Value) -> Vec<u32> {
-    value.as_array().unwrap().iter().map(|id| id.as_u64().unwrap() as u32).collect()
+    value
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|id| id.as_u64().unwrap() as u32)
+        .collect()
 }
 
 pub fn floats(value: &Value) -> Vec<f32> {
-    value.as_array().unwrap().iter().map(|x| x.as_f64().unwrap() as f32).collect()
+    value
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|x| x.as_f64().unwrap() as f32)
+        .collect()
 }
 
 /// Rows of numbers, flattened.
@@ -53,5 +70,8 @@ pub fn rows(value: &Value) -> Vec<f32> {
 pub fn max_difference(a: &[f32], b: &[f32]) -> f32 {
     assert_eq!(a.len(), b.len());
     // A NaN must not compare as equal.
-    a.iter().zip(b).map(|(a, b)| (a - b).abs()).fold(0.0, |max, x| if x > max || x.is_nan() { x } else { max })
+    a.iter()
+        .zip(b)
+        .map(|(a, b)| (a - b).abs())
+        .fold(0.0, |max, x| if x > max || x.is_nan() { x } else { max })
 }

@@ -35,14 +35,25 @@ pub(crate) fn attention<W: Stored>(isa: Isa, args: Attention<'_, W>, out: &mut [
     let n = args.q.len() / width;
     assert_eq!(args.q.len(), out.len(), "output length");
     assert_eq!(args.q.len(), n * width, "query length");
-    assert_eq!(args.keys.len(), args.kv_heads * args.capacity * args.head_dim, "cache length");
+    assert_eq!(
+        args.keys.len(),
+        args.kv_heads * args.capacity * args.head_dim,
+        "cache length"
+    );
     assert_eq!(args.keys.len(), args.values.len(), "cache length");
     assert!(args.visible.n_past + n <= args.capacity, "cache capacity");
     let target = Out(out.as_mut_ptr());
     let blocks = n.div_ceil(QUERIES);
     pool::parallel(args.heads * blocks, &|task| {
         let (head, block) = (task / blocks, task % blocks);
-        queries(isa, args, head, block * QUERIES, ((block + 1) * QUERIES).min(n), target);
+        queries(
+            isa,
+            args,
+            head,
+            block * QUERIES,
+            ((block + 1) * QUERIES).min(n),
+            target,
+        );
     });
 }
 
@@ -90,7 +101,11 @@ fn softmax(scores: &mut [f32]) {
     let mut max = f32::NEG_INFINITY;
     for &score in scores.iter() {
         // `score > max` would lose a NaN, which must reach the output.
-        max = if score > max || score.is_nan() { score } else { max };
+        max = if score > max || score.is_nan() {
+            score
+        } else {
+            max
+        };
     }
     let mut sums = [0.0_f32; 16];
     let mut chunks = scores.chunks_exact_mut(16);
@@ -115,7 +130,12 @@ fn softmax(scores: &mut [f32]) {
 /// # Safety
 /// The instruction set of `S` is present; `out` has `d` elements of this task's own.
 #[inline(always)]
-unsafe fn weighted_sum<S: Simd, W: Stored>(weights: &[f32], values: *const W, d: usize, out: *mut f32) {
+unsafe fn weighted_sum<S: Simd, W: Stored>(
+    weights: &[f32],
+    values: *const W,
+    d: usize,
+    out: *mut f32,
+) {
     const UNROLL: usize = 4;
     // SAFETY: the caller's promise; `k` stays below `d`.
     unsafe {
@@ -160,12 +180,23 @@ mod tests {
             let position = args.visible.n_past + i;
             let seen: Vec<usize> = (args.visible.first(position)..=position).collect();
             let dot = |j: usize| -> f64 {
-                (0..d).map(|k| f64::from(args.q[row * d + k]) * f64::from(args.keys[(kv + j) * d + k])).sum()
+                (0..d)
+                    .map(|k| {
+                        f64::from(args.q[row * d + k]) * f64::from(args.keys[(kv + j) * d + k])
+                    })
+                    .sum()
             };
-            let weights: Vec<f64> = seen.iter().map(|&j| (dot(j) / (d as f64).sqrt()).exp()).collect();
+            let weights: Vec<f64> = seen
+                .iter()
+                .map(|&j| (dot(j) / (d as f64).sqrt()).exp())
+                .collect();
             let total: f64 = weights.iter().sum();
             for (k, out) in out.iter_mut().enumerate() {
-                let sum: f64 = seen.iter().zip(&weights).map(|(j, w)| w * f64::from(args.values[(kv + j) * d + k])).sum();
+                let sum: f64 = seen
+                    .iter()
+                    .zip(&weights)
+                    .map(|(j, w)| w * f64::from(args.values[(kv + j) * d + k]))
+                    .sum();
                 *out = (sum / total) as f32;
             }
         }
@@ -215,8 +246,20 @@ mod tests {
         let q = [400.0_f32; 8];
         let keys = [400.0_f32; 16];
         let values = [1.0_f32; 16];
-        let visible = Visible { n_past: 1, window: None };
-        let args = Attention { q: &q, keys: &keys, values: &values, heads: 1, kv_heads: 1, head_dim: 8, capacity: 2, visible };
+        let visible = Visible {
+            n_past: 1,
+            window: None,
+        };
+        let args = Attention {
+            q: &q,
+            keys: &keys,
+            values: &values,
+            heads: 1,
+            kv_heads: 1,
+            head_dim: 8,
+            capacity: 2,
+            visible,
+        };
         let mut out = [0.0; 8];
         attention(Isa::selected(), args, &mut out);
         assert!(out.iter().all(|value| (value - 1.0).abs() < 1e-6));

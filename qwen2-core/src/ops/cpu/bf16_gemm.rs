@@ -41,7 +41,10 @@ pub(crate) fn linear(args: Linear<'_, bf16>, out: &mut [f32]) {
     let Linear { inner, outer, .. } = args;
     assert!(is_present(), "AVX512-BF16");
     assert_eq!(args.weight.len(), inner * outer, "weight length");
-    assert!(args.bias.is_none_or(|bias| bias.len() == outer), "bias length");
+    assert!(
+        args.bias.is_none_or(|bias| bias.len() == outer),
+        "bias length"
+    );
     assert_eq!(args.x.len() * outer, out.len() * inner, "activation length");
     let x = Rounded::new(args.x, inner);
     let panels = outer.div_ceil(ROWS);
@@ -74,10 +77,15 @@ impl Rounded {
         let stride = inner.div_ceil(2);
         let mut pairs = vec![0_u32; n * stride];
         let per_task = n.div_ceil(pool::current_threads() * 2).max(1);
-        let tasks: Vec<_> = pairs.chunks_mut(per_task * stride).map(std::sync::Mutex::new).collect();
+        let tasks: Vec<_> = pairs
+            .chunks_mut(per_task * stride)
+            .map(std::sync::Mutex::new)
+            .collect();
         pool::parallel(tasks.len(), &|task| {
             // Each lock is taken once, by its own task.
-            let mut pairs = tasks[task].lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+            let mut pairs = tasks[task]
+                .lock()
+                .unwrap_or_else(std::sync::PoisonError::into_inner);
             let rows = x[task * per_task * inner..].chunks_exact(inner);
             for (pairs, x) in pairs.chunks_exact_mut(stride).zip(rows) {
                 for (pair, x) in pairs.iter_mut().zip(x.chunks(2)) {
@@ -95,7 +103,11 @@ impl Rounded {
 fn round(x: f32) -> u16 {
     let bits = x.to_bits();
     let rounded = bits.wrapping_add(0x7FFF + (bits >> 16 & 1)) >> 16;
-    (if x.is_nan() { bits >> 16 | 0x40 } else { rounded }) as u16
+    (if x.is_nan() {
+        bits >> 16 | 0x40
+    } else {
+        rounded
+    }) as u16
 }
 
 /// Brings `depth` columns of 32 rows into the order `[pair of columns][row]`.
@@ -103,7 +115,13 @@ fn round(x: f32) -> u16 {
 /// # Safety
 /// The instructions are present; the columns are inside `args.weight`, whose length is checked.
 #[target_feature(enable = "avx512f,avx512bw")]
-unsafe fn interleave(args: Linear<'_, bf16>, row: usize, start: usize, depth: usize, out: &mut [u32]) {
+unsafe fn interleave(
+    args: Linear<'_, bf16>,
+    row: usize,
+    start: usize,
+    depth: usize,
+    out: &mut [u32],
+) {
     let rows = ROWS.min(args.outer - row);
     let whole = depth / 32 * 32;
     for half in 0..2 {
@@ -144,9 +162,14 @@ unsafe fn interleave(args: Linear<'_, bf16>, row: usize, start: usize, depth: us
 fn transpose(t: &mut [__m512i; 16]) {
     let mut a = [_mm512_setzero_si512(); 16];
     for i in (0..16).step_by(4) {
-        let (lo01, hi01) = (_mm512_unpacklo_epi32(t[i], t[i + 1]), _mm512_unpackhi_epi32(t[i], t[i + 1]));
-        let (lo23, hi23) =
-            (_mm512_unpacklo_epi32(t[i + 2], t[i + 3]), _mm512_unpackhi_epi32(t[i + 2], t[i + 3]));
+        let (lo01, hi01) = (
+            _mm512_unpacklo_epi32(t[i], t[i + 1]),
+            _mm512_unpackhi_epi32(t[i], t[i + 1]),
+        );
+        let (lo23, hi23) = (
+            _mm512_unpacklo_epi32(t[i + 2], t[i + 3]),
+            _mm512_unpackhi_epi32(t[i + 2], t[i + 3]),
+        );
         a[i] = _mm512_unpacklo_epi64(lo01, lo23);
         a[i + 1] = _mm512_unpackhi_epi64(lo01, lo23);
         a[i + 2] = _mm512_unpacklo_epi64(hi01, hi23);
@@ -155,8 +178,14 @@ fn transpose(t: &mut [__m512i; 16]) {
     // Now a[4 i + c] holds column 4 l + c of rows 4 i..4 i + 4 in its lane l.
     for c in 0..4 {
         let (r0, r1, r2, r3) = (a[c], a[4 + c], a[8 + c], a[12 + c]);
-        let (l01, h01) = (_mm512_shuffle_i32x4::<0x88>(r0, r1), _mm512_shuffle_i32x4::<0xDD>(r0, r1));
-        let (l23, h23) = (_mm512_shuffle_i32x4::<0x88>(r2, r3), _mm512_shuffle_i32x4::<0xDD>(r2, r3));
+        let (l01, h01) = (
+            _mm512_shuffle_i32x4::<0x88>(r0, r1),
+            _mm512_shuffle_i32x4::<0xDD>(r0, r1),
+        );
+        let (l23, h23) = (
+            _mm512_shuffle_i32x4::<0x88>(r2, r3),
+            _mm512_shuffle_i32x4::<0xDD>(r2, r3),
+        );
         t[c] = _mm512_shuffle_i32x4::<0x88>(l01, l23);
         t[8 + c] = _mm512_shuffle_i32x4::<0xDD>(l01, l23);
         t[4 + c] = _mm512_shuffle_i32x4::<0x88>(h01, h23);
@@ -186,7 +215,13 @@ unsafe fn multiply(
         // SAFETY: tokens `t..t + tokens` and their words from `start / 2` on are inside `x`.
         unsafe {
             let first = x.pairs.as_ptr().add(t * x.stride + start / 2);
-            let target = Tile { args, row, t, begin: start == 0, out };
+            let target = Tile {
+                args,
+                row,
+                t,
+                begin: start == 0,
+                out,
+            };
             match tokens {
                 12 => target.run::<12>(first, x.stride, pairs, scratch.as_ptr()),
                 8.. => {
@@ -208,6 +243,14 @@ unsafe fn multiply(
         }
         t += TOKENS;
     }
+}
+
+/// The same bits as pairs of bf16.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bf16")]
+fn bf16_words(words: __m512i) -> __m512bh {
+    // SAFETY: both types are 64 bytes of plain numbers.
+    unsafe { std::mem::transmute::<__m512i, __m512bh>(words) }
 }
 
 /// Where a register tile goes.
@@ -242,7 +285,8 @@ impl Tile<'_> {
                         let from = self.out.0.wrapping_add((self.t + i) * outer + column);
                         *acc = _mm512_maskz_loadu_ps(masks[half], from);
                     } else if let Some(bias) = self.args.bias {
-                        *acc = _mm512_maskz_loadu_ps(masks[half], bias.as_ptr().wrapping_add(column));
+                        *acc =
+                            _mm512_maskz_loadu_ps(masks[half], bias.as_ptr().wrapping_add(column));
                     }
                 }
             }
@@ -251,13 +295,16 @@ impl Tile<'_> {
                 let w1 = _mm512_loadu_si512(w.add(p * ROWS + 16).cast());
                 for (i, acc) in acc.iter_mut().enumerate() {
                     let x = _mm512_set1_epi32(*x.add(i * stride + p) as i32);
-                    acc[0] = _mm512_dpbf16_ps(acc[0], std::mem::transmute(w0), std::mem::transmute(x));
-                    acc[1] = _mm512_dpbf16_ps(acc[1], std::mem::transmute(w1), std::mem::transmute(x));
+                    acc[0] = _mm512_dpbf16_ps(acc[0], bf16_words(w0), bf16_words(x));
+                    acc[1] = _mm512_dpbf16_ps(acc[1], bf16_words(w1), bf16_words(x));
                 }
             }
             for (i, acc) in acc.iter().enumerate() {
                 for (half, acc) in acc.iter().enumerate() {
-                    let to = self.out.0.wrapping_add((self.t + i) * outer + self.row + half * 16);
+                    let to = self
+                        .out
+                        .0
+                        .wrapping_add((self.t + i) * outer + self.row + half * 16);
                     _mm512_mask_storeu_ps(to, masks[half], *acc);
                 }
             }
@@ -287,12 +334,30 @@ mod tests {
         if !is_present() {
             return; // nothing to test: the dispatch never comes here
         }
-        for (n, inner, outer) in [(1, 2, 1), (16, 64, 32), (17, 33, 5), (31, 1030, 37), (50, 2100, 65), (12, 96, 48)] {
+        for (n, inner, outer) in [
+            (1, 2, 1),
+            (16, 64, 32),
+            (17, 33, 5),
+            (31, 1030, 37),
+            (50, 2100, 65),
+            (12, 96, 48),
+        ] {
             let x: Vec<f32> = (0..n * inner).map(|i| (i as f32 * 0.37).sin()).collect();
-            let w: Vec<bf16> = (0..outer * inner).map(|i| bf16::from_f32((i as f32 * 0.11).cos())).collect();
+            let w: Vec<bf16> = (0..outer * inner)
+                .map(|i| bf16::from_f32((i as f32 * 0.11).cos()))
+                .collect();
             let bias: Vec<f32> = (0..outer).map(|i| i as f32).collect();
             let mut out = vec![f32::NAN; n * outer];
-            linear(Linear { x: &x, weight: &w, bias: Some(&bias), inner, outer }, &mut out);
+            linear(
+                Linear {
+                    x: &x,
+                    weight: &w,
+                    bias: Some(&bias),
+                    inner,
+                    outer,
+                },
+                &mut out,
+            );
             for (t, out) in out.chunks(outer).enumerate() {
                 for (r, out) in out.iter().enumerate() {
                     let sum: f64 = (0..inner)
@@ -302,7 +367,10 @@ mod tests {
                         })
                         .sum();
                     let want = (sum + f64::from(bias[r])) as f32;
-                    assert!((out - want).abs() < 1e-5 * inner as f32, "{n} {inner} {outer}: {out} {want}");
+                    assert!(
+                        (out - want).abs() < 1e-5 * inner as f32,
+                        "{n} {inner} {outer}: {out} {want}"
+                    );
                 }
             }
         }

@@ -17,10 +17,15 @@ fn by_row(out: &mut [f32], width: usize, body: &(dyn Fn(usize, &mut [f32]) + Syn
     }
     let tasks = (pool::current_threads() * 4).min(rows);
     let per_task = rows.div_ceil(tasks);
-    let chunks: Vec<_> = out.chunks_mut(per_task * width).map(std::sync::Mutex::new).collect();
+    let chunks: Vec<_> = out
+        .chunks_mut(per_task * width)
+        .map(std::sync::Mutex::new)
+        .collect();
     pool::parallel(chunks.len(), &|task| {
         // Each lock is taken once, by its own task.
-        let mut chunk = chunks[task].lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let mut chunk = chunks[task]
+            .lock()
+            .unwrap_or_else(std::sync::PoisonError::into_inner);
         for (row, out) in chunk.chunks_exact_mut(width).enumerate() {
             body(task * per_task + row, out);
         }
@@ -31,7 +36,9 @@ fn by_row(out: &mut [f32], width: usize, body: &(dyn Fn(usize, &mut [f32]) + Syn
 pub(crate) fn rms_norm(isa: Isa, x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
     assert_eq!(x.len(), out.len(), "norm length");
     let width = weight.len();
-    by_row(out, width, &|row, out| norm_row(isa, &x[row * width..][..width], weight, eps, out));
+    by_row(out, width, &|row, out| {
+        norm_row(isa, &x[row * width..][..width], weight, eps, out)
+    });
 }
 
 per_isa!(norm_row, norm_kernel, (x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]));
@@ -53,7 +60,12 @@ pub(crate) fn rope(isa: Isa, x: &mut [f32], heads: usize, cos: &[f32], sin: &[f3
     assert_eq!(cos.len(), sin.len(), "table length");
     assert_eq!(x.len(), cos.len() * heads * 2, "table length");
     by_row(x, heads * 2 * half, &|row, x| {
-        rotate(isa, x, &cos[row * half..][..half], &sin[row * half..][..half]);
+        rotate(
+            isa,
+            x,
+            &cos[row * half..][..half],
+            &sin[row * half..][..half],
+        );
     });
 }
 
@@ -77,7 +89,9 @@ pub(crate) fn swiglu(isa: Isa, gate: &mut [f32], up: &[f32]) {
     assert_eq!(gate.len(), up.len(), "gate length");
     let whole = gate.len() / WIDTH * WIDTH;
     let (body, rest) = gate.split_at_mut(whole);
-    by_row(body, WIDTH, &|row, gate| silu_mul(isa, gate, &up[row * WIDTH..][..WIDTH]));
+    by_row(body, WIDTH, &|row, gate| {
+        silu_mul(isa, gate, &up[row * WIDTH..][..WIDTH])
+    });
     silu_mul(isa, rest, &up[whole..]);
 }
 

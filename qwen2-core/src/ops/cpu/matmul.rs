@@ -48,7 +48,10 @@ impl Out {
 pub(crate) fn linear<W: Stored>(isa: Isa, args: Linear<'_, W>, out: &mut [f32]) {
     let Linear { inner, outer, .. } = args;
     assert_eq!(args.weight.len(), inner * outer, "weight length");
-    assert!(args.bias.is_none_or(|bias| bias.len() == outer), "bias length");
+    assert!(
+        args.bias.is_none_or(|bias| bias.len() == outer),
+        "bias length"
+    );
     assert_eq!(args.x.len() * outer, out.len() * inner, "activation length");
     let rows_per_task = rows_per_task(outer, pool::current_threads());
     let target = Out(out.as_mut_ptr());
@@ -102,7 +105,10 @@ unsafe fn panel<S: Simd, W: Stored>(
     unsafe {
         for t in tokens.0..tokens.1 {
             for row in rows.0..rows.1 {
-                out.write(t * args.outer + row, args.bias.map_or(0.0, |bias| bias[row]));
+                out.write(
+                    t * args.outer + row,
+                    args.bias.map_or(0.0, |bias| bias[row]),
+                );
             }
         }
         for k in (0..args.inner).step_by(DEPTH) {
@@ -237,7 +243,11 @@ mod tests {
         x.chunks(inner)
             .flat_map(|x| {
                 w.chunks(inner).zip(bias).map(move |(w, bias)| {
-                    let sum: f64 = x.iter().zip(w).map(|(x, w)| f64::from(*x) * f64::from(*w)).sum();
+                    let sum: f64 = x
+                        .iter()
+                        .zip(w)
+                        .map(|(x, w)| f64::from(*x) * f64::from(*w))
+                        .sum();
                     (sum + f64::from(*bias)) as f32
                 })
             })
@@ -249,11 +259,20 @@ mod tests {
         let want = reference(x, &stored, bias, inner);
         for isa in Isa::available() {
             let mut out = vec![f32::NAN; want.len()];
-            let args = Linear { x, weight: w, bias: Some(bias), inner, outer: bias.len() };
+            let args = Linear {
+                x,
+                weight: w,
+                bias: Some(bias),
+                inner,
+                outer: bias.len(),
+            };
             linear(isa, args, &mut out);
             for (out, want) in out.iter().zip(&want) {
                 // f32 sums of `inner` products of size ≤ 1: rounding grows with √inner at worst.
-                assert!((out - want).abs() <= 1e-6 * (inner as f32).max(8.0), "{isa:?}: {out} {want}");
+                assert!(
+                    (out - want).abs() <= 1e-6 * (inner as f32).max(8.0),
+                    "{isa:?}: {out} {want}"
+                );
             }
         }
     }
@@ -281,8 +300,12 @@ mod tests {
     #[test]
     fn panels_and_depths_beyond_one_block_are_summed() {
         let (n, inner, outer) = (PANEL + 5, DEPTH + 37, 6);
-        let x: Vec<f32> = (0..n * inner).map(|i| (i as f32 * 0.37).sin() * 0.1).collect();
-        let w: Vec<f32> = (0..outer * inner).map(|i| (i as f32 * 0.11).cos() * 0.1).collect();
+        let x: Vec<f32> = (0..n * inner)
+            .map(|i| (i as f32 * 0.37).sin() * 0.1)
+            .collect();
+        let w: Vec<f32> = (0..outer * inner)
+            .map(|i| (i as f32 * 0.11).cos() * 0.1)
+            .collect();
         check(&x, &w, &vec![0.5; outer], inner);
     }
 
@@ -292,7 +315,17 @@ mod tests {
         let w = [1.0f32, 1.0, 1.0, f32::NAN, 0.0, 0.0];
         for isa in Isa::available() {
             let mut out = [0.0; 2];
-            linear(isa, Linear { x: &x, weight: &w, bias: None, inner: 3, outer: 2 }, &mut out);
+            linear(
+                isa,
+                Linear {
+                    x: &x,
+                    weight: &w,
+                    bias: None,
+                    inner: 3,
+                    outer: 2,
+                },
+                &mut out,
+            );
             assert_eq!(out[0], f32::INFINITY);
             assert!(out[1].is_nan());
         }

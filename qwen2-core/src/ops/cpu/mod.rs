@@ -43,7 +43,11 @@ pub(crate) trait Qwen2Ops: Backend {
         rows: usize,
         q8: bool,
     ) -> FloatTensor<Self>;
-    fn qwen2_rms_norm(x: FloatTensor<Self>, weight: FloatTensor<Self>, eps: f64) -> FloatTensor<Self>;
+    fn qwen2_rms_norm(
+        x: FloatTensor<Self>,
+        weight: FloatTensor<Self>,
+        eps: f64,
+    ) -> FloatTensor<Self>;
     fn qwen2_rope(
         x: FloatTensor<Self>,
         cos: FloatTensor<Self>,
@@ -86,7 +90,13 @@ impl Qwen2Ops for Flex {
         let (x, weight) = (x.to_contiguous(), as_f32(&weight));
         let shape = x.layout().shape().clone();
         let mut out = vec![0.0; shape.num_elements()];
-        elementwise::rms_norm(Isa::selected(), elements(&x), elements(&weight), eps as f32, &mut out);
+        elementwise::rms_norm(
+            Isa::selected(),
+            elements(&x),
+            elements(&weight),
+            eps as f32,
+            &mut out,
+        );
         tensor(out, shape)
     }
 
@@ -94,7 +104,14 @@ impl Qwen2Ops for Flex {
         let (mut x, cos, sin) = (x.to_contiguous(), cos.to_contiguous(), sin.to_contiguous());
         let [heads, half] = [x.layout().shape()[1], cos.layout().shape()[1]];
         let (cos, sin) = (elements(&cos), elements(&sin));
-        elementwise::rope(Isa::selected(), x.storage_mut::<f32>(), heads, cos, sin, half);
+        elementwise::rope(
+            Isa::selected(),
+            x.storage_mut::<f32>(),
+            heads,
+            cos,
+            sin,
+            half,
+        );
         x
     }
 
@@ -153,7 +170,11 @@ pub(crate) fn packed_linear(
 }
 
 /// Rows of a packed table, read where they lie.
-pub(crate) fn packed_embed(shape: packed::Shape, bytes: &Tensor<1, Int>, tokens: &[u32]) -> Tensor<2> {
+pub(crate) fn packed_embed(
+    shape: packed::Shape,
+    bytes: &Tensor<1, Int>,
+    tokens: &[u32],
+) -> Tensor<2> {
     let device = bytes.device();
     let Ok(table) = bytes.clone().try_into_primitive::<Flex>() else {
         unreachable!("the caller checked the device");
@@ -162,7 +183,10 @@ pub(crate) fn packed_embed(shape: packed::Shape, bytes: &Tensor<1, Int>, tokens:
     for (token, row) in tokens.iter().zip(rows.chunks_exact_mut(shape.cols)) {
         shape.unpack_row(table.bytes(), *token as usize, row);
     }
-    Tensor::from_data(TensorData::new(rows, [tokens.len(), shape.cols]), (&device, DType::F32))
+    Tensor::from_data(
+        TensorData::new(rows, [tokens.len(), shape.cols]),
+        (&device, DType::F32),
+    )
 }
 
 pub(crate) fn rms_norm(x: Tensor<2>, weight: &Tensor<1>, eps: f64) -> Tensor<2> {
@@ -176,7 +200,10 @@ pub(crate) fn rope(x: Tensor<3>, cos: &Tensor<2>, sin: &Tensor<2>) -> Tensor<3> 
 }
 
 pub(crate) fn swiglu(gate: Tensor<2>, up: Tensor<2>) -> Tensor<2> {
-    Tensor::from_dispatch(Dispatch::qwen2_swiglu(gate.into_dispatch(), up.into_dispatch()))
+    Tensor::from_dispatch(Dispatch::qwen2_swiglu(
+        gate.into_dispatch(),
+        up.into_dispatch(),
+    ))
 }
 
 pub(crate) fn attention(
@@ -220,7 +247,13 @@ fn many_by_bf16(x: &FlexTensor, weight: &FlexTensor, bias: Option<&[f32]>) -> Fl
     let [n, inner] = [x.layout().shape()[0], x.layout().shape()[1]];
     let outer = weight.layout().shape()[0];
     let mut out = vec![0.0; n * outer];
-    let args = Linear { x: elements(x), weight: elements::<bf16>(weight), bias, inner, outer };
+    let args = Linear {
+        x: elements(x),
+        weight: elements::<bf16>(weight),
+        bias,
+        inner,
+        outer,
+    };
     bf16_gemm::linear(args, &mut out);
     tensor(out, Shape::new([n, outer]))
 }
@@ -233,7 +266,13 @@ fn linear_stored<W: simd::Stored + burn::tensor::Element + bytemuck::Pod>(
     let [n, inner] = [x.layout().shape()[0], x.layout().shape()[1]];
     let outer = weight.layout().shape()[0];
     let mut out = vec![0.0; n * outer];
-    let args = Linear { x: elements(x), weight: elements::<W>(weight), bias, inner, outer };
+    let args = Linear {
+        x: elements(x),
+        weight: elements::<W>(weight),
+        bias,
+        inner,
+        outer,
+    };
     matmul::linear(Isa::selected(), args, &mut out);
     tensor(out, Shape::new([n, outer]))
 }
@@ -248,7 +287,11 @@ fn flex_packed_linear(
     let x = x.to_contiguous();
     let bias = bias.map(as_f32);
     let [n, cols] = [x.layout().shape()[0], x.layout().shape()[1]];
-    let format = if q8 { packed::Format::Q8 } else { packed::Format::Q4 };
+    let format = if q8 {
+        packed::Format::Q8
+    } else {
+        packed::Format::Q4
+    };
     let weight = quantized::Packed {
         shape: packed::Shape { format, rows, cols },
         bytes: weight.bytes(),
@@ -256,7 +299,12 @@ fn flex_packed_linear(
     };
     let mut out = vec![0.0; n * rows];
     let isa = Isa::selected();
-    quantized::linear(isa, &quantized::Activations::new(isa, elements(&x), cols), weight, &mut out);
+    quantized::linear(
+        isa,
+        &quantized::Activations::new(isa, elements(&x), cols),
+        weight,
+        &mut out,
+    );
     tensor(out, Shape::new([n, rows]))
 }
 
@@ -271,7 +319,16 @@ fn flex_attention<W: simd::Stored + burn::tensor::Element + bytemuck::Pod>(
     let mut out = vec![0.0; n * heads * head_dim];
     let (keys, values) = (elements::<W>(keys), elements::<W>(values));
     let q = elements(q);
-    let args = Attention { q, keys, values, heads, kv_heads, head_dim, capacity, visible };
+    let args = Attention {
+        q,
+        keys,
+        values,
+        heads,
+        kv_heads,
+        head_dim,
+        capacity,
+        visible,
+    };
     attention::attention(Isa::selected(), args, &mut out);
     tensor(out, Shape::new([n, heads * head_dim]))
 }

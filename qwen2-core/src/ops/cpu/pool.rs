@@ -49,7 +49,9 @@ pub(crate) struct Pool {
 
 impl std::fmt::Debug for Pool {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Pool").field("threads", &self.threads()).finish()
+        f.debug_struct("Pool")
+            .field("threads", &self.threads())
+            .finish()
     }
 }
 
@@ -123,7 +125,10 @@ impl Pool {
         if let Err(panic) = own {
             resume_unwind(panic);
         }
-        assert!(!shared.panicked.swap(false, Ordering::Relaxed), "a kernel panicked on a worker thread");
+        assert!(
+            !shared.panicked.swap(false, Ordering::Relaxed),
+            "a kernel panicked on a worker thread"
+        );
     }
 
     /// Closes the job and waits until no worker is in it.
@@ -139,7 +144,11 @@ impl Pool {
                 thread::yield_now();
             }
         }
-        *self.shared.job.lock().unwrap_or_else(PoisonError::into_inner) = None;
+        *self
+            .shared
+            .job
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner) = None;
     }
 }
 
@@ -228,7 +237,10 @@ fn work(shared: &Shared, index: usize) {
 /// Enters the job, if it still takes workers.
 fn join(shared: &Shared) -> bool {
     let enter = |state: usize| (state & OPEN != 0).then_some(state + 1);
-    shared.state.fetch_update(Ordering::AcqRel, Ordering::Acquire, enter).is_ok()
+    shared
+        .state
+        .fetch_update(Ordering::AcqRel, Ordering::Acquire, enter)
+        .is_ok()
 }
 
 /// Returns the first epoch that is not `seen`: spins a while, then parks.
@@ -264,7 +276,11 @@ mod tests {
                 pool.run(n_tasks, &|i| {
                     counts[i].fetch_add(1, Ordering::Relaxed);
                 });
-                assert!(counts.iter().all(|count| count.load(Ordering::Relaxed) == 1));
+                assert!(
+                    counts
+                        .iter()
+                        .all(|count| count.load(Ordering::Relaxed) == 1)
+                );
             }
         }
     }

@@ -32,7 +32,9 @@ impl Activations {
             blocks,
         };
         let rows = out.quants.chunks_exact_mut(blocks * BLOCK);
-        let rows = rows.zip(out.scales.chunks_exact_mut(blocks)).zip(out.sums.chunks_exact_mut(blocks));
+        let rows = rows
+            .zip(out.scales.chunks_exact_mut(blocks))
+            .zip(out.sums.chunks_exact_mut(blocks));
         let rows = rows.zip(x.chunks_exact(cols));
         if n < 4 {
             for (((quants, scales), sums), x) in rows {
@@ -59,7 +61,12 @@ per_isa!(quantize_row, quantize_row_kernel, (
 /// # Safety
 /// The instruction set of `S` is present.
 #[inline(always)]
-unsafe fn quantize_row_kernel<S: Simd>(x: &[f32], quants: &mut [i8], scales: &mut [f32], sums: &mut [i32]) {
+unsafe fn quantize_row_kernel<S: Simd>(
+    x: &[f32],
+    quants: &mut [i8],
+    scales: &mut [f32],
+    sums: &mut [i32],
+) {
     for (b, x) in x.chunks(BLOCK).enumerate() {
         let out = &mut quants[b * BLOCK..][..BLOCK];
         (scales[b], sums[b]) = match x.as_array::<BLOCK>() {
@@ -121,8 +128,15 @@ pub(crate) fn linear(isa: Isa, x: &Activations, weight: Packed<'_>, out: &mut [f
     let shape = weight.shape;
     assert_eq!(weight.bytes.len(), shape.bytes(), "packed length");
     assert_eq!(x.blocks, shape.blocks(), "activation width");
-    assert_eq!(x.scales.len() / x.blocks * shape.rows, out.len(), "output length");
-    assert!(weight.bias.is_none_or(|bias| bias.len() == shape.rows), "bias length");
+    assert_eq!(
+        x.scales.len() / x.blocks * shape.rows,
+        out.len(),
+        "output length"
+    );
+    assert!(
+        weight.bias.is_none_or(|bias| bias.len() == shape.rows),
+        "bias length"
+    );
     let panels = shape.panels();
     let per_task = panels.div_ceil(pool::current_threads() * 4).max(1);
     let target = Out(out.as_mut_ptr());
@@ -154,7 +168,13 @@ unsafe fn run_panel(isa: Isa, x: &Activations, weight: Packed<'_>, panel: usize,
     while t < n {
         let tokens = TOKENS.min(n - t);
         let mut sums = [[0.0_f32; ROWS]; TOKENS];
-        let tile = Tile { x, t, scales, quants, format: shape.format };
+        let tile = Tile {
+            x,
+            t,
+            scales,
+            quants,
+            format: shape.format,
+        };
         // SAFETY: `isa` was detected on this machine.
         unsafe { multiply(isa, tile, tokens, &mut sums) };
         for (i, sums) in sums.iter().enumerate().take(tokens) {
@@ -183,27 +203,19 @@ unsafe fn multiply(isa: Isa, tile: Tile<'_>, tokens: usize, sums: &mut [[f32; RO
     #[cfg(target_arch = "x86_64")]
     {
         macro_rules! call {
-            ($kernel:ident) => {
+            ($kernel:ident) => {{
                 // SAFETY: the caller's promise.
-                match (tokens, tile.format) {
-                    (1, Format::Q8) => return unsafe { x86::$kernel::<1, true>(tile, sums) },
-                    (1, Format::Q4) => return unsafe { x86::$kernel::<1, false>(tile, sums) },
-                    (TOKENS, Format::Q8) => return unsafe { x86::$kernel::<TOKENS, true>(tile, sums) },
-                    (TOKENS, Format::Q4) => return unsafe { x86::$kernel::<TOKENS, false>(tile, sums) },
-                    _ => {
-                        for i in 0..tokens {
-                            let mut one = [[0.0; ROWS]; TOKENS];
-                            let tile = Tile { t: tile.t + i, ..tile };
-                            match tile.format {
-                                Format::Q8 => unsafe { x86::$kernel::<1, true>(tile, &mut one) },
-                                Format::Q4 => unsafe { x86::$kernel::<1, false>(tile, &mut one) },
-                            }
-                            sums[i] = one[0];
-                        }
-                        return;
+                unsafe {
+                    match (tokens, tile.format) {
+                        (1, Format::Q8) => x86::$kernel::<1, true>(tile, sums),
+                        (1, Format::Q4) => x86::$kernel::<1, false>(tile, sums),
+                        (TOKENS, Format::Q8) => x86::$kernel::<TOKENS, true>(tile, sums),
+                        (TOKENS, Format::Q4) => x86::$kernel::<TOKENS, false>(tile, sums),
+                        _ => one_by_one(isa, tile, tokens, sums),
                     }
                 }
-            };
+                return;
+            }};
         }
         match isa {
             Isa::Avx512Vnni => call!(avx512_vnni),
@@ -213,6 +225,30 @@ unsafe fn multiply(isa: Isa, tile: Tile<'_>, tokens: usize, sums: &mut [[f32; RO
     }
     let _ = isa;
     portable(tile, tokens, sums);
+}
+
+/// The tokens that do not fill a tile.
+///
+/// # Safety
+/// As [`multiply`].
+#[cfg(target_arch = "x86_64")]
+unsafe fn one_by_one(isa: Isa, tile: Tile<'_>, tokens: usize, sums: &mut [[f32; ROWS]; TOKENS]) {
+    for (i, sums) in sums.iter_mut().enumerate().take(tokens) {
+        let mut one = [[0.0; ROWS]; TOKENS];
+        // SAFETY: the caller's promise.
+        unsafe {
+            multiply(
+                isa,
+                Tile {
+                    t: tile.t + i,
+                    ..tile
+                },
+                1,
+                &mut one,
+            )
+        };
+        *sums = one[0];
+    }
 }
 
 fn portable(tile: Tile<'_>, tokens: usize, sums: &mut [[f32; ROWS]; TOKENS]) {
@@ -229,7 +265,9 @@ fn portable(tile: Tile<'_>, tokens: usize, sums: &mut [[f32; ROWS]; TOKENS]) {
                 for (c, x) in x.iter().enumerate() {
                     let q = match tile.format {
                         Format::Q8 => block[c / 4 * GROUP + r * 4 + c % 4],
-                        Format::Q4 => block[c % 16 / 4 * GROUP + r * 4 + c % 4] >> (c / 16 * 4) & 15,
+                        Format::Q4 => {
+                            block[c % 16 / 4 * GROUP + r * 4 + c % 4] >> (c / 16 * 4) & 15
+                        }
                     };
                     total += i32::from(q) * i32::from(*x);
                 }
@@ -288,11 +326,20 @@ mod x86 {
                     let mut even = _mm512_set1_epi32(start);
                     let mut odd = _mm512_setzero_si512();
                     for g in 0..4 {
-                        even = _mm512_dpbusd_epi32(even, w[2 * g], _mm512_set1_epi32(x.add(2 * g).read_unaligned()));
-                        odd = _mm512_dpbusd_epi32(odd, w[2 * g + 1], _mm512_set1_epi32(x.add(2 * g + 1).read_unaligned()));
+                        even = _mm512_dpbusd_epi32(
+                            even,
+                            w[2 * g],
+                            _mm512_set1_epi32(x.add(2 * g).read_unaligned()),
+                        );
+                        odd = _mm512_dpbusd_epi32(
+                            odd,
+                            w[2 * g + 1],
+                            _mm512_set1_epi32(x.add(2 * g + 1).read_unaligned()),
+                        );
                     }
                     let total = _mm512_cvtepi32_ps(_mm512_add_epi32(even, odd));
-                    let scale = _mm512_mul_ps(scale, _mm512_set1_ps(*tile.x.scales.get_unchecked(at)));
+                    let scale =
+                        _mm512_mul_ps(scale, _mm512_set1_ps(*tile.x.scales.get_unchecked(at)));
                     *acc = _mm512_fmadd_ps(total, scale, *acc);
                 }
             }
@@ -336,7 +383,10 @@ mod x86 {
                                 let w = _mm256_xor_si256(w, flip); // -127..=127
                                 let x = _mm256_set1_epi32(x.add(g).read_unaligned());
                                 // |x| · (w with the sign of x): two products stay below 2^15.
-                                let p = _mm256_maddubs_epi16(_mm256_abs_epi8(x), _mm256_sign_epi8(w, x));
+                                let p = _mm256_maddubs_epi16(
+                                    _mm256_abs_epi8(x),
+                                    _mm256_sign_epi8(w, x),
+                                );
                                 total = _mm256_add_epi32(total, _mm256_madd_epi16(p, ones));
                             }
                         } else {
@@ -353,7 +403,8 @@ mod x86 {
                                 total = _mm256_add_epi32(total, _mm256_madd_epi16(p, ones));
                             }
                         }
-                        let scale = _mm256_mul_ps(scale, _mm256_set1_ps(*tile.x.scales.get_unchecked(at)));
+                        let scale =
+                            _mm256_mul_ps(scale, _mm256_set1_ps(*tile.x.scales.get_unchecked(at)));
                         *acc = _mm256_fmadd_ps(_mm256_cvtepi32_ps(total), scale, *acc);
                     }
                     quants = quants.add(if Q8 { 512 } else { 256 });
@@ -380,7 +431,8 @@ mod tests {
     fn pack(shape: Shape, w: &[f32]) -> Vec<u8> {
         let mut bytes = vec![0; shape.bytes()];
         for (panel, out) in bytes.chunks_mut(shape.panel_bytes()).enumerate() {
-            let row = |i: usize, out: &mut [f32]| out.copy_from_slice(&w[i * shape.cols..][..shape.cols]);
+            let row =
+                |i: usize, out: &mut [f32]| out.copy_from_slice(&w[i * shape.cols..][..shape.cols]);
             shape.pack_panel(panel, &row, out);
         }
         bytes
@@ -431,26 +483,57 @@ mod tests {
 
     #[test]
     fn extreme_activations_do_not_saturate() {
-        let shape = Shape { format: Format::Q8, rows: 16, cols: 64 };
-        let w: Vec<f32> = (0..16 * 64).map(|i| if i % 2 == 0 { 1.0 } else { -1.0 }).collect();
+        let shape = Shape {
+            format: Format::Q8,
+            rows: 16,
+            cols: 64,
+        };
+        let w: Vec<f32> = (0..16 * 64)
+            .map(|i| if i % 2 == 0 { 1.0 } else { -1.0 })
+            .collect();
         let bytes = pack(shape, &w);
         let x = Activations::new(Isa::Portable, &w[..64], 64);
         for isa in Isa::available() {
             let mut out = vec![0.0; 16];
-            linear(isa, &x, Packed { shape, bytes: &bytes, bias: None }, &mut out);
-            assert!(out.iter().all(|out| (out - 64.0).abs() < 0.1), "{isa:?} {out:?}");
+            linear(
+                isa,
+                &x,
+                Packed {
+                    shape,
+                    bytes: &bytes,
+                    bias: None,
+                },
+                &mut out,
+            );
+            assert!(
+                out.iter().all(|out| (out - 64.0).abs() < 0.1),
+                "{isa:?} {out:?}"
+            );
         }
     }
 
     #[test]
     fn a_nan_reaches_the_output() {
-        let shape = Shape { format: Format::Q4, rows: 2, cols: 32 };
+        let shape = Shape {
+            format: Format::Q4,
+            rows: 2,
+            cols: 32,
+        };
         let bytes = pack(shape, &[0.5; 64]);
         let mut x = vec![1.0; 32];
         x[3] = f32::NAN;
         for isa in Isa::available() {
             let mut out = vec![0.0; 2];
-            linear(isa, &Activations::new(Isa::Portable, &x, 32), Packed { shape, bytes: &bytes, bias: None }, &mut out);
+            linear(
+                isa,
+                &Activations::new(Isa::Portable, &x, 32),
+                Packed {
+                    shape,
+                    bytes: &bytes,
+                    bias: None,
+                },
+                &mut out,
+            );
             assert!(out.iter().all(|out| out.is_nan()), "{isa:?}");
         }
     }

@@ -71,7 +71,11 @@ impl Isa {
             match available.iter().find(|isa| isa.name() == wanted) {
                 Some(&isa) => isa,
                 None => {
-                    tracing::warn!(wanted, used = best.name(), "QWEN2_CPU names no instruction set of this machine");
+                    tracing::warn!(
+                        wanted,
+                        used = best.name(),
+                        "QWEN2_CPU names no instruction set of this machine"
+                    );
                     best
                 }
             }
@@ -164,12 +168,16 @@ impl Simd for Portable {
     #[inline(always)]
     unsafe fn load_bf16(pointer: *const bf16) -> Self {
         // SAFETY: the caller's promise.
-        Self(std::array::from_fn(|i| unsafe { Stored::to_f32(*pointer.add(i)) }))
+        Self(std::array::from_fn(|i| unsafe {
+            Stored::to_f32(*pointer.add(i))
+        }))
     }
     #[inline(always)]
     unsafe fn load_f16(pointer: *const f16) -> Self {
         // SAFETY: the caller's promise.
-        Self(std::array::from_fn(|i| unsafe { f16::to_f32_const(*pointer.add(i)) }))
+        Self(std::array::from_fn(|i| unsafe {
+            f16::to_f32_const(*pointer.add(i))
+        }))
     }
     #[inline(always)]
     unsafe fn store(self, pointer: *mut f32) {
@@ -250,7 +258,10 @@ mod x86 {
         #[inline(always)]
         unsafe fn sum(self) -> f32 {
             unsafe {
-                let half = _mm_add_ps(_mm256_castps256_ps128(self.0), _mm256_extractf128_ps::<1>(self.0));
+                let half = _mm_add_ps(
+                    _mm256_castps256_ps128(self.0),
+                    _mm256_extractf128_ps::<1>(self.0),
+                );
                 let quarter = _mm_add_ps(half, _mm_movehl_ps(half, half));
                 _mm_cvtss_f32(_mm_add_ss(quarter, _mm_movehdup_ps(quarter)))
             }
@@ -346,7 +357,7 @@ pub(crate) use per_isa;
 #[inline(always)]
 pub(crate) fn exp(x: f32) -> f32 {
     // Below -87.3 the result is subnormal: 0 is near enough for softmax and silu. NaN stays NaN.
-    let bounded = if x < -87.3 { -87.3 } else if x > 88.7 { 88.7 } else { x };
+    let bounded = x.clamp(-87.3, 88.7);
     let power = (bounded * std::f32::consts::LOG2_E).round_ties_even();
     // ln 2 in two parts (Cody and Waite), so that the remainder keeps all its bits.
     let r = power.mul_add_fast(-0.693_359_4, bounded);
@@ -357,7 +368,7 @@ pub(crate) fn exp(x: f32) -> f32 {
     let p = p.mul_add_fast(r, 8.333_452e-3);
     let p = p.mul_add_fast(r, 4.166_579_6e-2);
     let p = p.mul_add_fast(r, 1.666_666_5e-1);
-    let p = p.mul_add_fast(r, 5.000_000_1e-1);
+    let p = p.mul_add_fast(r, 0.5);
     let e = p.mul_add_fast(r * r, r) + 1.0;
     let scale = f32::from_bits(((power as i32 + 127) << 23) as u32);
     if x < -87.3 { 0.0 } else { e * scale }

@@ -1,0 +1,572 @@
+"""The compiled half of the Python package `qwen2_rs`."""
+
+import os
+from collections.abc import Callable, Sequence
+from types import TracebackType
+from typing import Any, Final, Literal, NoReturn, final, overload
+
+import numpy as np
+import numpy.typing as npt
+from typing_extensions import Self
+
+from qwen2_rs._types import Message, MessageDict, Prompt
+
+__version__: Final[str]
+
+def devices() -> list[str]:
+    """The devices that this build can compute on."""
+
+def run_cli(argv: Sequence[str]) -> int:
+    """Runs the command `qwen2` and returns its exit code. For a process that is this command and
+    nothing else: it takes Ctrl-C over.
+    """
+
+@final
+class Model:
+    """A loaded model; may be used from several threads at once."""
+
+    @staticmethod
+    def load(
+        source: str | os.PathLike[str],
+        *,
+        device: str = "auto",
+        dtype: str = "auto",
+        quantize: str | None = None,
+        context_length: int | None = None,
+        threads: int | None = None,
+        progress: bool | Callable[[int, int], object] | None = False,
+    ) -> Model:
+        """Loads a model.
+
+        source: a directory with a checkpoint, or the id of one on the Hugging Face hub.
+        device: auto, cpu, wgpu, vulkan, metal, cuda, with an index for a GPU, as in cuda:1.
+        dtype: auto (as stored), f32, f16 or bf16.
+        quantize: q8 or q4 packs the matrices into fewer bits.
+        context_length: tokens that prompt and answer may have together, at most the model's.
+        threads: on the processor; by default as many as the system allows.
+        progress: True for a bar on stderr, or a function that gets the bytes done and in all; what
+            it raises stops the loading.
+        """
+
+    def generate(
+        self,
+        prompt: Prompt,
+        *,
+        max_new_tokens: int | None = None,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        repetition_penalty: float | None = None,
+        seed: int | None = None,
+        stop: str | Sequence[str] | None = None,
+        stop_token_ids: Sequence[int] | None = None,
+        ignore_eos: bool = False,
+    ) -> Generation:
+        """Answers a prompt: text, token ids or messages.
+
+        An option that is not set is the checkpoint's own. max_new_tokens: at least 1, by default to
+        the end of the context. temperature: 0 to 100, 0 takes the likeliest token every time. top_k:
+        at least 1. top_p: above 0 to 1. min_p: 0 to 1. repetition_penalty: above 0, 1 is none. stop:
+        strings that end the generation and are not part of its text. stop_token_ids: tokens that end
+        it. ignore_eos: goes on after the checkpoint's own end tokens.
+        """
+
+    def stream(
+        self,
+        prompt: Prompt,
+        *,
+        max_new_tokens: int | None = None,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        repetition_penalty: float | None = None,
+        seed: int | None = None,
+        stop: str | Sequence[str] | None = None,
+        stop_token_ids: Sequence[int] | None = None,
+        ignore_eos: bool = False,
+    ) -> TokenStream:
+        """Answers a prompt piece by piece; nothing is computed before the first piece is asked for.
+        Options as in generate.
+        """
+
+    @overload
+    def chat(
+        self,
+        messages: Sequence[Message],
+        *,
+        stream: Literal[False] = False,
+        max_new_tokens: int | None = None,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        repetition_penalty: float | None = None,
+        seed: int | None = None,
+        stop: str | Sequence[str] | None = None,
+        stop_token_ids: Sequence[int] | None = None,
+        ignore_eos: bool = False,
+    ) -> Generation:
+        """Answers a conversation; with stream=True piece by piece. Options as in generate."""
+
+    @overload
+    def chat(
+        self,
+        messages: Sequence[Message],
+        *,
+        stream: Literal[True],
+        max_new_tokens: int | None = None,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        repetition_penalty: float | None = None,
+        seed: int | None = None,
+        stop: str | Sequence[str] | None = None,
+        stop_token_ids: Sequence[int] | None = None,
+        ignore_eos: bool = False,
+    ) -> TokenStream: ...
+    @overload
+    def chat(
+        self,
+        messages: Sequence[Message],
+        *,
+        stream: bool,
+        max_new_tokens: int | None = None,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        repetition_penalty: float | None = None,
+        seed: int | None = None,
+        stop: str | Sequence[str] | None = None,
+        stop_token_ids: Sequence[int] | None = None,
+        ignore_eos: bool = False,
+    ) -> Generation | TokenStream: ...
+    @overload
+    def generate_batch(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        return_exceptions: Literal[False] = False,
+        max_new_tokens: int | None = None,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        repetition_penalty: float | None = None,
+        seed: int | None = None,
+        stop: str | Sequence[str] | None = None,
+        stop_token_ids: Sequence[int] | None = None,
+        ignore_eos: bool = False,
+    ) -> list[Generation]:
+        """Answers several prompts, in order. The first failure is raised once all have run; with
+        return_exceptions=True failures stand in the list instead. Options as in generate.
+        """
+
+    @overload
+    def generate_batch(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        return_exceptions: bool,
+        max_new_tokens: int | None = None,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        repetition_penalty: float | None = None,
+        seed: int | None = None,
+        stop: str | Sequence[str] | None = None,
+        stop_token_ids: Sequence[int] | None = None,
+        ignore_eos: bool = False,
+    ) -> list[Generation | Qwen2Error]: ...
+    def session(self) -> Session:
+        """A conversation that keeps its cache between turns."""
+
+    def logits(self, tokens: Sequence[int] | npt.NDArray[np.integer[Any]]) -> npt.NDArray[np.float32]:
+        """The logits of every token of a sequence: float32, [n_tokens, vocab_size]."""
+
+    def score(self, tokens: Sequence[int] | npt.NDArray[np.integer[Any]]) -> npt.NDArray[np.float32]:
+        """Natural log-probability of each token given those before it; the first has none, so the
+        result is one shorter than tokens.
+        """
+
+    def close(self) -> None:
+        """Lets go of the weights; later use raises ValueError. They are freed when what still uses
+        them ends: running generations, open streams and sessions.
+        """
+
+    def __enter__(self) -> Self: ...
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc_value: BaseException | None,
+        traceback: TracebackType | None,
+        /,
+    ) -> None: ...
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """Text to tokens and back."""
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The architecture, as config.json gives it; a copy."""
+
+    @property
+    def generation_config(self) -> dict[str, Any]:
+        """The checkpoint's own settings for generation; a copy."""
+
+    @property
+    def name(self) -> str:
+        """The directory's or repository's name."""
+
+    @property
+    def device(self) -> str:
+        """Where it computes."""
+
+    @property
+    def dtype(self) -> str:
+        """The precision that most of its matrices have or had before they were packed."""
+
+    @property
+    def context_length(self) -> int:
+        """Tokens that prompt and answer may have together."""
+
+    @property
+    def threads(self) -> int:
+        """Threads that compute on the processor."""
+
+    @property
+    def memory(self) -> Memory:
+        """Bytes that it takes."""
+
+    def __reduce__(self) -> NoReturn: ...
+
+@final
+class Session:
+    """One conversation: what was said so far, and the cache of it. While a stream of it runs, it is
+    the stream's.
+    """
+
+    def append(self, prompt: Prompt) -> None:
+        """Adds to the conversation; the model reads it at the next generation. Messages go through
+        the chat template together with those before them; text and tokens go behind what is there.
+        """
+
+    def generate(
+        self,
+        *,
+        max_new_tokens: int | None = None,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        repetition_penalty: float | None = None,
+        seed: int | None = None,
+        stop: str | Sequence[str] | None = None,
+        stop_token_ids: Sequence[int] | None = None,
+        ignore_eos: bool = False,
+    ) -> Generation:
+        """Answers what was appended; the answer becomes part of the conversation."""
+
+    def stream(
+        self,
+        *,
+        max_new_tokens: int | None = None,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        repetition_penalty: float | None = None,
+        seed: int | None = None,
+        stop: str | Sequence[str] | None = None,
+        stop_token_ids: Sequence[int] | None = None,
+        ignore_eos: bool = False,
+    ) -> TokenStream:
+        """As generate, piece by piece. What was generated when the stream ends or is closed becomes
+        part of the conversation.
+        """
+
+    def fork(self) -> Session:
+        """A second conversation with the same past; both go on independently."""
+
+    def truncate(self, n_tokens: int) -> None:
+        """Forgets all but the first n_tokens tokens; messages can no longer be appended then, unless
+        everything was forgotten.
+        """
+
+    @property
+    def tokens(self) -> list[int]:
+        """Everything said so far, as tokens."""
+
+    @property
+    def messages(self) -> list[MessageDict]:
+        """Everything said so far, as messages; empty in a session of text."""
+
+    @property
+    def memory(self) -> int:
+        """Bytes of its cache."""
+
+    def __reduce__(self) -> NoReturn: ...
+
+@final
+class TokenStream:
+    """The pieces of a generation, as they come: an iterator and an asynchronous one."""
+
+    def cancel(self) -> None:
+        """Stops the generation, from any thread: it ends after the token it is working on."""
+
+    def finish(self) -> Generation:
+        """Runs to the end and returns the whole result; as often as wanted."""
+
+    def close(self) -> None:
+        """Ends the generation where it is; finish() then gives what there is."""
+
+    def __enter__(self) -> Self: ...
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc_value: BaseException | None,
+        traceback: TracebackType | None,
+        /,
+    ) -> None: ...
+    def __iter__(self) -> Self: ...
+    def __next__(self) -> Piece: ...
+    def __aiter__(self) -> Self: ...
+    async def __anext__(self) -> Piece: ...
+    def __reduce__(self) -> NoReturn: ...
+
+@final
+class Tokenizer:
+    """The tokenizer of a checkpoint."""
+
+    @staticmethod
+    def load(directory: str | os.PathLike[str]) -> Tokenizer:
+        """Reads the tokenizer of a checkpoint's directory, without the weights."""
+
+    def encode(self, text: str) -> list[int]:
+        """The tokens of text, all of it ordinary: `<|im_end|>` is ten characters."""
+
+    def encode_with_special_tokens(self, text: str) -> list[int]:
+        """The tokens of text with special tokens recognised, as transformers' tokenizer(text). Never
+        for untrusted text: whoever writes `<|im_end|>` ends the turn.
+        """
+
+    def count(self, text: str) -> int:
+        """The number of tokens that encode makes of text."""
+
+    def decode(self, tokens: Sequence[int], *, skip_special_tokens: bool = False) -> str:
+        """The text of tokens; bytes that are not UTF-8 become U+FFFD. skip_special_tokens leaves out
+        tokens like `<|im_end|>`.
+        """
+
+    def apply_chat_template(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:
+        """The text that the chat template makes of messages: for showing. To feed a model, use
+        encode_chat, which keeps control tokens in messages from being obeyed.
+        """
+
+    def encode_chat(self, messages: Sequence[Message], *, add_generation_prompt: bool) -> list[int]:
+        """The tokens of a conversation: what the template prints becomes control tokens, what the
+        messages hold never does.
+        """
+
+    def token_to_id(self, token: str) -> int | None:
+        """The id of a token by its name in the vocabulary, for example `<|im_end|>`."""
+
+    def id_to_token(self, id: int) -> str | None:
+        """The name of a token in the vocabulary, with `Ġ` for a space."""
+
+    def is_special(self, id: int) -> bool:
+        """Whether the token is a control token."""
+
+    @property
+    def vocab_size(self) -> int:
+        """The highest id plus one."""
+
+    @property
+    def eos_token_id(self) -> int | None:
+        """The token that ends a turn."""
+
+    @property
+    def pad_token_id(self) -> int | None:
+        """The token that fills a batch."""
+
+    @property
+    def chat_template(self) -> str | None:
+        """The Jinja source of the chat template; base models may have none."""
+
+    def __reduce__(self) -> NoReturn: ...
+
+@final
+class Piece:
+    """One token and the text that became whole with it; print(piece, end="") prints the text."""
+
+    @property
+    def text(self) -> str:
+        """Whole characters; empty while one is incomplete or a stop string may be under way."""
+
+    @property
+    def token(self) -> int:
+        """The token's id."""
+
+@final
+class Generation:
+    """A finished generation; str(generation) is its text."""
+
+    @property
+    def text(self) -> str:
+        """The text, without the stop string and without special tokens."""
+
+    @property
+    def tokens(self) -> list[int]:
+        """The new tokens, an end token included."""
+
+    @property
+    def finish_reason(self) -> Literal["stop", "length", "tool_calls", "cancelled"]:
+        """Why it ended."""
+
+    @property
+    def stop_match(self) -> StopMatch | None:
+        """What it ended at, if finish_reason is stop."""
+
+    @property
+    def usage(self) -> Usage:
+        """Token counts."""
+
+    @property
+    def timings(self) -> Timings:
+        """How long it took."""
+
+    @property
+    def seed(self) -> int | None:
+        """The seed that the sampler used; None for greedy decoding."""
+
+@final
+class StopMatch:
+    """What ended a generation."""
+
+    @property
+    def kind(self) -> Literal["eos", "token", "text"]:
+        """eos: an end token of the checkpoint; token: one of stop_token_ids; text: one of stop."""
+
+    @property
+    def token(self) -> int | None:
+        """The token, for eos and token."""
+
+    @property
+    def text(self) -> str | None:
+        """The string, for text."""
+
+@final
+class Usage:
+    """Token counts of one generation."""
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens of the prompt, cached ones included."""
+
+    @property
+    def cached_tokens(self) -> int:
+        """Prompt tokens that were in the cache already."""
+
+    @property
+    def completion_tokens(self) -> int:
+        """New tokens."""
+
+@final
+class Timings:
+    """Wall-clock times of one generation."""
+
+    @property
+    def prefill_s(self) -> float:
+        """Seconds that reading the prompt took, the first new token included."""
+
+    @property
+    def decode_s(self) -> float:
+        """Seconds that all new tokens but the first took."""
+
+    @property
+    def prefill_tokens_per_s(self) -> float:
+        """Prompt tokens (without cached ones) per second; 0 if nothing was read."""
+
+    @property
+    def decode_tokens_per_s(self) -> float:
+        """New tokens per second after the first; 0 if there were none."""
+
+@final
+class Memory:
+    """Bytes that a model takes."""
+
+    @property
+    def weights(self) -> int:
+        """Weights, once for all sessions."""
+
+    @property
+    def cache_per_token(self) -> int:
+        """Keys and values of one token of one session."""
+
+    @property
+    def cache_full(self) -> int:
+        """Keys and values of one session that fills the context."""
+
+class Qwen2Error(Exception):
+    """The base of everything that this package raises on its own account.
+
+    The message is one line: what, where, why.
+    """
+
+    kind: str
+    """The class of the error, as in Rust and C: invalid_argument, not_found, …"""
+    path: str | None
+    """The file or directory concerned."""
+    key: str | None
+    """The tensor, config key or option concerned."""
+    help: str | None
+    """The way out, a sentence for a person; also a note of the exception from Python 3.11 on."""
+
+class InvalidArgumentError(Qwen2Error, ValueError):
+    """An argument is out of its range or contradicts another one."""
+
+class NotFoundError(Qwen2Error, FileNotFoundError):
+    """A file, directory or model id does not exist."""
+
+class PermissionDeniedError(Qwen2Error, PermissionError):
+    """The operating system refuses access."""
+
+class IoError(Qwen2Error, OSError):
+    """Reading or writing failed."""
+
+class InvalidFileError(Qwen2Error, ValueError):
+    """A file is there but does not hold what it must."""
+
+class UnsupportedError(Qwen2Error, NotImplementedError):
+    """Well-formed, but something this build or this library does not do."""
+
+class ContextOverflowError(Qwen2Error, ValueError):
+    """Prompt and new tokens do not fit the context."""
+
+class OutOfMemoryError(Qwen2Error, MemoryError):
+    """Memory of the host or of the device is exhausted."""
+
+class DeviceUnavailableError(Qwen2Error, RuntimeError):
+    """The device was not compiled in or is not there."""
+
+class DeviceFailedError(Qwen2Error, RuntimeError):
+    """The device failed while it worked."""
+
+class NetworkError(Qwen2Error, ConnectionError):
+    """A model could not be fetched."""
+
+class InvalidTemplateError(Qwen2Error, ValueError):
+    """The chat template cannot be parsed or rendered."""
+
+class InvalidConstraintError(Qwen2Error, ValueError):
+    """A schema or grammar cannot be compiled."""
+
+class CancelledError(Qwen2Error, RuntimeError):
+    """A progress callback stopped the loading."""
+
+class InternalError(Qwen2Error, RuntimeError):
+    """A bug of this library."""

@@ -1,0 +1,378 @@
+//! The model handle.
+
+use std::sync::Mutex;
+
+use numpy::{PyArray1, PyArray2, PyArrayMethods};
+use pyo3::exceptions::PyTypeError;
+use pyo3::prelude::*;
+use pyo3::types::{PyBool, PyDict, PyList};
+use qwen2_core::{CancelToken, DType, Device, GenerateOptions, Prompt, Quantization};
+
+use crate::enter::{self, Report};
+use crate::error::{Failure, lock, not_picklable};
+use crate::options::{AnyPrompt, AnySource, Given, Messages, Stop, TokenIds, Whole};
+use crate::results::{Generation, Memory};
+use crate::session::Session;
+use crate::stream::{Run, TokenStream};
+use crate::tokenizer::Tokenizer;
+
+/// A loaded model; may be used from several threads at once.
+#[pyclass(module = "qwen2_rs", frozen)]
+pub(crate) struct Model {
+    /// `None` once it was closed. Locked for the time it takes to clone a handle.
+    handle: Mutex<Option<qwen2_core::Model>>,
+    quantize: Option<Quantization>,
+}
+
+impl Model {
+    fn get(&self) -> PyResult<qwen2_core::Model> {
+        let handle = lock(&self.handle).clone();
+        Ok(handle.ok_or_else(|| Failure::invalid("model is closed", "model", "", "load it again"))?)
+    }
+
+    fn run_generate(&self, py: Python<'_>, prompt: Prompt, options: GenerateOptions) -> PyResult<Generation> {
+        let model = self.get()?;
+        let cancel = CancelToken::new();
+        let options = options.cancel(cancel.clone());
+        let generation = enter::long(py, &cancel, || Ok(model.generate(prompt, &options)?))?;
+        Generation::new(py, generation)
+    }
+
+    fn run_stream(&self, py: Python<'_>, prompt: Prompt, options: GenerateOptions) -> PyResult<TokenStream> {
+        let model = self.get()?;
+        let cancel = CancelToken::new();
+        let options = options.cancel(cancel.clone());
+        let stream = enter::outside(py, || model.stream(prompt, &options).map_err(Failure::from))?;
+        Ok(TokenStream::new(Run::Model(Box::new(stream)), cancel))
+    }
+}
+
+#[pymethods]
+impl Model {
+    /// Loads a model.
+    ///
+    /// source: a directory with a checkpoint, or the id of one on the Hugging Face hub.
+    /// device: auto, cpu, wgpu, vulkan, metal, cuda, with an index for a GPU, as in cuda:1.
+    /// dtype: auto (as stored), f32, f16 or bf16.
+    /// quantize: q8 or q4 packs the matrices into fewer bits.
+    /// context_length: tokens that prompt and answer may have together, at most the model's.
+    /// threads: on the processor; by default as many as the system allows.
+    /// progress: True for a bar on stderr, or a function that gets the bytes done and in all; what
+    ///     it raises stops the loading.
+    #[staticmethod]
+    #[pyo3(
+        signature = (source, *, device="auto", dtype="auto", quantize=None, context_length=None, threads=None, progress=None),
+        text_signature = "(source, *, device='auto', dtype='auto', quantize=None, context_length=None, threads=None, progress=False)"
+    )]
+    #[allow(clippy::too_many_arguments)] // the settings, by name
+    fn load(
+        py: Python<'_>,
+        source: AnySource,
+        device: &str,
+        dtype: &str,
+        quantize: Option<&str>,
+        context_length: Option<Whole>,
+        threads: Option<Whole>,
+        progress: Option<Bound<'_, PyAny>>,
+    ) -> PyResult<Self> {
+        let callback = progress_callback(py, progress)?;
+        let mut builder = qwen2_core::Model::builder(source.0).device(device.parse::<Device>().map_err(Failure::from)?);
+        if dtype != "auto" {
+            builder = builder.dtype(dtype.parse::<DType>().map_err(Failure::from)?);
+        }
+        let quantize = quantize.map(str::parse::<Quantization>).transpose().map_err(Failure::from)?;
+        if let Some(quantize) = quantize {
+            builder = builder.quantize(quantize);
+        }
+        if let Some(context_length) = context_length {
+            builder = builder.context_length(context_length.setting("context_length")?);
+        }
+        if let Some(threads) = threads {
+            builder = builder.threads(threads.setting("threads")?);
+        }
+        let load = |report: Report| Ok(builder.progress(move |progress| report.set(progress)).load()?);
+        let model = match callback {
+            Some(callback) => enter::loading(py, &callback, load)?,
+            None => {
+                let cancel = CancelToken::new();
+                let report = Report::silent(cancel.clone());
+                enter::long(py, &cancel, || load(report))?
+            }
+        };
+        Ok(Self { handle: Mutex::new(Some(model)), quantize })
+    }
+
+    /// Answers a prompt: text, token ids or messages.
+    ///
+    /// An option that is not set is the checkpoint's own. max_new_tokens: at least 1, by default to
+    /// the end of the context. temperature: 0 to 100, 0 takes the likeliest token every time. top_k:
+    /// at least 1. top_p: above 0 to 1. min_p: 0 to 1. repetition_penalty: above 0, 1 is none. stop:
+    /// strings that end the generation and are not part of its text. stop_token_ids: tokens that end
+    /// it. ignore_eos: goes on after the checkpoint's own end tokens.
+    #[pyo3(signature = (prompt, *, max_new_tokens=None, temperature=None, top_k=None, top_p=None, min_p=None,
+        repetition_penalty=None, seed=None, stop=None, stop_token_ids=None, ignore_eos=false))]
+    #[allow(clippy::too_many_arguments)] // the options, by name
+    fn generate(
+        &self,
+        py: Python<'_>,
+        prompt: AnyPrompt,
+        max_new_tokens: Option<Whole>,
+        temperature: Option<f32>,
+        top_k: Option<Whole>,
+        top_p: Option<f32>,
+        min_p: Option<f32>,
+        repetition_penalty: Option<f32>,
+        seed: Option<Whole>,
+        stop: Option<Stop>,
+        stop_token_ids: Option<TokenIds>,
+        ignore_eos: bool,
+    ) -> PyResult<Generation> {
+        let given = Given {
+            max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed, stop, stop_token_ids, ignore_eos,
+        };
+        self.run_generate(py, prompt.0, given.options()?)
+    }
+
+    /// Answers a prompt piece by piece; nothing is computed before the first piece is asked for.
+    /// Options as in generate.
+    #[pyo3(signature = (prompt, *, max_new_tokens=None, temperature=None, top_k=None, top_p=None, min_p=None,
+        repetition_penalty=None, seed=None, stop=None, stop_token_ids=None, ignore_eos=false))]
+    #[allow(clippy::too_many_arguments)] // the options, by name
+    fn stream(
+        &self,
+        py: Python<'_>,
+        prompt: AnyPrompt,
+        max_new_tokens: Option<Whole>,
+        temperature: Option<f32>,
+        top_k: Option<Whole>,
+        top_p: Option<f32>,
+        min_p: Option<f32>,
+        repetition_penalty: Option<f32>,
+        seed: Option<Whole>,
+        stop: Option<Stop>,
+        stop_token_ids: Option<TokenIds>,
+        ignore_eos: bool,
+    ) -> PyResult<TokenStream> {
+        let given = Given {
+            max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed, stop, stop_token_ids, ignore_eos,
+        };
+        self.run_stream(py, prompt.0, given.options()?)
+    }
+
+    /// Answers a conversation; with stream=True piece by piece. Options as in generate.
+    #[pyo3(signature = (messages, *, stream=false, max_new_tokens=None, temperature=None, top_k=None, top_p=None,
+        min_p=None, repetition_penalty=None, seed=None, stop=None, stop_token_ids=None, ignore_eos=false))]
+    #[allow(clippy::too_many_arguments)] // the options, by name
+    fn chat<'py>(
+        &self,
+        py: Python<'py>,
+        messages: Messages,
+        stream: bool,
+        max_new_tokens: Option<Whole>,
+        temperature: Option<f32>,
+        top_k: Option<Whole>,
+        top_p: Option<f32>,
+        min_p: Option<f32>,
+        repetition_penalty: Option<f32>,
+        seed: Option<Whole>,
+        stop: Option<Stop>,
+        stop_token_ids: Option<TokenIds>,
+        ignore_eos: bool,
+    ) -> PyResult<Bound<'py, PyAny>> {
+        let given = Given {
+            max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed, stop, stop_token_ids, ignore_eos,
+        };
+        let (prompt, options) = (Prompt::Chat(messages.0), given.options()?);
+        if stream {
+            Ok(Bound::new(py, self.run_stream(py, prompt, options)?)?.into_any())
+        } else {
+            Ok(Bound::new(py, self.run_generate(py, prompt, options)?)?.into_any())
+        }
+    }
+
+    /// Answers several prompts, in order. The first failure is raised once all have run; with
+    /// return_exceptions=True failures stand in the list instead. Options as in generate.
+    #[pyo3(signature = (prompts, *, return_exceptions=false, max_new_tokens=None, temperature=None, top_k=None,
+        top_p=None, min_p=None, repetition_penalty=None, seed=None, stop=None, stop_token_ids=None, ignore_eos=false))]
+    #[allow(clippy::too_many_arguments)] // the options, by name
+    fn generate_batch<'py>(
+        &self,
+        py: Python<'py>,
+        prompts: &Bound<'py, PyAny>,
+        return_exceptions: bool,
+        max_new_tokens: Option<Whole>,
+        temperature: Option<f32>,
+        top_k: Option<Whole>,
+        top_p: Option<f32>,
+        min_p: Option<f32>,
+        repetition_penalty: Option<f32>,
+        seed: Option<Whole>,
+        stop: Option<Stop>,
+        stop_token_ids: Option<TokenIds>,
+        ignore_eos: bool,
+    ) -> PyResult<Bound<'py, PyList>> {
+        let given = Given {
+            max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed, stop, stop_token_ids, ignore_eos,
+        };
+        let prompts: Vec<AnyPrompt> = prompts.extract()?;
+        let prompts: Vec<Prompt> = prompts.into_iter().map(|prompt| prompt.0).collect();
+        let model = self.get()?;
+        let cancel = CancelToken::new();
+        let options = given.options()?.cancel(cancel.clone());
+        let results = enter::long(py, &cancel, || Ok(model.generate_batch(&prompts, &options)))?;
+        let answers = results.into_iter().map(|result| match result {
+            Ok(generation) => Ok(Bound::new(py, Generation::new(py, generation)?)?.into_any()),
+            Err(error) => {
+                let error = PyErr::from(Failure::from(error));
+                if return_exceptions { Ok(error.into_value(py).into_bound(py).into_any()) } else { Err(error) }
+            }
+        });
+        PyList::new(py, answers.collect::<PyResult<Vec<_>>>()?)
+    }
+
+    /// A conversation that keeps its cache between turns.
+    fn session(&self) -> PyResult<Session> {
+        Ok(Session::new(self.get()?.session()))
+    }
+
+    /// The logits of every token of a sequence: float32, [n_tokens, vocab_size].
+    fn logits<'py>(&self, py: Python<'py>, tokens: TokenIds) -> PyResult<Bound<'py, PyArray2<f32>>> {
+        let model = self.get()?;
+        let logits = enter::long(py, &CancelToken::new(), || Ok(model.logits(&tokens.0)?))?;
+        PyArray1::from_vec(py, logits.values).reshape([logits.n_tokens, logits.vocab_size])
+    }
+
+    /// Natural log-probability of each token given those before it; the first has none, so the
+    /// result is one shorter than tokens.
+    fn score<'py>(&self, py: Python<'py>, tokens: TokenIds) -> PyResult<Bound<'py, PyArray1<f32>>> {
+        let model = self.get()?;
+        let scores = enter::long(py, &CancelToken::new(), || Ok(model.score(&tokens.0)?))?;
+        Ok(PyArray1::from_vec(py, scores))
+    }
+
+    /// Lets go of the weights; later use raises ValueError. They are freed when what still uses
+    /// them ends: running generations, open streams and sessions.
+    fn close(&self, py: Python<'_>) {
+        let handle = lock(&self.handle).take();
+        enter::outside(py, || drop(handle));
+    }
+
+    fn __enter__(slf: Py<Self>) -> Py<Self> {
+        slf
+    }
+
+    #[pyo3(signature = (exc_type, exc_value, traceback, /))]
+    fn __exit__(
+        &self,
+        py: Python<'_>,
+        exc_type: &Bound<'_, PyAny>,
+        exc_value: &Bound<'_, PyAny>,
+        traceback: &Bound<'_, PyAny>,
+    ) {
+        let _ = (exc_type, exc_value, traceback);
+        self.close(py);
+    }
+
+    /// Text to tokens and back.
+    #[getter]
+    fn tokenizer(&self) -> PyResult<Tokenizer> {
+        Ok(Tokenizer(self.get()?.tokenizer().clone()))
+    }
+
+    /// The architecture, as config.json gives it; a copy.
+    #[getter]
+    fn config<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
+        to_dict(py, self.get()?.config())
+    }
+
+    /// The checkpoint's own settings for generation; a copy.
+    #[getter]
+    fn generation_config<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
+        to_dict(py, self.get()?.generation_config())
+    }
+
+    /// The directory's or repository's name.
+    #[getter]
+    fn name(&self) -> PyResult<String> {
+        Ok(self.get()?.name().to_owned())
+    }
+
+    /// Where it computes.
+    #[getter]
+    fn device(&self) -> PyResult<String> {
+        Ok(self.get()?.device().to_string())
+    }
+
+    /// The precision that most of its matrices have or had before they were packed.
+    #[getter]
+    fn dtype(&self) -> PyResult<&'static str> {
+        Ok(self.get()?.dtype().name())
+    }
+
+    /// Tokens that prompt and answer may have together.
+    #[getter]
+    fn context_length(&self) -> PyResult<usize> {
+        Ok(self.get()?.context_length())
+    }
+
+    /// Threads that compute on the processor.
+    #[getter]
+    fn threads(&self) -> PyResult<usize> {
+        Ok(self.get()?.threads())
+    }
+
+    /// Bytes that it takes.
+    #[getter]
+    fn memory(&self) -> PyResult<Memory> {
+        Ok(self.get()?.memory().into())
+    }
+
+    fn __repr__(&self) -> String {
+        let Ok(model) = self.get() else { return "Model(closed)".to_owned() };
+        format!(
+            "Model(\"{}\", {}, {}, device=\"{}\", context_length={})",
+            model.name(),
+            short_count(model.config().parameter_count()),
+            self.quantize.map_or(model.dtype().name(), Quantization::name),
+            model.device(),
+            model.context_length(),
+        )
+    }
+
+    fn __reduce__(&self) -> PyResult<()> {
+        Err(not_picklable("Model", "load it in the process that uses it"))
+    }
+}
+
+/// What to call with the progress: the function itself, our bar for True, nothing for False.
+fn progress_callback<'py>(
+    py: Python<'py>,
+    progress: Option<Bound<'py, PyAny>>,
+) -> PyResult<Option<Bound<'py, PyAny>>> {
+    let Some(progress) = progress else { return Ok(None) };
+    if let Ok(flag) = progress.cast::<PyBool>() {
+        let bar = || py.import("qwen2_rs._progress")?.call_method0("Bar");
+        return flag.is_true().then(bar).transpose();
+    }
+    if progress.is_callable() {
+        return Ok(Some(progress));
+    }
+    Err(PyTypeError::new_err("progress is a bool or a function of two numbers"))
+}
+
+/// A serializable value as plain Python objects.
+fn to_dict<'py>(py: Python<'py>, value: &impl serde::Serialize) -> PyResult<Bound<'py, PyDict>> {
+    let json = serde_json::to_string(value).map_err(|error| PyTypeError::new_err(error.to_string()))?;
+    Ok(py.import("json")?.call_method1("loads", (json,))?.cast_into()?)
+}
+
+/// `1.3M`, `494M`, `7.6B`.
+fn short_count(n: u64) -> String {
+    let n = n as f64;
+    let (value, unit) = match n {
+        n if n >= 1e9 => (n / 1e9, "B"),
+        n if n >= 1e6 => (n / 1e6, "M"),
+        n => (n / 1e3, "K"),
+    };
+    if value >= 100.0 { format!("{value:.0}{unit}") } else { format!("{value:.1}{unit}") }
+}

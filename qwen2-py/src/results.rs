@@ -1,0 +1,210 @@
+//! What a generation gives back.
+
+use pyo3::prelude::*;
+
+/// One token and the text that became whole with it.
+#[pyclass(module = "qwen2_rs", frozen, get_all)]
+pub(crate) struct Piece {
+    /// Whole characters; empty while one is incomplete or a stop string may be under way.
+    text: String,
+    /// The token's id.
+    token: u32,
+}
+
+#[pymethods]
+impl Piece {
+    fn __str__(&self) -> &str {
+        &self.text
+    }
+
+    fn __repr__(&self, py: Python<'_>) -> PyResult<String> {
+        Ok(format!("Piece(text={}, token={})", quoted(py, &self.text)?, self.token))
+    }
+}
+
+impl From<qwen2_core::Piece> for Piece {
+    fn from(piece: qwen2_core::Piece) -> Self {
+        Self { text: piece.text, token: piece.token }
+    }
+}
+
+/// A finished generation.
+#[pyclass(module = "qwen2_rs", frozen, get_all)]
+pub(crate) struct Generation {
+    /// The text, without the stop string and without special tokens.
+    text: String,
+    /// The new tokens, an end token included.
+    tokens: Vec<u32>,
+    /// Why it ended: stop, length, tool_calls or cancelled.
+    finish_reason: &'static str,
+    /// What it ended at, if finish_reason is stop.
+    stop_match: Option<Py<StopMatch>>,
+    /// Token counts.
+    usage: Py<Usage>,
+    /// How long it took.
+    timings: Py<Timings>,
+    /// The seed that the sampler used; None for greedy decoding.
+    seed: Option<u64>,
+}
+
+#[pymethods]
+impl Generation {
+    fn __str__(&self) -> &str {
+        &self.text
+    }
+
+    fn __repr__(&self, py: Python<'_>) -> PyResult<String> {
+        let text = quoted(py, &self.text)?;
+        Ok(format!("Generation(text={text}, finish_reason='{}', tokens={})", self.finish_reason, self.tokens.len()))
+    }
+}
+
+impl Generation {
+    pub(crate) fn new(py: Python<'_>, generation: qwen2_core::Generation) -> PyResult<Self> {
+        let stop_match = generation.stop_match.map(|found| Py::new(py, StopMatch::from(found)));
+        Ok(Self {
+            text: generation.text,
+            tokens: generation.tokens,
+            finish_reason: generation.finish_reason.name(),
+            stop_match: stop_match.transpose()?,
+            usage: Py::new(py, Usage::from(generation.usage))?,
+            timings: Py::new(py, Timings::from(generation.timings))?,
+            seed: generation.seed,
+        })
+    }
+}
+
+/// What ended a generation.
+#[pyclass(module = "qwen2_rs", frozen, get_all)]
+pub(crate) struct StopMatch {
+    /// eos (an end token of the checkpoint), token (one of stop_token_ids) or text (one of stop).
+    kind: &'static str,
+    /// The token, for eos and token.
+    token: Option<u32>,
+    /// The string, for text.
+    text: Option<String>,
+}
+
+#[pymethods]
+impl StopMatch {
+    fn __repr__(&self, py: Python<'_>) -> PyResult<String> {
+        match (&self.text, self.token) {
+            (Some(text), _) => Ok(format!("StopMatch(kind='{}', text={})", self.kind, quoted(py, text)?)),
+            (None, Some(token)) => Ok(format!("StopMatch(kind='{}', token={token})", self.kind)),
+            (None, None) => Ok(format!("StopMatch(kind='{}')", self.kind)),
+        }
+    }
+}
+
+impl From<qwen2_core::StopMatch> for StopMatch {
+    fn from(found: qwen2_core::StopMatch) -> Self {
+        let (kind, token, text) = match found {
+            qwen2_core::StopMatch::Eos(token) => ("eos", Some(token), None),
+            qwen2_core::StopMatch::Token(token) => ("token", Some(token), None),
+            qwen2_core::StopMatch::Text(text) => ("text", None, Some(text)),
+            _ => ("other", None, None), // the enum may grow
+        };
+        Self { kind, token, text }
+    }
+}
+
+/// Token counts of one generation.
+#[pyclass(module = "qwen2_rs", frozen, get_all)]
+pub(crate) struct Usage {
+    /// Tokens of the prompt, cached ones included.
+    prompt_tokens: usize,
+    /// Prompt tokens that were in the cache already.
+    cached_tokens: usize,
+    /// New tokens.
+    completion_tokens: usize,
+}
+
+#[pymethods]
+impl Usage {
+    fn __repr__(&self) -> String {
+        format!(
+            "Usage(prompt_tokens={}, cached_tokens={}, completion_tokens={})",
+            self.prompt_tokens, self.cached_tokens, self.completion_tokens
+        )
+    }
+}
+
+impl From<qwen2_core::Usage> for Usage {
+    fn from(usage: qwen2_core::Usage) -> Self {
+        Self {
+            prompt_tokens: usage.prompt_tokens,
+            cached_tokens: usage.cached_tokens,
+            completion_tokens: usage.completion_tokens,
+        }
+    }
+}
+
+/// Wall-clock times of one generation.
+#[pyclass(module = "qwen2_rs", frozen, get_all)]
+pub(crate) struct Timings {
+    /// Seconds that reading the prompt took, the first new token included.
+    prefill_s: f64,
+    /// Seconds that all new tokens but the first took.
+    decode_s: f64,
+    /// Prompt tokens (without cached ones) per second; 0 if nothing was read.
+    prefill_tokens_per_s: f64,
+    /// New tokens per second after the first; 0 if there were none.
+    decode_tokens_per_s: f64,
+}
+
+#[pymethods]
+impl Timings {
+    fn __repr__(&self) -> String {
+        format!(
+            "Timings(prefill_s={:.3}, decode_s={:.3}, prefill_tokens_per_s={:.1}, decode_tokens_per_s={:.1})",
+            self.prefill_s, self.decode_s, self.prefill_tokens_per_s, self.decode_tokens_per_s
+        )
+    }
+}
+
+impl From<qwen2_core::Timings> for Timings {
+    fn from(timings: qwen2_core::Timings) -> Self {
+        Self {
+            prefill_s: timings.prefill.as_secs_f64(),
+            decode_s: timings.decode.as_secs_f64(),
+            prefill_tokens_per_s: timings.prefill_tokens_per_s,
+            decode_tokens_per_s: timings.decode_tokens_per_s,
+        }
+    }
+}
+
+/// Bytes that a model takes.
+#[pyclass(module = "qwen2_rs", frozen, get_all)]
+pub(crate) struct Memory {
+    /// Weights, once for all sessions.
+    weights: u64,
+    /// Keys and values of one token of one session.
+    cache_per_token: u64,
+    /// Keys and values of one session that fills the context.
+    cache_full: u64,
+}
+
+#[pymethods]
+impl Memory {
+    fn __repr__(&self) -> String {
+        format!(
+            "Memory(weights={}, cache_per_token={}, cache_full={})",
+            self.weights, self.cache_per_token, self.cache_full
+        )
+    }
+}
+
+impl From<qwen2_core::Memory> for Memory {
+    fn from(memory: qwen2_core::Memory) -> Self {
+        Self {
+            weights: memory.weights,
+            cache_per_token: memory.cache_per_token,
+            cache_full: memory.cache_full,
+        }
+    }
+}
+
+/// Text as Python writes it.
+fn quoted(py: Python<'_>, text: &str) -> PyResult<String> {
+    pyo3::types::PyString::new(py, text).repr()?.extract()
+}

@@ -1,0 +1,191 @@
+//! A conversation that keeps its cache between turns.
+
+use std::sync::{Arc, Mutex, MutexGuard};
+
+use pyo3::prelude::*;
+use pyo3::types::PyList;
+use qwen2_core::{CancelToken, GenerateOptions};
+
+use crate::enter;
+use crate::error::{Failure, lock, not_picklable};
+use crate::options::{AnyPrompt, Given, Stop, TokenIds, Whole, to_dicts};
+use crate::results::Generation;
+use crate::stream::{Run, TokenStream};
+
+/// One conversation: what was said so far, and the cache of it. While a stream of it runs, it is
+/// the stream's.
+#[pyclass(module = "qwen2_rs", frozen)]
+pub(crate) struct Session(Arc<Shared>);
+
+/// The session, for its Python object and the stream that runs in it.
+struct Shared(Mutex<State>);
+
+struct State {
+    session: qwen2_core::Session,
+    /// A stream that has not ended is lent the session.
+    busy: bool,
+}
+
+impl Shared {
+    /// The session, unless a stream has it.
+    fn idle(&self) -> Result<MutexGuard<'_, State>, Failure> {
+        let state = lock(&self.0);
+        if state.busy {
+            let help = "read the stream to its end, finish it, or close it first";
+            return Err(Failure::invalid("session is in use", "session", "a stream of it has not ended", help));
+        }
+        Ok(state)
+    }
+}
+
+/// A generation in a session; what it made belongs to the conversation, however it ends.
+pub(crate) struct SessionRun {
+    run: Option<qwen2_core::SessionRun>,
+    shared: Arc<Shared>,
+}
+
+impl SessionRun {
+    fn start(shared: Arc<Shared>, options: &GenerateOptions) -> Result<Self, Failure> {
+        let mut state = shared.idle()?;
+        let run = state.session.start(options)?;
+        state.busy = true;
+        drop(state);
+        Ok(Self { run: Some(run), shared })
+    }
+
+    pub(crate) fn next(&mut self) -> Option<qwen2_core::Result<qwen2_core::Piece>> {
+        self.run.as_mut()?.next(&mut lock(&self.shared.0).session)
+    }
+
+    pub(crate) fn into_generation(mut self) -> qwen2_core::Generation {
+        // Taken by this and by drop only, and this consumes it.
+        self.settle().expect("a run is settled once")
+    }
+
+    fn settle(&mut self) -> Option<qwen2_core::Generation> {
+        let run = self.run.take()?;
+        let mut state = lock(&self.shared.0);
+        state.busy = false;
+        Some(run.finish(&mut state.session))
+    }
+}
+
+impl Drop for SessionRun {
+    fn drop(&mut self) {
+        self.settle();
+    }
+}
+
+impl Session {
+    pub(crate) fn new(session: qwen2_core::Session) -> Self {
+        Self(Arc::new(Shared(Mutex::new(State { session, busy: false }))))
+    }
+
+    /// Runs `work` on the idle session without the GIL.
+    fn with<T: Send>(
+        &self,
+        py: Python<'_>,
+        work: impl FnOnce(&mut qwen2_core::Session) -> qwen2_core::Result<T> + Send,
+    ) -> PyResult<T> {
+        Ok(enter::outside(py, || Ok::<_, Failure>(work(&mut self.0.idle()?.session)?))?)
+    }
+}
+
+#[pymethods]
+impl Session {
+    /// Adds to the conversation; the model reads it at the next generation. Messages go through the
+    /// chat template together with those before them; text and tokens go behind what is there.
+    fn append(&self, py: Python<'_>, prompt: AnyPrompt) -> PyResult<()> {
+        self.with(py, |session| session.append(prompt.0))
+    }
+
+    /// Answers what was appended; the answer becomes part of the conversation.
+    #[pyo3(signature = (*, max_new_tokens=None, temperature=None, top_k=None, top_p=None, min_p=None,
+        repetition_penalty=None, seed=None, stop=None, stop_token_ids=None, ignore_eos=false))]
+    #[allow(clippy::too_many_arguments)] // the options, by name
+    fn generate(
+        &self,
+        py: Python<'_>,
+        max_new_tokens: Option<Whole>,
+        temperature: Option<f32>,
+        top_k: Option<Whole>,
+        top_p: Option<f32>,
+        min_p: Option<f32>,
+        repetition_penalty: Option<f32>,
+        seed: Option<Whole>,
+        stop: Option<Stop>,
+        stop_token_ids: Option<TokenIds>,
+        ignore_eos: bool,
+    ) -> PyResult<Generation> {
+        let given = Given {
+            max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed, stop, stop_token_ids, ignore_eos,
+        };
+        let cancel = CancelToken::new();
+        let options = given.options()?.cancel(cancel.clone());
+        let generation = enter::long(py, &cancel, || Ok(self.0.idle()?.session.generate(&options)?))?;
+        Generation::new(py, generation)
+    }
+
+    /// As generate, piece by piece. What was generated when the stream ends or is closed becomes
+    /// part of the conversation.
+    #[pyo3(signature = (*, max_new_tokens=None, temperature=None, top_k=None, top_p=None, min_p=None,
+        repetition_penalty=None, seed=None, stop=None, stop_token_ids=None, ignore_eos=false))]
+    #[allow(clippy::too_many_arguments)] // the options, by name
+    fn stream(
+        &self,
+        py: Python<'_>,
+        max_new_tokens: Option<Whole>,
+        temperature: Option<f32>,
+        top_k: Option<Whole>,
+        top_p: Option<f32>,
+        min_p: Option<f32>,
+        repetition_penalty: Option<f32>,
+        seed: Option<Whole>,
+        stop: Option<Stop>,
+        stop_token_ids: Option<TokenIds>,
+        ignore_eos: bool,
+    ) -> PyResult<TokenStream> {
+        let given = Given {
+            max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed, stop, stop_token_ids, ignore_eos,
+        };
+        let cancel = CancelToken::new();
+        let options = given.options()?.cancel(cancel.clone());
+        let run = enter::outside(py, || SessionRun::start(Arc::clone(&self.0), &options))?;
+        Ok(TokenStream::new(Run::Session(run), cancel))
+    }
+
+    /// A second conversation with the same past; both go on independently.
+    fn fork(&self, py: Python<'_>) -> PyResult<Self> {
+        self.with(py, |session| session.fork()).map(Self::new)
+    }
+
+    /// Forgets all but the first n_tokens tokens; messages can no longer be appended then, unless
+    /// everything was forgotten.
+    fn truncate(&self, py: Python<'_>, n_tokens: Whole) -> PyResult<()> {
+        let n_tokens = n_tokens.count("n_tokens")?;
+        self.with(py, |session| session.truncate(n_tokens))
+    }
+
+    /// Everything said so far, as tokens.
+    #[getter]
+    fn tokens(&self, py: Python<'_>) -> PyResult<Vec<u32>> {
+        self.with(py, |session| Ok(session.tokens().to_vec()))
+    }
+
+    /// Everything said so far, as messages; empty in a session of text.
+    #[getter]
+    fn messages<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyList>> {
+        let messages = self.with(py, |session| Ok(session.messages().to_vec()))?;
+        to_dicts(py, &messages)
+    }
+
+    /// Bytes of its cache.
+    #[getter]
+    fn memory(&self, py: Python<'_>) -> PyResult<u64> {
+        self.with(py, |session| Ok(session.memory()))
+    }
+
+    fn __reduce__(&self) -> PyResult<()> {
+        Err(not_picklable("Session", "pass its tokens or messages"))
+    }
+}
