@@ -142,20 +142,26 @@ pub(crate) trait Handle: Sized {
 /// freed and foreign pointers without reading memory that may be gone.
 static LIVE: RwLock<BTreeMap<usize, &'static str>> = RwLock::new(BTreeMap::new());
 
+/// The entry of a handle. Turned over, so that this table does not hide from LeakSanitizer a handle
+/// that the host has lost.
+fn key<T>(handle: *const T) -> usize {
+    !(handle as usize)
+}
+
 /// Hands an object to the caller, who frees it.
 pub(crate) fn give<T: Handle>(value: T) -> *mut T {
     let handle = Box::into_raw(Box::new(value));
-    LIVE.write().unwrap_or_else(PoisonError::into_inner).insert(handle as usize, T::TYPE);
+    LIVE.write().unwrap_or_else(PoisonError::into_inner).insert(key(handle), T::TYPE);
     handle
 }
 
 /// Takes an object back; `None` for NULL and for what is no live handle of the type.
 pub(crate) fn take<T: Handle>(handle: *mut T) -> Option<Box<T>> {
     let mut live = LIVE.write().unwrap_or_else(PoisonError::into_inner);
-    if live.get(&(handle as usize)) != Some(&T::TYPE) {
+    if live.get(&key(handle)) != Some(&T::TYPE) {
         return None;
     }
-    live.remove(&(handle as usize));
+    live.remove(&key(handle));
     // SAFETY: `give` made it from a box of this type, and nobody took it before.
     Some(unsafe { Box::from_raw(handle) })
 }
@@ -165,7 +171,7 @@ fn check<T: Handle>(handle: *const T) -> Outcome<()> {
         return Err(qwen2_error::invalid(T::TYPE, "handle is NULL", None, "load or create one first"));
     }
     let live = LIVE.read().unwrap_or_else(PoisonError::into_inner);
-    match live.get(&(handle as usize)) {
+    match live.get(&key(handle)) {
         Some(found) if *found == T::TYPE => Ok(()),
         Some(found) => {
             let why = format!("it is a {found}");

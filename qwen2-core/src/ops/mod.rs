@@ -5,25 +5,11 @@
 pub(crate) mod cpu;
 pub(crate) mod packed;
 pub(crate) mod portable;
+mod visible;
 
 use burn::tensor::{Int, Tensor};
 
-/// Which past positions a query sees.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Visible {
-    /// Positions in the cache before the first query.
-    pub(crate) n_past: usize,
-    /// A query at position `i` sees the positions `j` with `i - window < j <= i`.
-    pub(crate) window: Option<usize>,
-}
-
-impl Visible {
-    /// First visible position of the query at position `position`.
-    pub(crate) fn first(self, position: usize) -> usize {
-        self.window
-            .map_or(0, |window| (position + 1).saturating_sub(window))
-    }
-}
+pub(crate) use visible::Visible;
 
 /// `x Wᵀ + b`: `x` `[n, in]` f32, `weight` `[out, in]` as stored, result `[n, out]` f32.
 pub(crate) fn linear(x: Tensor<2>, weight: &Tensor<2>, bias: Option<&Tensor<1>>) -> Tensor<2> {

@@ -1,0 +1,4 @@
+//! The unsafe code of `qwen2-core/src/ops` with its unit tests, as a crate of its own.
+#![allow(dead_code)]
+
+mod ops;

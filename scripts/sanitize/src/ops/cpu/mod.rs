@@ -1,0 +1,16 @@
+//! Stands in for `qwen2-core/src/ops/cpu/mod.rs`, without tensors.
+
+#[path = "../../../../../qwen2-core/src/ops/cpu/attention.rs"]
+mod attention;
+#[path = "../../../../../qwen2-core/src/ops/cpu/bf16_gemm.rs"]
+mod bf16_gemm;
+#[path = "../../../../../qwen2-core/src/ops/cpu/elementwise.rs"]
+mod elementwise;
+#[path = "../../../../../qwen2-core/src/ops/cpu/matmul.rs"]
+mod matmul;
+#[path = "../../../../../qwen2-core/src/ops/cpu/pool.rs"]
+pub(crate) mod pool;
+#[path = "../../../../../qwen2-core/src/ops/cpu/quantized.rs"]
+mod quantized;
+#[path = "../../../../../qwen2-core/src/ops/cpu/simd.rs"]
+pub(crate) mod simd;
