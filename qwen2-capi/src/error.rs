@@ -120,19 +120,25 @@ pub unsafe extern "C" fn qwen2_error_message(error: *const qwen2_error) -> *cons
 /// The way out, a sentence for a person, or NULL. Valid until the error is freed.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn qwen2_error_help(error: *const qwen2_error) -> *const c_char {
-    fence::read(error, std::ptr::null(), |error| pointer(error.help.as_deref()))
+    fence::read(error, std::ptr::null(), |error| {
+        pointer(error.help.as_deref())
+    })
 }
 
 /// The file or directory concerned, or NULL. Valid until the error is freed.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn qwen2_error_path(error: *const qwen2_error) -> *const c_char {
-    fence::read(error, std::ptr::null(), |error| pointer(error.path.as_deref()))
+    fence::read(error, std::ptr::null(), |error| {
+        pointer(error.path.as_deref())
+    })
 }
 
 /// The tensor, config key, option or argument concerned, or NULL. Valid until the error is freed.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn qwen2_error_key(error: *const qwen2_error) -> *const c_char {
-    fence::read(error, std::ptr::null(), |error| pointer(error.key.as_deref()))
+    fence::read(error, std::ptr::null(), |error| {
+        pointer(error.key.as_deref())
+    })
 }
 
 /// Frees an error; NULL is allowed.
@@ -150,9 +156,15 @@ pub extern "C" fn qwen2_status_name(status: qwen2_status) -> *const c_char {
         QWEN2_OK => c"ok".as_ptr(),
         QWEN2_DONE => c"done".as_ptr(),
         code => {
-            let rows = || ErrorKind::ALL.iter().map(|kind| (kind.code(), c_string(kind.name())));
+            let rows = || {
+                ErrorKind::ALL
+                    .iter()
+                    .map(|kind| (kind.code(), c_string(kind.name())))
+            };
             let names = NAMES.get_or_init(|| rows().collect());
-            names.get(&code).map_or(c"unknown".as_ptr(), |name| name.as_ptr())
+            names
+                .get(&code)
+                .map_or(c"unknown".as_ptr(), |name| name.as_ptr())
         }
     }
 }

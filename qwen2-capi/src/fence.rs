@@ -46,7 +46,11 @@ pub(crate) fn silent<T>(otherwise: T, body: impl FnOnce() -> Outcome<T>) -> T {
 }
 
 /// A getter: `otherwise` stands for a handle that is none.
-pub(crate) unsafe fn read<T: Handle, R>(handle: *const T, otherwise: R, body: impl FnOnce(&T) -> R) -> R {
+pub(crate) unsafe fn read<T: Handle, R>(
+    handle: *const T,
+    otherwise: R,
+    body: impl FnOnce(&T) -> R,
+) -> R {
     silent(otherwise, || Ok(body(borrow(handle)?)))
 }
 
@@ -124,12 +128,15 @@ fn remember(info: &PanicHookInfo<'_>) {
 }
 
 fn panic_text(payload: &(dyn Any + Send)) -> String {
-    LAST_PANIC.take().unwrap_or_else(|| payload_text(payload).to_owned())
+    LAST_PANIC
+        .take()
+        .unwrap_or_else(|| payload_text(payload).to_owned())
 }
 
 fn payload_text(payload: &(dyn Any + Send)) -> &str {
     let text = payload.downcast_ref::<String>().map(String::as_str);
-    text.or_else(|| payload.downcast_ref::<&str>().copied()).unwrap_or("unknown panic")
+    text.or_else(|| payload.downcast_ref::<&str>().copied())
+        .unwrap_or("unknown panic")
 }
 
 /// A type that C holds a pointer to.
@@ -151,7 +158,9 @@ fn key<T>(handle: *const T) -> usize {
 /// Hands an object to the caller, who frees it.
 pub(crate) fn give<T: Handle>(value: T) -> *mut T {
     let handle = Box::into_raw(Box::new(value));
-    LIVE.write().unwrap_or_else(PoisonError::into_inner).insert(key(handle), T::TYPE);
+    LIVE.write()
+        .unwrap_or_else(PoisonError::into_inner)
+        .insert(key(handle), T::TYPE);
     handle
 }
 
@@ -168,14 +177,24 @@ pub(crate) fn take<T: Handle>(handle: *mut T) -> Option<Box<T>> {
 
 fn check<T: Handle>(handle: *const T) -> Outcome<()> {
     if handle.is_null() {
-        return Err(qwen2_error::invalid(T::TYPE, "handle is NULL", None, "load or create one first"));
+        return Err(qwen2_error::invalid(
+            T::TYPE,
+            "handle is NULL",
+            None,
+            "load or create one first",
+        ));
     }
     let live = LIVE.read().unwrap_or_else(PoisonError::into_inner);
     match live.get(&key(handle)) {
         Some(found) if *found == T::TYPE => Ok(()),
         Some(found) => {
             let why = format!("it is a {found}");
-            Err(qwen2_error::invalid(T::TYPE, "handle has another type", Some(why), "pass the right handle"))
+            Err(qwen2_error::invalid(
+                T::TYPE,
+                "handle has another type",
+                Some(why),
+                "pass the right handle",
+            ))
         }
         None => Err(qwen2_error::invalid(
             T::TYPE,
@@ -196,7 +215,11 @@ pub(crate) unsafe fn borrow<'a, T: Handle>(handle: *const T) -> Outcome<&'a T> {
 
 /// As [`borrow`], for NULL as well.
 pub(crate) unsafe fn borrow_optional<'a, T: Handle>(handle: *const T) -> Outcome<Option<&'a T>> {
-    if handle.is_null() { Ok(None) } else { borrow(handle).map(Some) }
+    if handle.is_null() {
+        Ok(None)
+    } else {
+        borrow(handle).map(Some)
+    }
 }
 
 /// As [`borrow`], alone.
@@ -211,7 +234,12 @@ pub(crate) struct Out<T>(NonNull<T>);
 
 pub(crate) fn out<T>(place: *mut T, name: &'static str) -> Outcome<Out<T>> {
     NonNull::new(place).map(Out).ok_or_else(|| {
-        qwen2_error::invalid(name, "argument is NULL", None, "give the address of a variable")
+        qwen2_error::invalid(
+            name,
+            "argument is NULL",
+            None,
+            "give the address of a variable",
+        )
     })
 }
 
@@ -232,7 +260,11 @@ pub(crate) unsafe fn set_optional<T>(place: *mut T, value: T) {
 }
 
 /// Text of the caller: UTF-8, NUL-terminated or of `len` bytes.
-pub(crate) unsafe fn text<'a>(text: *const c_char, len: usize, name: &'static str) -> Outcome<&'a str> {
+pub(crate) unsafe fn text<'a>(
+    text: *const c_char,
+    len: usize,
+    name: &'static str,
+) -> Outcome<&'a str> {
     let bytes = if len == QWEN2_NUL_TERMINATED && !text.is_null() {
         // SAFETY: with this length the caller promises a NUL at the end.
         unsafe { CStr::from_ptr(text) }.to_bytes()
@@ -252,22 +284,41 @@ pub(crate) unsafe fn path<'a>(path: *const c_char, len: usize) -> Outcome<&'a st
         None => Ok(path),
         Some(at) => {
             let why = format!("byte {at}");
-            Err(qwen2_error::invalid("path", "path holds NUL", Some(why), "no file has such a name"))
+            Err(qwen2_error::invalid(
+                "path",
+                "path holds NUL",
+                Some(why),
+                "no file has such a name",
+            ))
         }
     }
 }
 
 /// An array of the caller; NULL is an empty one.
-pub(crate) unsafe fn slice<'a, T>(items: *const T, n: usize, name: &'static str) -> Outcome<&'a [T]> {
+pub(crate) unsafe fn slice<'a, T>(
+    items: *const T,
+    n: usize,
+    name: &'static str,
+) -> Outcome<&'a [T]> {
     if n == 0 {
         return Ok(&[]);
     }
     if items.is_null() {
-        return Err(qwen2_error::invalid(name, "argument is NULL", None, "NULL goes with length 0 only"));
+        return Err(qwen2_error::invalid(
+            name,
+            "argument is NULL",
+            None,
+            "NULL goes with length 0 only",
+        ));
     }
     if n > isize::MAX as usize / size_of::<T>() || !items.is_aligned() {
         let why = format!("{n} items at {items:p}");
-        return Err(qwen2_error::invalid(name, "argument is no array", Some(why), "check pointer and length"));
+        return Err(qwen2_error::invalid(
+            name,
+            "argument is no array",
+            Some(why),
+            "check pointer and length",
+        ));
     }
     // SAFETY: not NULL, aligned, of a possible size; the caller promises `n` items behind it.
     Ok(unsafe { std::slice::from_raw_parts(items, n) })
@@ -302,7 +353,11 @@ mod tests {
         let status = unsafe { entry(&raw mut error, || panic!("on purpose")) };
         assert_eq!(status, QWEN2_ERROR_INTERNAL);
         let error = take(error).unwrap();
-        assert!(error.message().contains("on purpose"), "{}", error.message());
+        assert!(
+            error.message().contains("on purpose"),
+            "{}",
+            error.message()
+        );
         assert!(error.message().contains("fence.rs"), "{}", error.message());
         assert_eq!(silent(7, || panic!("on purpose")), 7);
     }
@@ -314,7 +369,10 @@ mod tests {
         let message_of = |handle: *const One| message(unsafe { borrow(handle) });
         assert_eq!(message_of(std::ptr::null()), "handle is NULL: qwen2_one");
         let two = give(Two(2));
-        assert_eq!(message_of(two.cast()), "handle has another type: qwen2_one: it is a qwen2_two");
+        assert_eq!(
+            message_of(two.cast()),
+            "handle has another type: qwen2_one: it is a qwen2_two"
+        );
         let foreign = 0_u64;
         let gone = "handle is not live: qwen2_one: it was freed, or this library never made it";
         assert_eq!(message_of((&raw const foreign).cast()), gone);

@@ -42,7 +42,11 @@ impl From<Generation> for qwen2_generation {
             Some(StopMatch::Text(text)) => Terminated::from(text.as_str()),
             _ => Terminated::default(),
         };
-        Self { text: Terminated::from(result.text.as_str()), stop_text, result }
+        Self {
+            text: Terminated::from(result.text.as_str()),
+            stop_text,
+            result,
+        }
     }
 }
 
@@ -50,9 +54,14 @@ impl From<Generation> for qwen2_generation {
 /// gets its length in bytes. Valid until the generation is freed. NULL, and 0 in `len`, for a handle
 /// that is none.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn qwen2_generation_text(generation: *const qwen2_generation, len: *mut usize) -> *const c_char {
+pub unsafe extern "C" fn qwen2_generation_text(
+    generation: *const qwen2_generation,
+    len: *mut usize,
+) -> *const c_char {
     fence::set_optional(len, 0);
-    fence::read(generation, std::ptr::null(), |generation| generation.text.show(len))
+    fence::read(generation, std::ptr::null(), |generation| {
+        generation.text.show(len)
+    })
 }
 
 /// The new tokens, an end token included; `n_tokens` (may be NULL) gets their number. Valid until the
@@ -63,38 +72,50 @@ pub unsafe extern "C" fn qwen2_generation_tokens(
     n_tokens: *mut usize,
 ) -> *const u32 {
     fence::set_optional(n_tokens, 0);
-    fence::read(generation, std::ptr::null(), |generation| show(&generation.result.tokens, n_tokens))
+    fence::read(generation, std::ptr::null(), |generation| {
+        show(&generation.result.tokens, n_tokens)
+    })
 }
 
 /// Why it ended, one of `QWEN2_FINISH_*`; 0 for a handle that is none.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn qwen2_generation_finish_reason(generation: *const qwen2_generation) -> i32 {
-    fence::read(generation, 0, |generation| match generation.result.finish_reason {
-        FinishReason::Stop => QWEN2_FINISH_STOP,
-        FinishReason::Length => QWEN2_FINISH_LENGTH,
-        FinishReason::ToolCalls => QWEN2_FINISH_TOOL_CALLS,
-        FinishReason::Cancelled => QWEN2_FINISH_CANCELLED,
-        _ => 0,
+pub unsafe extern "C" fn qwen2_generation_finish_reason(
+    generation: *const qwen2_generation,
+) -> i32 {
+    fence::read(generation, 0, |generation| {
+        match generation.result.finish_reason {
+            FinishReason::Stop => QWEN2_FINISH_STOP,
+            FinishReason::Length => QWEN2_FINISH_LENGTH,
+            FinishReason::ToolCalls => QWEN2_FINISH_TOOL_CALLS,
+            FinishReason::Cancelled => QWEN2_FINISH_CANCELLED,
+            _ => 0,
+        }
     })
 }
 
 /// What it ended at, one of `QWEN2_STOP_MATCH_*`.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn qwen2_generation_stop_match(generation: *const qwen2_generation) -> i32 {
-    fence::read(generation, QWEN2_STOP_MATCH_NONE, |generation| match generation.result.stop_match {
-        Some(StopMatch::Eos(_)) => QWEN2_STOP_MATCH_EOS,
-        Some(StopMatch::Token(_)) => QWEN2_STOP_MATCH_TOKEN,
-        Some(StopMatch::Text(_)) => QWEN2_STOP_MATCH_TEXT,
-        _ => QWEN2_STOP_MATCH_NONE,
-    })
+    fence::read(
+        generation,
+        QWEN2_STOP_MATCH_NONE,
+        |generation| match generation.result.stop_match {
+            Some(StopMatch::Eos(_)) => QWEN2_STOP_MATCH_EOS,
+            Some(StopMatch::Token(_)) => QWEN2_STOP_MATCH_TOKEN,
+            Some(StopMatch::Text(_)) => QWEN2_STOP_MATCH_TEXT,
+            _ => QWEN2_STOP_MATCH_NONE,
+        },
+    )
 }
 
 /// The token that it ended at, or -1.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn qwen2_generation_stop_token(generation: *const qwen2_generation) -> i64 {
-    fence::read(generation, -1, |generation| match generation.result.stop_match {
-        Some(StopMatch::Eos(token) | StopMatch::Token(token)) => i64::from(token),
-        _ => -1,
+    fence::read(generation, -1, |generation| {
+        match generation.result.stop_match {
+            Some(StopMatch::Eos(token) | StopMatch::Token(token)) => i64::from(token),
+            _ => -1,
+        }
     })
 }
 
@@ -106,59 +127,90 @@ pub unsafe extern "C" fn qwen2_generation_stop_text(
     len: *mut usize,
 ) -> *const c_char {
     fence::set_optional(len, 0);
-    fence::read(generation, std::ptr::null(), |generation| match generation.result.stop_match {
-        Some(StopMatch::Text(_)) => generation.stop_text.show(len),
-        _ => std::ptr::null(),
-    })
+    fence::read(
+        generation,
+        std::ptr::null(),
+        |generation| match generation.result.stop_match {
+            Some(StopMatch::Text(_)) => generation.stop_text.show(len),
+            _ => std::ptr::null(),
+        },
+    )
 }
 
 /// Tokens of the prompt, cached ones included. This and the numbers below are 0 for a handle that is
 /// none.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn qwen2_generation_prompt_tokens(generation: *const qwen2_generation) -> u64 {
-    fence::read(generation, 0, |generation| generation.result.usage.prompt_tokens as u64)
+pub unsafe extern "C" fn qwen2_generation_prompt_tokens(
+    generation: *const qwen2_generation,
+) -> u64 {
+    fence::read(generation, 0, |generation| {
+        generation.result.usage.prompt_tokens as u64
+    })
 }
 
 /// Prompt tokens that were in a session's cache already.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn qwen2_generation_cached_tokens(generation: *const qwen2_generation) -> u64 {
-    fence::read(generation, 0, |generation| generation.result.usage.cached_tokens as u64)
+pub unsafe extern "C" fn qwen2_generation_cached_tokens(
+    generation: *const qwen2_generation,
+) -> u64 {
+    fence::read(generation, 0, |generation| {
+        generation.result.usage.cached_tokens as u64
+    })
 }
 
 /// New tokens.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn qwen2_generation_completion_tokens(generation: *const qwen2_generation) -> u64 {
-    fence::read(generation, 0, |generation| generation.result.usage.completion_tokens as u64)
+pub unsafe extern "C" fn qwen2_generation_completion_tokens(
+    generation: *const qwen2_generation,
+) -> u64 {
+    fence::read(generation, 0, |generation| {
+        generation.result.usage.completion_tokens as u64
+    })
 }
 
 /// Seconds that reading the prompt took, the first new token included.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn qwen2_generation_prefill_s(generation: *const qwen2_generation) -> f64 {
-    fence::read(generation, 0.0, |generation| generation.result.timings.prefill.as_secs_f64())
+    fence::read(generation, 0.0, |generation| {
+        generation.result.timings.prefill.as_secs_f64()
+    })
 }
 
 /// Seconds that all new tokens but the first took.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn qwen2_generation_decode_s(generation: *const qwen2_generation) -> f64 {
-    fence::read(generation, 0.0, |generation| generation.result.timings.decode.as_secs_f64())
+    fence::read(generation, 0.0, |generation| {
+        generation.result.timings.decode.as_secs_f64()
+    })
 }
 
 /// Prompt tokens, without cached ones, per second.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn qwen2_generation_prefill_tokens_per_s(generation: *const qwen2_generation) -> f64 {
-    fence::read(generation, 0.0, |generation| generation.result.timings.prefill_tokens_per_s)
+pub unsafe extern "C" fn qwen2_generation_prefill_tokens_per_s(
+    generation: *const qwen2_generation,
+) -> f64 {
+    fence::read(generation, 0.0, |generation| {
+        generation.result.timings.prefill_tokens_per_s
+    })
 }
 
 /// New tokens per second after the first.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn qwen2_generation_decode_tokens_per_s(generation: *const qwen2_generation) -> f64 {
-    fence::read(generation, 0.0, |generation| generation.result.timings.decode_tokens_per_s)
+pub unsafe extern "C" fn qwen2_generation_decode_tokens_per_s(
+    generation: *const qwen2_generation,
+) -> f64 {
+    fence::read(generation, 0.0, |generation| {
+        generation.result.timings.decode_tokens_per_s
+    })
 }
 
 /// 1, and the seed of the sampler in `*seed` (may be NULL); 0, and `*seed` untouched, for a greedy
 /// generation, which has none.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn qwen2_generation_seed(generation: *const qwen2_generation, seed: *mut u64) -> i32 {
+pub unsafe extern "C" fn qwen2_generation_seed(
+    generation: *const qwen2_generation,
+    seed: *mut u64,
+) -> i32 {
     fence::read(generation, 0, |generation| match generation.result.seed {
         Some(used) => {
             fence::set_optional(seed, used);

@@ -76,7 +76,9 @@ impl qwen2_load_options {
 /// New settings, nothing set. Freed with `qwen2_load_options_free`.
 #[unsafe(no_mangle)]
 pub extern "C" fn qwen2_load_options_new() -> *mut qwen2_load_options {
-    fence::silent(std::ptr::null_mut(), || Ok(fence::give(qwen2_load_options::default())))
+    fence::silent(std::ptr::null_mut(), || {
+        Ok(fence::give(qwen2_load_options::default()))
+    })
 }
 
 /// Frees the settings; NULL is allowed. Models loaded with them are not affected.
@@ -134,14 +136,20 @@ pub unsafe extern "C" fn qwen2_load_options_set_quantize(
 /// Tokens that prompt and answer may have together, at most what the model was made for; default:
 /// all of it. Checked when a model is loaded.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn qwen2_load_options_set_context_length(options: *mut qwen2_load_options, n_tokens: usize) {
+pub unsafe extern "C" fn qwen2_load_options_set_context_length(
+    options: *mut qwen2_load_options,
+    n_tokens: usize,
+) {
     fence::change(options, |options| options.context_length = Some(n_tokens));
 }
 
 /// Threads on the processor, 1 to 1024; default: as many as affinity and cgroup allow. Checked when a
 /// model is loaded.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn qwen2_load_options_set_threads(options: *mut qwen2_load_options, n_threads: usize) {
+pub unsafe extern "C" fn qwen2_load_options_set_threads(
+    options: *mut qwen2_load_options,
+    n_threads: usize,
+) {
     fence::change(options, |options| options.threads = Some(n_threads));
 }
 

@@ -27,8 +27,9 @@ pub const QWEN2_LOG_DEBUG: i32 = 4;
 /// Called with one event: `level` is one of `QWEN2_LOG_*`, `message` one line of UTF-8,
 /// NUL-terminated, valid during the call. It is called on threads that are inside a function of this
 /// library, on several at once perhaps, and must return without calling the library.
-pub type qwen2_log_fn =
-    Option<unsafe extern "C" fn(level: i32, message: *const c_char, len: usize, user_data: *mut c_void)>;
+pub type qwen2_log_fn = Option<
+    unsafe extern "C" fn(level: i32, message: *const c_char, len: usize, user_data: *mut c_void),
+>;
 
 /// Who hears what the library does; NULL: nobody, the default. When this returns, the function that
 /// was set before is not called any more. Has no effect inside a log function.

@@ -84,7 +84,9 @@ pub unsafe extern "C" fn qwen2_model_free(model: *mut qwen2_model) {
 /// Another handle to the same weights, freed with `qwen2_model_free`; NULL for a handle that is none.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn qwen2_model_clone(model: *const qwen2_model) -> *mut qwen2_model {
-    fence::read(model, std::ptr::null_mut(), |model| fence::give(qwen2_model::from(model.model.clone())))
+    fence::read(model, std::ptr::null_mut(), |model| {
+        fence::give(qwen2_model::from(model.model.clone()))
+    })
 }
 
 /// Answers a prompt. `options` may be NULL: as the checkpoint says. `*out` is freed with
@@ -118,7 +120,9 @@ pub unsafe extern "C" fn qwen2_model_logits(
     fence::entry(error, || {
         let out = fence::out(out, "out")?;
         let model = fence::borrow(model)?;
-        let logits = model.model.logits(fence::slice(tokens, n_tokens, "tokens")?)?;
+        let logits = model
+            .model
+            .logits(fence::slice(tokens, n_tokens, "tokens")?)?;
         Ok(out.set(fence::give(qwen2_logits(logits))))
     })
 }
@@ -135,7 +139,9 @@ pub unsafe extern "C" fn qwen2_model_score(
 ) -> qwen2_status {
     fence::entry(error, || {
         let model = fence::borrow(model)?;
-        let computed = model.model.score(fence::slice(tokens, n_tokens, "tokens")?)?;
+        let computed = model
+            .model
+            .score(fence::slice(tokens, n_tokens, "tokens")?)?;
         if !computed.is_empty() {
             fence::out(scores, "scores")?;
             // SAFETY: not NULL, and the caller promises room for one number less than tokens.
@@ -241,9 +247,14 @@ pub unsafe extern "C" fn qwen2_model_cache_bytes_per_token(model: *const qwen2_m
 /// gets their number. Valid until the handle is freed. NULL, and 0 in `n_tokens`, for one that is
 /// none.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn qwen2_model_eos_token_ids(model: *const qwen2_model, n_tokens: *mut usize) -> *const u32 {
+pub unsafe extern "C" fn qwen2_model_eos_token_ids(
+    model: *const qwen2_model,
+    n_tokens: *mut usize,
+) -> *const u32 {
     fence::set_optional(n_tokens, 0);
-    fence::read(model, std::ptr::null(), |model| show(&model.model.generation_config().eos_token_ids, n_tokens))
+    fence::read(model, std::ptr::null(), |model| {
+        show(&model.model.generation_config().eos_token_ids, n_tokens)
+    })
 }
 
 /// The architecture as JSON: every number of `config.json` under its own name, defaults filled in.
@@ -251,14 +262,19 @@ pub unsafe extern "C" fn qwen2_model_eos_token_ids(model: *const qwen2_model, n_
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn qwen2_model_config_json(model: *const qwen2_model) -> *const c_char {
     fence::read(model, std::ptr::null(), |model| {
-        model.config.get_or_init(|| json(serde_json::to_value(model.model.config()))).as_ptr()
+        model
+            .config
+            .get_or_init(|| json(serde_json::to_value(model.model.config())))
+            .as_ptr()
     })
 }
 
 /// The checkpoint's own settings for generation as JSON, null where it has none. Valid until the
 /// handle is freed; NULL for one that is none.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn qwen2_model_generation_config_json(model: *const qwen2_model) -> *const c_char {
+pub unsafe extern "C" fn qwen2_model_generation_config_json(
+    model: *const qwen2_model,
+) -> *const c_char {
     fence::read(model, std::ptr::null(), |model| {
         let config = || json(serde_json::to_value(model.model.generation_config()));
         model.generation_config.get_or_init(config).as_ptr()

@@ -25,7 +25,9 @@ impl Handle for qwen2_cancel {
 
 /// The settings behind a handle; NULL stands for none set.
 pub(crate) unsafe fn or_default(options: *const qwen2_options) -> Outcome<GenerateOptions> {
-    Ok(fence::borrow_optional(options)?.map(|options| options.0.clone()).unwrap_or_default())
+    Ok(fence::borrow_optional(options)?
+        .map(|options| options.0.clone())
+        .unwrap_or_default())
 }
 
 unsafe fn set(options: *mut qwen2_options, body: impl FnOnce(&mut GenerateOptions)) {
@@ -35,20 +37,26 @@ unsafe fn set(options: *mut qwen2_options, body: impl FnOnce(&mut GenerateOption
 /// New settings, nothing set: everything as the checkpoint says. Freed with `qwen2_options_free`.
 #[unsafe(no_mangle)]
 pub extern "C" fn qwen2_options_new() -> *mut qwen2_options {
-    fence::silent(std::ptr::null_mut(), || Ok(fence::give(qwen2_options(GenerateOptions::new()))))
+    fence::silent(std::ptr::null_mut(), || {
+        Ok(fence::give(qwen2_options(GenerateOptions::new())))
+    })
 }
 
 /// New settings that take the likeliest token every time, without a penalty: the same text on every
 /// run. Freed with `qwen2_options_free`.
 #[unsafe(no_mangle)]
 pub extern "C" fn qwen2_options_new_greedy() -> *mut qwen2_options {
-    fence::silent(std::ptr::null_mut(), || Ok(fence::give(qwen2_options(GenerateOptions::greedy()))))
+    fence::silent(std::ptr::null_mut(), || {
+        Ok(fence::give(qwen2_options(GenerateOptions::greedy())))
+    })
 }
 
 /// A copy of the settings, freed with `qwen2_options_free`; NULL for a handle that is none.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn qwen2_options_clone(options: *const qwen2_options) -> *mut qwen2_options {
-    fence::read(options, std::ptr::null_mut(), |options| fence::give(qwen2_options(options.0.clone())))
+    fence::read(options, std::ptr::null_mut(), |options| {
+        fence::give(qwen2_options(options.0.clone()))
+    })
 }
 
 /// Frees the settings; NULL is allowed. Streams that were made with them go on.
@@ -59,13 +67,21 @@ pub unsafe extern "C" fn qwen2_options_free(options: *mut qwen2_options) {
 
 /// Most tokens to produce, at least 1. Default: to the end of the context.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn qwen2_options_set_max_new_tokens(options: *mut qwen2_options, max_new_tokens: usize) {
-    set(options, |options| options.max_new_tokens = Some(max_new_tokens));
+pub unsafe extern "C" fn qwen2_options_set_max_new_tokens(
+    options: *mut qwen2_options,
+    max_new_tokens: usize,
+) {
+    set(options, |options| {
+        options.max_new_tokens = Some(max_new_tokens)
+    });
 }
 
 /// Divides the logits, 0 to 100; 0 takes the likeliest token every time. Default: 1.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn qwen2_options_set_temperature(options: *mut qwen2_options, temperature: f32) {
+pub unsafe extern "C" fn qwen2_options_set_temperature(
+    options: *mut qwen2_options,
+    temperature: f32,
+) {
     set(options, |options| options.temperature = Some(temperature));
 }
 
@@ -90,8 +106,13 @@ pub unsafe extern "C" fn qwen2_options_set_min_p(options: *mut qwen2_options, mi
 /// Makes tokens of the prompt and of the output less likely (above 1) or likelier (below 1); above 0.
 /// Default: 1.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn qwen2_options_set_repetition_penalty(options: *mut qwen2_options, penalty: f32) {
-    set(options, |options| options.repetition_penalty = Some(penalty));
+pub unsafe extern "C" fn qwen2_options_set_repetition_penalty(
+    options: *mut qwen2_options,
+    penalty: f32,
+) {
+    set(options, |options| {
+        options.repetition_penalty = Some(penalty)
+    });
 }
 
 /// Same seed, same logits, same tokens. Default: from the operating system.
@@ -103,7 +124,10 @@ pub unsafe extern "C" fn qwen2_options_set_seed(options: *mut qwen2_options, see
 /// Not 0: goes on after the checkpoint's end tokens; stop strings and stop tokens still end it.
 /// Default: 0.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn qwen2_options_set_ignore_eos(options: *mut qwen2_options, ignore_eos: i32) {
+pub unsafe extern "C" fn qwen2_options_set_ignore_eos(
+    options: *mut qwen2_options,
+    ignore_eos: i32,
+) {
     set(options, |options| options.ignore_eos = ignore_eos != 0);
 }
 
@@ -118,7 +142,10 @@ pub unsafe extern "C" fn qwen2_options_add_stop(
 ) -> qwen2_status {
     fence::entry(error, || {
         let options = fence::borrow_mut(options)?;
-        options.0.stop.push(fence::text(text, len, "stop")?.to_owned());
+        options
+            .0
+            .stop
+            .push(fence::text(text, len, "stop")?.to_owned());
         Ok(QWEN2_OK)
     })
 }
@@ -132,7 +159,10 @@ pub unsafe extern "C" fn qwen2_options_add_stop_token_id(options: *mut qwen2_opt
 /// The switch of the generations made with these settings; shared, not moved: both handles are freed
 /// on their own. NULL takes it away.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn qwen2_options_set_cancel(options: *mut qwen2_options, cancel: *const qwen2_cancel) {
+pub unsafe extern "C" fn qwen2_options_set_cancel(
+    options: *mut qwen2_options,
+    cancel: *const qwen2_cancel,
+) {
     fence::silent((), || {
         let cancel = fence::borrow_optional(cancel)?.map(|cancel| cancel.0.clone());
         fence::borrow_mut(options)?.0.cancel = cancel;
@@ -143,7 +173,9 @@ pub unsafe extern "C" fn qwen2_options_set_cancel(options: *mut qwen2_options, c
 /// A switch that is off. Freed with `qwen2_cancel_free`.
 #[unsafe(no_mangle)]
 pub extern "C" fn qwen2_cancel_new() -> *mut qwen2_cancel {
-    fence::silent(std::ptr::null_mut(), || Ok(fence::give(qwen2_cancel(CancelToken::new()))))
+    fence::silent(std::ptr::null_mut(), || {
+        Ok(fence::give(qwen2_cancel(CancelToken::new())))
+    })
 }
 
 /// Ends every generation that has this switch, after the token it is working on; it then has the

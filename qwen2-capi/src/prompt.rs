@@ -18,7 +18,9 @@ impl Handle for qwen2_prompt {
 impl qwen2_prompt {
     /// As the core takes it; the core refuses an empty one in its own words.
     pub(crate) fn get(&self) -> Prompt {
-        self.0.clone().unwrap_or_else(|| Prompt::Text(String::new()))
+        self.0
+            .clone()
+            .unwrap_or_else(|| Prompt::Text(String::new()))
     }
 
     /// The messages of a prompt that has no other content.
@@ -33,13 +35,20 @@ impl qwen2_prompt {
 
 fn not_messages() -> Box<qwen2_error> {
     let help = "use one prompt for messages and another one for text or tokens, or clear it first";
-    qwen2_error::invalid("prompt", "prompt holds no messages", Some("it was set to text or tokens".to_owned()), help)
+    qwen2_error::invalid(
+        "prompt",
+        "prompt holds no messages",
+        Some("it was set to text or tokens".to_owned()),
+        help,
+    )
 }
 
 /// An empty prompt. Freed with `qwen2_prompt_free`.
 #[unsafe(no_mangle)]
 pub extern "C" fn qwen2_prompt_new() -> *mut qwen2_prompt {
-    fence::silent(std::ptr::null_mut(), || Ok(fence::give(qwen2_prompt::default())))
+    fence::silent(std::ptr::null_mut(), || {
+        Ok(fence::give(qwen2_prompt::default()))
+    })
 }
 
 /// Frees a prompt; NULL is allowed.

@@ -32,7 +32,10 @@ pub(crate) struct State {
 
 impl Shared {
     fn new(session: Session) -> Arc<Self> {
-        Arc::new(Self(Mutex::new(State { session, busy: false })))
+        Arc::new(Self(Mutex::new(State {
+            session,
+            busy: false,
+        })))
     }
 
     pub(crate) fn lock(&self) -> MutexGuard<'_, State> {
@@ -101,7 +104,11 @@ pub unsafe extern "C" fn qwen2_session_generate(
     fence::entry(error, || {
         let out = fence::out(out, "out")?;
         let options = or_default(options)?;
-        let generation = fence::borrow(session)?.0.idle()?.session.generate(&options)?;
+        let generation = fence::borrow(session)?
+            .0
+            .idle()?
+            .session
+            .generate(&options)?;
         Ok(out.set(fence::give(qwen2_generation::from(generation))))
     })
 }
@@ -152,7 +159,11 @@ pub unsafe extern "C" fn qwen2_session_truncate(
     error: *mut *mut qwen2_error,
 ) -> qwen2_status {
     fence::entry(error, || {
-        fence::borrow(session)?.0.idle()?.session.truncate(n_tokens)?;
+        fence::borrow(session)?
+            .0
+            .idle()?
+            .session
+            .truncate(n_tokens)?;
         Ok(QWEN2_OK)
     })
 }

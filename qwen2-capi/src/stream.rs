@@ -86,8 +86,15 @@ impl Drop for qwen2_stream {
 
 impl qwen2_stream {
     fn new(run: Run, cancel: CancelToken) -> Self {
-        let state = State { run, text: Terminated::default(), token: u32::MAX };
-        Self { state: Mutex::new(state), cancel }
+        let state = State {
+            run,
+            text: Terminated::default(),
+            token: u32::MAX,
+        };
+        Self {
+            state: Mutex::new(state),
+            cancel,
+        }
     }
 
     pub(crate) fn of_session(shared: Arc<Shared>, run: SessionRun) -> Self {
@@ -115,7 +122,10 @@ pub unsafe extern "C" fn qwen2_stream_new(
         let (model, prompt) = (fence::borrow(model)?, fence::borrow(prompt)?);
         let stream = model.model.stream(prompt.get(), &or_default(options)?)?;
         let cancel = stream.cancel_token();
-        Ok(out.set(fence::give(qwen2_stream::new(Run::Model(Box::new(stream)), cancel))))
+        Ok(out.set(fence::give(qwen2_stream::new(
+            Run::Model(Box::new(stream)),
+            cancel,
+        ))))
     })
 }
 
@@ -154,7 +164,9 @@ pub unsafe extern "C" fn qwen2_stream_token(stream: *const qwen2_stream) -> u32 
 /// for a handle that is none.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn qwen2_stream_cancel(stream: *const qwen2_stream) -> *mut qwen2_cancel {
-    fence::read(stream, std::ptr::null_mut(), |stream| fence::give(qwen2_cancel(stream.cancel.clone())))
+    fence::read(stream, std::ptr::null_mut(), |stream| {
+        fence::give(qwen2_cancel(stream.cancel.clone()))
+    })
 }
 
 /// Runs the stream to its end and gives the whole result, pieces that were read included. The stream
@@ -180,7 +192,12 @@ fn finish(run: &mut Run) -> Outcome<Generation> {
         piece?;
     }
     run.take().ok_or_else(|| {
-        qwen2_error::invalid("stream", "stream was finished already", None, "keep the first result")
+        qwen2_error::invalid(
+            "stream",
+            "stream was finished already",
+            None,
+            "keep the first result",
+        )
     })
 }
 
@@ -190,4 +207,3 @@ fn finish(run: &mut Run) -> Outcome<Generation> {
 pub unsafe extern "C" fn qwen2_stream_free(stream: *mut qwen2_stream) {
     fence::free(stream);
 }
-

@@ -23,7 +23,10 @@ impl Handle for qwen2_tokenizer {
 
 impl From<Tokenizer> for qwen2_tokenizer {
     fn from(tokenizer: Tokenizer) -> Self {
-        Self { chat_template: tokenizer.chat_template().map(c_string), tokenizer }
+        Self {
+            chat_template: tokenizer.chat_template().map(c_string),
+            tokenizer,
+        }
     }
 }
 
@@ -156,7 +159,9 @@ pub unsafe extern "C" fn qwen2_tokenizer_decode(
 /// The highest id plus one; 0 for a handle that is none.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn qwen2_tokenizer_vocab_size(tokenizer: *const qwen2_tokenizer) -> u64 {
-    fence::read(tokenizer, 0, |tokenizer| tokenizer.tokenizer.vocab_size() as u64)
+    fence::read(tokenizer, 0, |tokenizer| {
+        tokenizer.tokenizer.vocab_size() as u64
+    })
 }
 
 /// The id of a token by its name in the vocabulary, for example "<|im_end|>"; -1 if there is none.
@@ -176,18 +181,29 @@ pub unsafe extern "C" fn qwen2_tokenizer_token_to_id(
 /// The token that ends a turn, from `tokenizer_config.json`; -1 if there is none.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn qwen2_tokenizer_eos_token_id(tokenizer: *const qwen2_tokenizer) -> i64 {
-    fence::read(tokenizer, -1, |tokenizer| tokenizer.tokenizer.eos_token_id().map_or(-1, i64::from))
+    fence::read(tokenizer, -1, |tokenizer| {
+        tokenizer.tokenizer.eos_token_id().map_or(-1, i64::from)
+    })
 }
 
 /// 1 for a control token, which decoding can leave out, else 0.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn qwen2_tokenizer_is_special(tokenizer: *const qwen2_tokenizer, token: u32) -> i32 {
-    fence::read(tokenizer, 0, |tokenizer| i32::from(tokenizer.tokenizer.is_special(token)))
+pub unsafe extern "C" fn qwen2_tokenizer_is_special(
+    tokenizer: *const qwen2_tokenizer,
+    token: u32,
+) -> i32 {
+    fence::read(tokenizer, 0, |tokenizer| {
+        i32::from(tokenizer.tokenizer.is_special(token))
+    })
 }
 
 /// The Jinja source of the chat template, or NULL: base models may have none. Valid until the
 /// tokenizer is freed.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn qwen2_tokenizer_chat_template(tokenizer: *const qwen2_tokenizer) -> *const c_char {
-    fence::read(tokenizer, std::ptr::null(), |tokenizer| pointer(tokenizer.chat_template.as_deref()))
+pub unsafe extern "C" fn qwen2_tokenizer_chat_template(
+    tokenizer: *const qwen2_tokenizer,
+) -> *const c_char {
+    fence::read(tokenizer, std::ptr::null(), |tokenizer| {
+        pointer(tokenizer.chat_template.as_deref())
+    })
 }

@@ -26,7 +26,11 @@ impl Terminated {
     /// The start of the text; its length goes to `len` unless that is NULL.
     pub(crate) unsafe fn show(&self, len: *mut usize) -> *const c_char {
         fence::set_optional(len, self.0.len().saturating_sub(1));
-        if self.0.is_empty() { c"".as_ptr() } else { self.0.as_ptr().cast() }
+        if self.0.is_empty() {
+            c"".as_ptr()
+        } else {
+            self.0.as_ptr().cast()
+        }
     }
 }
 
@@ -69,7 +73,10 @@ pub(crate) unsafe fn show<T>(items: &[T], len: *mut usize) -> *const T {
 /// The text, NUL-terminated; `len` (may be NULL) gets its length in bytes. Valid until the text is
 /// freed. NULL, and 0 in `len`, for a handle that is none.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn qwen2_text_data(text: *const qwen2_text, len: *mut usize) -> *const c_char {
+pub unsafe extern "C" fn qwen2_text_data(
+    text: *const qwen2_text,
+    len: *mut usize,
+) -> *const c_char {
     fence::set_optional(len, 0);
     fence::read(text, std::ptr::null(), |text| text.0.show(len))
 }
@@ -83,7 +90,10 @@ pub unsafe extern "C" fn qwen2_text_free(text: *mut qwen2_text) {
 /// The ids; `n_tokens` (may be NULL) gets their number. Valid until the tokens are freed. NULL, and
 /// 0 in `n_tokens`, for a handle that is none.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn qwen2_tokens_data(tokens: *const qwen2_tokens, n_tokens: *mut usize) -> *const u32 {
+pub unsafe extern "C" fn qwen2_tokens_data(
+    tokens: *const qwen2_tokens,
+    n_tokens: *mut usize,
+) -> *const u32 {
     fence::set_optional(n_tokens, 0);
     fence::read(tokens, std::ptr::null(), |tokens| show(&tokens.0, n_tokens))
 }

@@ -27,5 +27,7 @@ pub extern "C" fn qwen2_version() -> *const c_char {
 #[unsafe(no_mangle)]
 pub extern "C" fn qwen2_devices() -> *const c_char {
     static DEVICES: OnceLock<CString> = OnceLock::new();
-    DEVICES.get_or_init(|| c_string(&qwen2_core::Device::compiled().join(","))).as_ptr()
+    DEVICES
+        .get_or_init(|| c_string(&qwen2_core::Device::compiled().join(",")))
+        .as_ptr()
 }

@@ -10,13 +10,19 @@ use common::{Workshop, demo, fixture, run, text};
 
 /// The library is not instrumented, but every allocation of it is seen: what a host is given and
 /// loses is a leak. Nothing is suppressed.
-const SANITIZERS: [&str; 3] = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-g"];
+const SANITIZERS: [&str; 3] = [
+    "-fsanitize=address,undefined",
+    "-fno-sanitize-recover=all",
+    "-g",
+];
 
 #[test]
 fn header_may_be_included_twice_in_c_and_in_cpp() {
     for more in [&[][..], &["-xc++"]] {
         let workshop = Workshop::new();
-        run(&mut Command::new(workshop.compile_test("double_include.c", more)));
+        run(&mut Command::new(
+            workshop.compile_test("double_include.c", more),
+        ));
     }
 }
 
@@ -34,7 +40,9 @@ fn smoke_test_passes_as_c_and_as_cpp_and_prints_nothing_else() {
 fn smoke_test_passes_under_address_leak_and_undefined_behaviour_sanitizers() {
     let workshop = Workshop::new();
     let program = workshop.compile_test("smoke.c", &SANITIZERS);
-    let output = run(Command::new(program).arg(fixture("tied")).env("ASAN_OPTIONS", "detect_leaks=1"));
+    let output = run(Command::new(program)
+        .arg(fixture("tied"))
+        .env("ASAN_OPTIONS", "detect_leaks=1"));
     assert_eq!(text(&output.stderr), "");
 }
 
@@ -42,9 +50,15 @@ fn smoke_test_passes_under_address_leak_and_undefined_behaviour_sanitizers() {
 #[test]
 fn lost_handles_are_leaks_for_the_sanitizer() {
     let workshop = Workshop::new();
-    let output = Command::new(workshop.compile_test("leak.c", &SANITIZERS)).output().unwrap();
+    let output = Command::new(workshop.compile_test("leak.c", &SANITIZERS))
+        .output()
+        .unwrap();
     assert!(!output.status.success());
-    assert!(text(&output.stderr).contains("detected memory leaks"), "{}", text(&output.stderr));
+    assert!(
+        text(&output.stderr).contains("detected memory leaks"),
+        "{}",
+        text(&output.stderr)
+    );
 }
 
 #[test]

@@ -24,17 +24,30 @@ fn json(path: PathBuf) -> Value {
 
 fn hex(text: &str) -> String {
     let digits: String = text.bytes().map(|byte| format!("{byte:02x}")).collect();
-    if digits.is_empty() { "-".to_owned() } else { digits }
+    if digits.is_empty() {
+        "-".to_owned()
+    } else {
+        digits
+    }
 }
 
 fn unhex(word: &str) -> String {
     let byte = |at| u8::from_str_radix(&word[at..at + 2], 16).unwrap();
-    let bytes = if word == "-" { Vec::new() } else { (0..word.len()).step_by(2).map(byte).collect() };
+    let bytes = if word == "-" {
+        Vec::new()
+    } else {
+        (0..word.len()).step_by(2).map(byte).collect()
+    };
     String::from_utf8(bytes).unwrap()
 }
 
 fn words(values: &Value) -> String {
-    values.as_array().unwrap().iter().map(|value| format!(" {value}")).collect()
+    values
+        .as_array()
+        .unwrap()
+        .iter()
+        .map(|value| format!(" {value}"))
+        .collect()
 }
 
 /// Gives the commands to the program and returns its answers, one a line.
@@ -67,19 +80,38 @@ fn logits_and_greedy_tokens_equal_the_reference() {
         let place = hex(fixture(&name).to_str().unwrap());
         writeln!(commands, "logits {place}{}", words(&reference["tokens"])).unwrap();
         let n = reference["greedy"].as_array().unwrap().len();
-        writeln!(commands, "greedy {place} {n}{}", words(&reference["greedy_prompt"])).unwrap();
+        writeln!(
+            commands,
+            "greedy {place} {n}{}",
+            words(&reference["greedy_prompt"])
+        )
+        .unwrap();
         names.push((name, reference));
     }
     let answers = drive(&commands);
     assert_eq!(answers.len(), 2 * names.len());
     for ((name, reference), answers) in names.iter().zip(answers.chunks(2)) {
-        let got: Vec<f64> = answers[0].split(' ').skip(3).map(|word| word.parse().unwrap()).collect();
+        let got: Vec<f64> = answers[0]
+            .split(' ')
+            .skip(3)
+            .map(|word| word.parse().unwrap())
+            .collect();
         let rows = reference["logits"].as_array().unwrap().iter();
-        let want: Vec<f64> = rows.flat_map(|row| row.as_array().unwrap()).map(|x| x.as_f64().unwrap()).collect();
+        let want: Vec<f64> = rows
+            .flat_map(|row| row.as_array().unwrap())
+            .map(|x| x.as_f64().unwrap())
+            .collect();
         assert_eq!(got.len(), want.len(), "{name}: {:.80}", answers[0]);
-        let far = got.iter().zip(&want).find(|(got, want)| !((*got - *want).abs() <= TOLERANCE));
+        let far = got
+            .iter()
+            .zip(&want)
+            .find(|(got, want)| !((*got - *want).abs() <= TOLERANCE));
         assert_eq!(far, None, "{name}");
-        assert_eq!(answers[1], format!("ok{}", words(&reference["greedy"])), "{name}");
+        assert_eq!(
+            answers[1],
+            format!("ok{}", words(&reference["greedy"])),
+            "{name}"
+        );
     }
 }
 
@@ -107,12 +139,24 @@ fn chats_are_rendered_as_the_vectors_say() {
         let rendered = case["rendered"].as_str().unwrap();
         assert_eq!(unhex(parts[1]), rendered, "{}", case["name"]);
         let messages = case["messages"].as_array().unwrap().iter().map(|message| {
-            Message::new(message["role"].as_str().unwrap(), message["content"].as_str().unwrap())
+            Message::new(
+                message["role"].as_str().unwrap(),
+                message["content"].as_str().unwrap(),
+            )
         });
         let generation = case["add_generation_prompt"].as_bool().unwrap();
-        let tokens = tokenizer.encode_chat(&messages.collect::<Vec<_>>(), generation).unwrap();
-        let got: Vec<u32> = parts[2..].iter().map(|word| word.parse().unwrap()).collect();
-        assert_eq!(got, tokens, "{}: not the tokens that Rust gives", case["name"]);
+        let tokens = tokenizer
+            .encode_chat(&messages.collect::<Vec<_>>(), generation)
+            .unwrap();
+        let got: Vec<u32> = parts[2..]
+            .iter()
+            .map(|word| word.parse().unwrap())
+            .collect();
+        assert_eq!(
+            got, tokens,
+            "{}: not the tokens that Rust gives",
+            case["name"]
+        );
     }
 }
 
@@ -131,9 +175,22 @@ fn bad_checkpoints_give_the_errors_of_the_vectors() {
     assert_eq!(answers.len(), cases.len());
     let mut wrong = String::new();
     for ((case, place), answer) in cases.iter().zip(&places).zip(&answers) {
-        let fill = |key: &str| case[key].as_str().unwrap_or("").replace("{dir}", place.path().to_str().unwrap());
-        let kind = ErrorKind::ALL.iter().find(|kind| kind.name() == fill("kind")).unwrap();
-        let want = format!("error {} {} {}", kind.code(), hex(&fill("message")), hex(&fill("help")));
+        let fill = |key: &str| {
+            case[key]
+                .as_str()
+                .unwrap_or("")
+                .replace("{dir}", place.path().to_str().unwrap())
+        };
+        let kind = ErrorKind::ALL
+            .iter()
+            .find(|kind| kind.name() == fill("kind"))
+            .unwrap();
+        let want = format!(
+            "error {} {} {}",
+            kind.code(),
+            hex(&fill("message")),
+            hex(&fill("help"))
+        );
         if *answer != want {
             let readable: Vec<String> = answer.split(' ').skip(2).map(unhex).collect();
             writeln!(wrong, "{}: {answer:.9} {readable:?}", case["name"]).unwrap();
@@ -164,7 +221,9 @@ fn apply(directory: &Path, change: &Value) {
             let file = fs::OpenOptions::new().write(true).open(path).unwrap();
             file.set_len(change["length"].as_u64().unwrap()).unwrap();
         }
-        "set_json" => edit(&path, |object| object[part("key")] = change["value"].clone()),
+        "set_json" => edit(&path, |object| {
+            object[part("key")] = change["value"].clone()
+        }),
         "remove_json" => edit(&path, |object| {
             object.as_object_mut().unwrap().remove(part("key"));
         }),
@@ -186,7 +245,9 @@ fn edit(path: &Path, body: impl FnOnce(&mut Value)) {
 
 fn base64(text: &str) -> Vec<u8> {
     const ALPHABET: &[u8] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
-    let sextets = text.bytes().filter_map(|c| ALPHABET.iter().position(|&a| a == c));
+    let sextets = text
+        .bytes()
+        .filter_map(|c| ALPHABET.iter().position(|&a| a == c));
     let (mut out, mut bits, mut n) = (Vec::new(), 0_u32, 0);
     for sextet in sextets {
         bits = bits << 6 | u32::try_from(sextet).unwrap();

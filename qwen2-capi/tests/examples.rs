@@ -27,7 +27,11 @@ fn examples_report_a_missing_model() {
         let program = workshop.compile(&root().join("examples").join(example), &[]);
         let output = Command::new(program).arg("/nowhere").output().unwrap();
         assert_eq!(output.status.code(), Some(1), "{example}");
-        assert!(text(&output.stderr).contains("no such model: /nowhere"), "{example}: {}", text(&output.stderr));
+        assert!(
+            text(&output.stderr).contains("no such model: /nowhere"),
+            "{example}: {}",
+            text(&output.stderr)
+        );
     }
 }
 
@@ -42,7 +46,13 @@ fn examples_answer_on_the_demo_model() {
         // Without an argument they open examples/demo-model of the folder they run in.
         let output = run(Command::new(program).current_dir(root()));
         let answer = text(&output.stdout);
-        let expected = if example == "stream.c" { "9" } else if example == "chat.c" { "Tuesday" } else { "5" };
+        let expected = if example == "stream.c" {
+            "9"
+        } else if example == "chat.c" {
+            "Tuesday"
+        } else {
+            "5"
+        };
         assert!(answer.contains(expected), "{example}: {answer}");
     }
 }

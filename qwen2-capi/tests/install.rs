@@ -13,7 +13,10 @@ use tempfile::TempDir;
 
 /// Whether a tool is there; the test that needs it is skipped by name where it is not.
 fn is_there(tool: &str) -> bool {
-    let there = Command::new(tool).arg("--version").output().is_ok_and(|output| output.status.success());
+    let there = Command::new(tool)
+        .arg("--version")
+        .output()
+        .is_ok_and(|output| output.status.success());
     if !there {
         println!("skipped: no {tool}");
     }
@@ -24,14 +27,20 @@ fn is_there(tool: &str) -> bool {
 fn install() -> TempDir {
     let prefix = tempfile::tempdir().unwrap();
     let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("install.sh");
-    run(Command::new(script).arg(prefix.path()).env("QWEN2_LIBRARY_DIR", library().parent().unwrap()));
+    run(Command::new(script)
+        .arg(prefix.path())
+        .env("QWEN2_LIBRARY_DIR", library().parent().unwrap()));
     prefix
 }
 
 fn pkg_config(prefix: &Path, arguments: &[&str]) -> Vec<String> {
-    let output =
-        run(Command::new("pkg-config").args(arguments).env("PKG_CONFIG_PATH", prefix.join("lib/pkgconfig")));
-    text(&output.stdout).split_whitespace().map(str::to_owned).collect()
+    let output = run(Command::new("pkg-config")
+        .args(arguments)
+        .env("PKG_CONFIG_PATH", prefix.join("lib/pkgconfig")));
+    text(&output.stdout)
+        .split_whitespace()
+        .map(str::to_owned)
+        .collect()
 }
 
 fn version() -> &'static str {
@@ -43,11 +52,25 @@ fn installed_files_are_where_a_linker_and_a_loader_look() {
     let prefix = install();
     let link = |name: &str| fs::read_link(prefix.path().join("lib").join(name)).unwrap();
     assert_eq!(link("libqwen2.so").to_str(), Some("libqwen2.so.0"));
-    assert_eq!(link("libqwen2.so.0").to_str(), Some(&*format!("libqwen2.so.{}", version())));
-    for file in ["include/qwen2.h", "include/qwen2.hpp", "lib/libqwen2.a", "lib/libqwen2.so.0"] {
-        assert!(prefix.path().join(file).metadata().unwrap().len() > 1000, "{file}");
+    assert_eq!(
+        link("libqwen2.so.0").to_str(),
+        Some(&*format!("libqwen2.so.{}", version()))
+    );
+    for file in [
+        "include/qwen2.h",
+        "include/qwen2.hpp",
+        "lib/libqwen2.a",
+        "lib/libqwen2.so.0",
+    ] {
+        assert!(
+            prefix.path().join(file).metadata().unwrap().len() > 1000,
+            "{file}"
+        );
     }
-    for file in ["lib/pkgconfig/qwen2.pc", "lib/cmake/qwen2/qwen2-config.cmake"] {
+    for file in [
+        "lib/pkgconfig/qwen2.pc",
+        "lib/cmake/qwen2/qwen2-config.cmake",
+    ] {
         let text = fs::read_to_string(prefix.path().join(file)).unwrap();
         assert!(!text.contains('@'), "{file} was not filled in:\n{text}");
     }
@@ -59,14 +82,19 @@ fn pkg_config_finds_the_shared_library() {
         return;
     }
     let prefix = install();
-    assert_eq!(pkg_config(prefix.path(), &["--modversion", "qwen2"]), [version()]);
+    assert_eq!(
+        pkg_config(prefix.path(), &["--modversion", "qwen2"]),
+        [version()]
+    );
     let program = prefix.path().join("hello");
     run(Command::new("cc")
         .arg(root().join("examples/hello.c"))
         .args(pkg_config(prefix.path(), &["--cflags", "--libs", "qwen2"]))
         .arg("-o")
         .arg(&program));
-    run(Command::new(program).arg(fixture("tied")).env("LD_LIBRARY_PATH", prefix.path().join("lib")));
+    run(Command::new(program)
+        .arg(fixture("tied"))
+        .env("LD_LIBRARY_PATH", prefix.path().join("lib")));
 }
 
 #[test]
@@ -81,7 +109,10 @@ fn pkg_config_finds_what_the_static_library_needs() {
     let program = prefix.path().join("hello");
     run(Command::new("cc")
         .arg(root().join("examples/hello.c"))
-        .args(pkg_config(prefix.path(), &["--static", "--cflags", "--libs", "qwen2"]))
+        .args(pkg_config(
+            prefix.path(),
+            &["--static", "--cflags", "--libs", "qwen2"],
+        ))
         .arg("-o")
         .arg(&program));
     run(Command::new(program).arg(fixture("tied")));

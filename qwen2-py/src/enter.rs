@@ -41,7 +41,11 @@ pub(crate) fn long<T: Send>(
     work: impl FnOnce() -> Result<T, Failure> + Send,
 ) -> PyResult<T> {
     // Python handles signals in its main thread only; others have nothing to look for.
-    if is_main_thread(py)? { Ok(watch(py, cancel, work, || Ok(()))??) } else { Ok(py.detach(work)?) }
+    if is_main_thread(py)? {
+        Ok(watch(py, cancel, work, || Ok(()))??)
+    } else {
+        Ok(py.detach(work)?)
+    }
 }
 
 /// As [`long`], for loading: `work` gets a function to report its progress to, and `callback` is
@@ -83,12 +87,19 @@ struct Inner {
 impl Report {
     /// Stops with the token instead of a callback.
     pub(crate) fn silent(cancel: CancelToken) -> Self {
-        Self(std::sync::Arc::new(Inner { latest: Mutex::default(), cancel }))
+        Self(std::sync::Arc::new(Inner {
+            latest: Mutex::default(),
+            cancel,
+        }))
     }
 
     pub(crate) fn set(&self, progress: Progress) -> ControlFlow<()> {
         *lock(&self.0.latest) = Some((progress.bytes_done, progress.bytes_total));
-        if self.0.cancel.is_cancelled() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+        if self.0.cancel.is_cancelled() {
+            ControlFlow::Break(())
+        } else {
+            ControlFlow::Continue(())
+        }
     }
 }
 
@@ -100,22 +111,34 @@ fn watch<T: Send>(
     work: impl FnOnce() -> T + Send,
     mut tick: impl FnMut() -> PyResult<()>,
 ) -> PyResult<T> {
-    let done = Done { flag: AtomicBool::new(false), caller: thread::current() };
+    let done = Done {
+        flag: AtomicBool::new(false),
+        caller: thread::current(),
+    };
     thread::scope(|scope| {
         let body = || {
             let _signal = SignalOnDrop(&done);
             work()
         };
-        let builder = thread::Builder::new().name("qwen2-call".to_owned()).stack_size(STACK);
-        let worker = builder.spawn_scoped(scope, body).map_err(|error| no_thread(&error))?;
+        let builder = thread::Builder::new()
+            .name("qwen2-call".to_owned())
+            .stack_size(STACK);
+        let worker = builder
+            .spawn_scoped(scope, body)
+            .map_err(|error| no_thread(&error))?;
         let mut raised = Ok(());
         while !done.flag.load(Ordering::Acquire) {
             py.detach(|| thread::park_timeout(TICK));
             if raised.is_ok() {
-                raised = py.check_signals().and_then(|()| tick()).inspect_err(|_| cancel.cancel());
+                raised = py
+                    .check_signals()
+                    .and_then(|()| tick())
+                    .inspect_err(|_| cancel.cancel());
             }
         }
-        let outcome = py.detach(|| worker.join()).unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+        let outcome = py
+            .detach(|| worker.join())
+            .unwrap_or_else(|panic| std::panic::resume_unwind(panic));
         raised.map(|()| outcome)
     })
 }
@@ -137,5 +160,7 @@ impl Drop for SignalOnDrop<'_> {
 
 fn is_main_thread(py: Python<'_>) -> PyResult<bool> {
     let threading = py.import("threading")?;
-    Ok(threading.call_method0("current_thread")?.is(&threading.call_method0("main_thread")?))
+    Ok(threading
+        .call_method0("current_thread")?
+        .is(&threading.call_method0("main_thread")?))
 }

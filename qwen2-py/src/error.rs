@@ -21,7 +21,11 @@ pub(crate) struct Failure {
 impl Failure {
     /// `InvalidArgument`, worded as the library words its own: `what: key: why`.
     pub(crate) fn invalid(what: &str, key: &str, why: &str, help: &str) -> Self {
-        let why = if why.is_empty() { String::new() } else { format!(": {why}") };
+        let why = if why.is_empty() {
+            String::new()
+        } else {
+            format!(": {why}")
+        };
         Self {
             kind: ErrorKind::InvalidArgument,
             message: format!("{what}: {key}{why}"),
@@ -39,7 +43,8 @@ impl Failure {
         exception.setattr("key", self.key)?;
         exception.setattr("help", self.help.as_deref())?;
         if let Some(help) = self.help
-            && exception.hasattr("add_note")? // Python 3.11
+            && exception.hasattr("add_note")?
+        // Python 3.11
         {
             exception.call_method1("add_note", (format!("help: {help}"),))?;
         }
@@ -91,12 +96,18 @@ fn classes(py: Python<'_>) -> PyResult<&Classes> {
         let base = new_class(py, "Qwen2Error", doc, "", (&exception,))?;
         let kinds = ErrorKind::ALL.iter().map(|kind| {
             let (name, builtin) = (kind.python_class(), kind.python_base());
-            let doc = format!("A Qwen2Error of the kind `{}` that is a {builtin}, too.", kind.name());
+            let doc = format!(
+                "A Qwen2Error of the kind `{}` that is a {builtin}, too.",
+                kind.name()
+            );
             let builtin = py.import("builtins")?.getattr(builtin)?;
             new_class(py, name, &doc, kind.name(), (&base, builtin)).map(Bound::unbind)
         });
         let kinds = kinds.collect::<PyResult<_>>()?;
-        Ok(Classes { base: base.unbind(), kinds })
+        Ok(Classes {
+            base: base.unbind(),
+            kinds,
+        })
     })
 }
 
@@ -115,7 +126,9 @@ fn new_class<'py>(
     for unset in ["path", "key", "help"] {
         body.set_item(unset, py.None())?;
     }
-    let class = py.get_type::<PyType>().call1((PyString::new(py, name), bases, body))?;
+    let class = py
+        .get_type::<PyType>()
+        .call1((PyString::new(py, name), bases, body))?;
     Ok(class.cast_into()?)
 }
 
@@ -133,7 +146,9 @@ pub(crate) fn add_classes(module: &Bound<'_, PyModule>) -> PyResult<()> {
 /// A lock that a panic left behind does not make the object unusable: the library's own state is
 /// whole after a panic, or says that it is not.
 pub(crate) fn lock<T>(mutex: &std::sync::Mutex<T>) -> std::sync::MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+    mutex
+        .lock()
+        .unwrap_or_else(std::sync::PoisonError::into_inner)
 }
 
 /// A thread that could not be started.

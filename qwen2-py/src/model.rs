@@ -27,10 +27,16 @@ pub(crate) struct Model {
 impl Model {
     fn get(&self) -> PyResult<qwen2_core::Model> {
         let handle = lock(&self.handle).clone();
-        Ok(handle.ok_or_else(|| Failure::invalid("model is closed", "model", "", "load it again"))?)
+        Ok(handle
+            .ok_or_else(|| Failure::invalid("model is closed", "model", "", "load it again"))?)
     }
 
-    fn run_generate(&self, py: Python<'_>, prompt: Prompt, options: GenerateOptions) -> PyResult<Generation> {
+    fn run_generate(
+        &self,
+        py: Python<'_>,
+        prompt: Prompt,
+        options: GenerateOptions,
+    ) -> PyResult<Generation> {
         let model = self.get()?;
         let cancel = CancelToken::new();
         let options = options.cancel(cancel.clone());
@@ -38,7 +44,12 @@ impl Model {
         Generation::new(py, generation)
     }
 
-    fn run_stream(&self, py: Python<'_>, prompt: Prompt, options: GenerateOptions) -> PyResult<TokenStream> {
+    fn run_stream(
+        &self,
+        py: Python<'_>,
+        prompt: Prompt,
+        options: GenerateOptions,
+    ) -> PyResult<TokenStream> {
         let model = self.get()?;
         let cancel = CancelToken::new();
         let options = options.cancel(cancel.clone());
@@ -76,11 +87,15 @@ impl Model {
         progress: Option<Bound<'_, PyAny>>,
     ) -> PyResult<Self> {
         let callback = progress_callback(py, progress)?;
-        let mut builder = qwen2_core::Model::builder(source.0).device(device.parse::<Device>().map_err(Failure::from)?);
+        let mut builder = qwen2_core::Model::builder(source.0)
+            .device(device.parse::<Device>().map_err(Failure::from)?);
         if dtype != "auto" {
             builder = builder.dtype(dtype.parse::<DType>().map_err(Failure::from)?);
         }
-        let quantize = quantize.map(str::parse::<Quantization>).transpose().map_err(Failure::from)?;
+        let quantize = quantize
+            .map(str::parse::<Quantization>)
+            .transpose()
+            .map_err(Failure::from)?;
         if let Some(quantize) = quantize {
             builder = builder.quantize(quantize);
         }
@@ -90,7 +105,11 @@ impl Model {
         if let Some(threads) = threads {
             builder = builder.threads(threads.setting("threads")?);
         }
-        let load = |report: Report| Ok(builder.progress(move |progress| report.set(progress)).load()?);
+        let load = |report: Report| {
+            Ok(builder
+                .progress(move |progress| report.set(progress))
+                .load()?)
+        };
         let model = match callback {
             Some(callback) => enter::loading(py, &callback, load)?,
             None => {
@@ -99,7 +118,10 @@ impl Model {
                 enter::long(py, &cancel, || load(report))?
             }
         };
-        Ok(Self { handle: Mutex::new(Some(model)), quantize })
+        Ok(Self {
+            handle: Mutex::new(Some(model)),
+            quantize,
+        })
     }
 
     /// Answers a prompt: text, token ids or messages.
@@ -128,7 +150,16 @@ impl Model {
         ignore_eos: bool,
     ) -> PyResult<Generation> {
         let given = Given {
-            max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed, stop, stop_token_ids, ignore_eos,
+            max_new_tokens,
+            temperature,
+            top_k,
+            top_p,
+            min_p,
+            repetition_penalty,
+            seed,
+            stop,
+            stop_token_ids,
+            ignore_eos,
         };
         self.run_generate(py, prompt.0, given.options()?)
     }
@@ -154,7 +185,16 @@ impl Model {
         ignore_eos: bool,
     ) -> PyResult<TokenStream> {
         let given = Given {
-            max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed, stop, stop_token_ids, ignore_eos,
+            max_new_tokens,
+            temperature,
+            top_k,
+            top_p,
+            min_p,
+            repetition_penalty,
+            seed,
+            stop,
+            stop_token_ids,
+            ignore_eos,
         };
         self.run_stream(py, prompt.0, given.options()?)
     }
@@ -180,7 +220,16 @@ impl Model {
         ignore_eos: bool,
     ) -> PyResult<Bound<'py, PyAny>> {
         let given = Given {
-            max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed, stop, stop_token_ids, ignore_eos,
+            max_new_tokens,
+            temperature,
+            top_k,
+            top_p,
+            min_p,
+            repetition_penalty,
+            seed,
+            stop,
+            stop_token_ids,
+            ignore_eos,
         };
         let (prompt, options) = (Prompt::Chat(messages.0), given.options()?);
         if stream {
@@ -212,7 +261,16 @@ impl Model {
         ignore_eos: bool,
     ) -> PyResult<Bound<'py, PyList>> {
         let given = Given {
-            max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed, stop, stop_token_ids, ignore_eos,
+            max_new_tokens,
+            temperature,
+            top_k,
+            top_p,
+            min_p,
+            repetition_penalty,
+            seed,
+            stop,
+            stop_token_ids,
+            ignore_eos,
         };
         let prompts: Vec<AnyPrompt> = prompts.extract()?;
         let prompts: Vec<Prompt> = prompts.into_iter().map(|prompt| prompt.0).collect();
@@ -224,7 +282,11 @@ impl Model {
             Ok(generation) => Ok(Bound::new(py, Generation::new(py, generation)?)?.into_any()),
             Err(error) => {
                 let error = PyErr::from(Failure::from(error));
-                if return_exceptions { Ok(error.into_value(py).into_bound(py).into_any()) } else { Err(error) }
+                if return_exceptions {
+                    Ok(error.into_value(py).into_bound(py).into_any())
+                } else {
+                    Err(error)
+                }
             }
         });
         PyList::new(py, answers.collect::<PyResult<Vec<_>>>()?)
@@ -236,7 +298,11 @@ impl Model {
     }
 
     /// The logits of every token of a sequence: float32, [n_tokens, vocab_size].
-    fn logits<'py>(&self, py: Python<'py>, tokens: TokenIds) -> PyResult<Bound<'py, PyArray2<f32>>> {
+    fn logits<'py>(
+        &self,
+        py: Python<'py>,
+        tokens: TokenIds,
+    ) -> PyResult<Bound<'py, PyArray2<f32>>> {
         let model = self.get()?;
         let logits = enter::long(py, &CancelToken::new(), || Ok(model.logits(&tokens.0)?))?;
         PyArray1::from_vec(py, logits.values).reshape([logits.n_tokens, logits.vocab_size])
@@ -328,19 +394,25 @@ impl Model {
     }
 
     fn __repr__(&self) -> String {
-        let Ok(model) = self.get() else { return "Model(closed)".to_owned() };
+        let Ok(model) = self.get() else {
+            return "Model(closed)".to_owned();
+        };
         format!(
             "Model(\"{}\", {}, {}, device=\"{}\", context_length={})",
             model.name(),
             short_count(model.config().parameter_count()),
-            self.quantize.map_or(model.dtype().name(), Quantization::name),
+            self.quantize
+                .map_or(model.dtype().name(), Quantization::name),
             model.device(),
             model.context_length(),
         )
     }
 
     fn __reduce__(&self) -> PyResult<()> {
-        Err(not_picklable("Model", "load it in the process that uses it"))
+        Err(not_picklable(
+            "Model",
+            "load it in the process that uses it",
+        ))
     }
 }
 
@@ -349,7 +421,9 @@ fn progress_callback<'py>(
     py: Python<'py>,
     progress: Option<Bound<'py, PyAny>>,
 ) -> PyResult<Option<Bound<'py, PyAny>>> {
-    let Some(progress) = progress else { return Ok(None) };
+    let Some(progress) = progress else {
+        return Ok(None);
+    };
     if let Ok(flag) = progress.cast::<PyBool>() {
         let bar = || py.import("qwen2_rs._progress")?.call_method0("Bar");
         return flag.is_true().then(bar).transpose();
@@ -357,13 +431,19 @@ fn progress_callback<'py>(
     if progress.is_callable() {
         return Ok(Some(progress));
     }
-    Err(PyTypeError::new_err("progress is a bool or a function of two numbers"))
+    Err(PyTypeError::new_err(
+        "progress is a bool or a function of two numbers",
+    ))
 }
 
 /// A serializable value as plain Python objects.
 fn to_dict<'py>(py: Python<'py>, value: &impl serde::Serialize) -> PyResult<Bound<'py, PyDict>> {
-    let json = serde_json::to_string(value).map_err(|error| PyTypeError::new_err(error.to_string()))?;
-    Ok(py.import("json")?.call_method1("loads", (json,))?.cast_into()?)
+    let json =
+        serde_json::to_string(value).map_err(|error| PyTypeError::new_err(error.to_string()))?;
+    Ok(py
+        .import("json")?
+        .call_method1("loads", (json,))?
+        .cast_into()?)
 }
 
 /// `1.3M`, `494M`, `7.6B`.
@@ -374,5 +454,9 @@ fn short_count(n: u64) -> String {
         n if n >= 1e6 => (n / 1e6, "M"),
         n => (n / 1e3, "K"),
     };
-    if value >= 100.0 { format!("{value:.0}{unit}") } else { format!("{value:.1}{unit}") }
+    if value >= 100.0 {
+        format!("{value:.0}{unit}")
+    } else {
+        format!("{value:.1}{unit}")
+    }
 }

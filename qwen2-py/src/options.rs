@@ -31,7 +31,12 @@ impl Whole {
     fn option<T: TryFrom<i128>>(self, key: &str, range: &str) -> Result<T, Failure> {
         T::try_from(self.0).map_err(|_| {
             let why = format!("expected {range}, found {}", self.0);
-            Failure::invalid("option out of range", key, &why, "leave it unset for the default")
+            Failure::invalid(
+                "option out of range",
+                key,
+                &why,
+                "leave it unset for the default",
+            )
         })
     }
 
@@ -39,19 +44,36 @@ impl Whole {
     pub(crate) fn setting(self, key: &str) -> Result<usize, Failure> {
         usize::try_from(self.0).map_err(|_| {
             let why = self.0.to_string();
-            Failure::invalid("setting is out of range", key, &why, "leave it unset for the default")
+            Failure::invalid(
+                "setting is out of range",
+                key,
+                &why,
+                "leave it unset for the default",
+            )
         })
     }
 
     /// As the number of tokens to keep.
     pub(crate) fn count(self, key: &str) -> Result<usize, Failure> {
-        usize::try_from(self.0)
-            .map_err(|_| Failure::invalid("not a number of tokens", key, &self.0.to_string(), "0 or more"))
+        usize::try_from(self.0).map_err(|_| {
+            Failure::invalid(
+                "not a number of tokens",
+                key,
+                &self.0.to_string(),
+                "0 or more",
+            )
+        })
     }
 
     fn token(self, key: &str) -> Result<u32, Failure> {
-        u32::try_from(self.0)
-            .map_err(|_| Failure::invalid("no such token", key, &self.0.to_string(), "ids are 0 or more"))
+        u32::try_from(self.0).map_err(|_| {
+            Failure::invalid(
+                "no such token",
+                key,
+                &self.0.to_string(),
+                "ids are 0 or more",
+            )
+        })
     }
 }
 
@@ -80,7 +102,11 @@ pub(crate) struct Given {
 
 impl Given {
     pub(crate) fn options(self) -> Result<GenerateOptions, Failure> {
-        let count = |key, value: Option<Whole>| value.map(|value| value.option(key, "1 or more")).transpose();
+        let count = |key, value: Option<Whole>| {
+            value
+                .map(|value| value.option(key, "1 or more"))
+                .transpose()
+        };
         let mut options = GenerateOptions::new();
         options.max_new_tokens = count("max_new_tokens", self.max_new_tokens)?;
         options.temperature = self.temperature;
@@ -88,7 +114,10 @@ impl Given {
         options.top_p = self.top_p;
         options.min_p = self.min_p;
         options.repetition_penalty = self.repetition_penalty;
-        options.seed = self.seed.map(|seed| seed.option("seed", "0 to 18446744073709551615")).transpose()?;
+        options.seed = self
+            .seed
+            .map(|seed| seed.option("seed", "0 to 18446744073709551615"))
+            .transpose()?;
         options.stop = match self.stop {
             None => Vec::new(),
             Some(Stop::One(stop)) => vec![stop],
@@ -108,10 +137,15 @@ impl<'py> FromPyObject<'_, 'py> for TokenIds {
 
     fn extract(object: Borrowed<'_, 'py, PyAny>) -> PyResult<Self> {
         if object.is_instance_of::<PyBytes>() || object.is_instance_of::<PyByteArray>() {
-            return Err(PyTypeError::new_err("expected a sequence of token ids, found bytes"));
+            return Err(PyTypeError::new_err(
+                "expected a sequence of token ids, found bytes",
+            ));
         }
         let ids: Vec<Whole> = object.extract()?;
-        let ids = ids.into_iter().map(|id| id.token("tokens")).collect::<Result<_, _>>()?;
+        let ids = ids
+            .into_iter()
+            .map(|id| id.token("tokens"))
+            .collect::<Result<_, _>>()?;
         Ok(Self(ids))
     }
 }
@@ -128,18 +162,26 @@ impl<'py> FromPyObject<'_, 'py> for Messages {
                 "expected a sequence of messages, as in [{\"role\": \"user\", \"content\": \"…\"}]",
             ));
         }
-        let messages = object.try_iter()?.enumerate().map(|(position, item)| message(position, &item?));
+        let messages = object
+            .try_iter()?
+            .enumerate()
+            .map(|(position, item)| message(position, &item?));
         Ok(Self(messages.collect::<PyResult<_>>()?))
     }
 }
 
 fn message(position: usize, item: &Bound<'_, PyAny>) -> PyResult<Message> {
     let mapping = item.cast::<PyMapping>().map_err(|_| {
-        PyTypeError::new_err(format!("messages[{position}] is not a dict with role and content"))
+        PyTypeError::new_err(format!(
+            "messages[{position}] is not a dict with role and content"
+        ))
     })?;
     let mut known = [("role", None), ("content", None)];
     for key in mapping.keys()? {
-        let Some(slot) = known.iter_mut().find(|(name, _)| key.eq(name).unwrap_or(false)) else {
+        let Some(slot) = known
+            .iter_mut()
+            .find(|(name, _)| key.eq(name).unwrap_or(false))
+        else {
             let key = format!("messages[{position}][{}]", key.repr()?);
             let help = "a message has a role and a content, nothing else";
             return Err(Failure::invalid("unknown key of a message", &key, "", help).into());
@@ -153,7 +195,10 @@ fn message(position: usize, item: &Bound<'_, PyAny>) -> PyResult<Message> {
             let help = "a message has a role and a content";
             return Err(Failure::invalid("message is incomplete", &key, "", help).into());
         };
-        value.cast::<PyString>().map_err(|_| PyTypeError::new_err(format!("{key} is not a str")))?.extract::<String>()
+        value
+            .cast::<PyString>()
+            .map_err(|_| PyTypeError::new_err(format!("{key} is not a str")))?
+            .extract::<String>()
     };
     Ok(Message::new(text(0)?, text(1)?))
 }
@@ -179,7 +224,11 @@ impl<'py> FromPyObject<'_, 'py> for AnyPrompt {
         if let Ok(text) = object.cast::<PyString>() {
             return Ok(Self(Prompt::Text(text.extract()?)));
         }
-        let first = if object.len().is_ok_and(|len| len > 0) { object.get_item(0).ok() } else { None };
+        let first = if object.len().is_ok_and(|len| len > 0) {
+            object.get_item(0).ok()
+        } else {
+            None
+        };
         if first.is_some_and(|first| first.cast::<PyMapping>().is_ok()) {
             return Ok(Self(Prompt::Chat(object.extract::<Messages>()?.0)));
         }

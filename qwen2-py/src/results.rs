@@ -18,13 +18,20 @@ impl Piece {
     }
 
     fn __repr__(&self, py: Python<'_>) -> PyResult<String> {
-        Ok(format!("Piece(text={}, token={})", quoted(py, &self.text)?, self.token))
+        Ok(format!(
+            "Piece(text={}, token={})",
+            quoted(py, &self.text)?,
+            self.token
+        ))
     }
 }
 
 impl From<qwen2_core::Piece> for Piece {
     fn from(piece: qwen2_core::Piece) -> Self {
-        Self { text: piece.text, token: piece.token }
+        Self {
+            text: piece.text,
+            token: piece.token,
+        }
     }
 }
 
@@ -55,13 +62,19 @@ impl Generation {
 
     fn __repr__(&self, py: Python<'_>) -> PyResult<String> {
         let text = quoted(py, &self.text)?;
-        Ok(format!("Generation(text={text}, finish_reason='{}', tokens={})", self.finish_reason, self.tokens.len()))
+        Ok(format!(
+            "Generation(text={text}, finish_reason='{}', tokens={})",
+            self.finish_reason,
+            self.tokens.len()
+        ))
     }
 }
 
 impl Generation {
     pub(crate) fn new(py: Python<'_>, generation: qwen2_core::Generation) -> PyResult<Self> {
-        let stop_match = generation.stop_match.map(|found| Py::new(py, StopMatch::from(found)));
+        let stop_match = generation
+            .stop_match
+            .map(|found| Py::new(py, StopMatch::from(found)));
         Ok(Self {
             text: generation.text,
             tokens: generation.tokens,
@@ -89,7 +102,11 @@ pub(crate) struct StopMatch {
 impl StopMatch {
     fn __repr__(&self, py: Python<'_>) -> PyResult<String> {
         match (&self.text, self.token) {
-            (Some(text), _) => Ok(format!("StopMatch(kind='{}', text={})", self.kind, quoted(py, text)?)),
+            (Some(text), _) => Ok(format!(
+                "StopMatch(kind='{}', text={})",
+                self.kind,
+                quoted(py, text)?
+            )),
             (None, Some(token)) => Ok(format!("StopMatch(kind='{}', token={token})", self.kind)),
             (None, None) => Ok(format!("StopMatch(kind='{}')", self.kind)),
         }

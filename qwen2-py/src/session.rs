@@ -32,7 +32,12 @@ impl Shared {
         let state = lock(&self.0);
         if state.busy {
             let help = "read the stream to its end, finish it, or close it first";
-            return Err(Failure::invalid("session is in use", "session", "a stream of it has not ended", help));
+            return Err(Failure::invalid(
+                "session is in use",
+                "session",
+                "a stream of it has not ended",
+                help,
+            ));
         }
         Ok(state)
     }
@@ -50,7 +55,10 @@ impl SessionRun {
         let run = state.session.start(options)?;
         state.busy = true;
         drop(state);
-        Ok(Self { run: Some(run), shared })
+        Ok(Self {
+            run: Some(run),
+            shared,
+        })
     }
 
     pub(crate) fn next(&mut self) -> Option<qwen2_core::Result<qwen2_core::Piece>> {
@@ -78,7 +86,10 @@ impl Drop for SessionRun {
 
 impl Session {
     pub(crate) fn new(session: qwen2_core::Session) -> Self {
-        Self(Arc::new(Shared(Mutex::new(State { session, busy: false }))))
+        Self(Arc::new(Shared(Mutex::new(State {
+            session,
+            busy: false,
+        }))))
     }
 
     /// Runs `work` on the idle session without the GIL.
@@ -87,7 +98,9 @@ impl Session {
         py: Python<'_>,
         work: impl FnOnce(&mut qwen2_core::Session) -> qwen2_core::Result<T> + Send,
     ) -> PyResult<T> {
-        Ok(enter::outside(py, || Ok::<_, Failure>(work(&mut self.0.idle()?.session)?))?)
+        Ok(enter::outside(py, || {
+            Ok::<_, Failure>(work(&mut self.0.idle()?.session)?)
+        })?)
     }
 }
 
@@ -118,11 +131,22 @@ impl Session {
         ignore_eos: bool,
     ) -> PyResult<Generation> {
         let given = Given {
-            max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed, stop, stop_token_ids, ignore_eos,
+            max_new_tokens,
+            temperature,
+            top_k,
+            top_p,
+            min_p,
+            repetition_penalty,
+            seed,
+            stop,
+            stop_token_ids,
+            ignore_eos,
         };
         let cancel = CancelToken::new();
         let options = given.options()?.cancel(cancel.clone());
-        let generation = enter::long(py, &cancel, || Ok(self.0.idle()?.session.generate(&options)?))?;
+        let generation = enter::long(py, &cancel, || {
+            Ok(self.0.idle()?.session.generate(&options)?)
+        })?;
         Generation::new(py, generation)
     }
 
@@ -146,7 +170,16 @@ impl Session {
         ignore_eos: bool,
     ) -> PyResult<TokenStream> {
         let given = Given {
-            max_new_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed, stop, stop_token_ids, ignore_eos,
+            max_new_tokens,
+            temperature,
+            top_k,
+            top_p,
+            min_p,
+            repetition_penalty,
+            seed,
+            stop,
+            stop_token_ids,
+            ignore_eos,
         };
         let cancel = CancelToken::new();
         let options = given.options()?.cancel(cancel.clone());

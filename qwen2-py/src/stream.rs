@@ -56,7 +56,9 @@ impl Run {
 impl State {
     /// One step; `None` when the generation has ended. An error ends it and is given once.
     fn next(&mut self) -> Result<Option<qwen2_core::Piece>, Failure> {
-        let Self::Running(run) = self else { return Ok(None) };
+        let Self::Running(run) = self else {
+            return Ok(None);
+        };
         match run.next() {
             Some(Ok(piece)) => Ok(Some(piece)),
             Some(Err(error)) => {
@@ -83,9 +85,12 @@ impl State {
         match self {
             Self::Done(generation) => Ok(generation.clone()),
             Self::Failed(failure) => Err(failure.clone()),
-            Self::Running(_) | Self::Changing => {
-                Err(Failure::invalid("stream is broken", "stream", "a panic ended it", "start another one"))
-            }
+            Self::Running(_) | Self::Changing => Err(Failure::invalid(
+                "stream is broken",
+                "stream",
+                "a panic ended it",
+                "start another one",
+            )),
         }
     }
 }
@@ -165,13 +170,17 @@ impl TokenStream {
     fn __anext__<'py>(slf: &Bound<'py, Self>) -> PyResult<Bound<'py, PyAny>> {
         let py = slf.py();
         let aio = py.import("qwen2_rs.aio")?;
-        let executor = slf.get().executor.get_or_try_init(py, || {
-            aio.call_method0("executor").map(Bound::unbind)
-        })?;
+        let executor = slf
+            .get()
+            .executor
+            .get_or_try_init(py, || aio.call_method0("executor").map(Bound::unbind))?;
         aio.call_method1("next_piece", (slf, executor))
     }
 
     fn __reduce__(&self) -> PyResult<()> {
-        Err(not_picklable("TokenStream", "pass the pieces or the result of finish()"))
+        Err(not_picklable(
+            "TokenStream",
+            "pass the pieces or the result of finish()",
+        ))
     }
 }

@@ -13,7 +13,10 @@ use crate::options::{Messages, TokenIds};
 pub(crate) struct Tokenizer(pub(crate) qwen2_core::Tokenizer);
 
 /// Runs `work` without the GIL.
-fn run<T: Send>(py: Python<'_>, work: impl FnOnce() -> qwen2_core::Result<T> + Send) -> PyResult<T> {
+fn run<T: Send>(
+    py: Python<'_>,
+    work: impl FnOnce() -> qwen2_core::Result<T> + Send,
+) -> PyResult<T> {
     Ok(outside(py, || work().map_err(Failure::from))?)
 }
 
@@ -44,7 +47,12 @@ impl Tokenizer {
     /// The text of tokens; bytes that are not UTF-8 become U+FFFD. skip_special_tokens leaves out
     /// tokens like `<|im_end|>`.
     #[pyo3(signature = (tokens, *, skip_special_tokens = false))]
-    fn decode(&self, py: Python<'_>, tokens: TokenIds, skip_special_tokens: bool) -> PyResult<String> {
+    fn decode(
+        &self,
+        py: Python<'_>,
+        tokens: TokenIds,
+        skip_special_tokens: bool,
+    ) -> PyResult<String> {
         run(py, || self.0.decode(&tokens.0, skip_special_tokens))
     }
 
@@ -57,7 +65,10 @@ impl Tokenizer {
         messages: Messages,
         add_generation_prompt: bool,
     ) -> PyResult<String> {
-        run(py, || self.0.apply_chat_template(&messages.0, add_generation_prompt))
+        run(py, || {
+            self.0
+                .apply_chat_template(&messages.0, add_generation_prompt)
+        })
     }
 
     /// The tokens of a conversation: what the template prints becomes control tokens, what the
@@ -69,7 +80,9 @@ impl Tokenizer {
         messages: Messages,
         add_generation_prompt: bool,
     ) -> PyResult<Vec<u32>> {
-        run(py, || self.0.encode_chat(&messages.0, add_generation_prompt))
+        run(py, || {
+            self.0.encode_chat(&messages.0, add_generation_prompt)
+        })
     }
 
     /// The id of a token by its name in the vocabulary, for example `<|im_end|>`.

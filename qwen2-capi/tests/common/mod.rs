@@ -8,10 +8,20 @@ use std::process::{Command, Output};
 use tempfile::TempDir;
 
 /// Warnings are errors, in C as in C++.
-const FLAGS: [&str; 6] = ["-Wall", "-Wextra", "-Wpedantic", "-Wshadow", "-Werror", "-O1"];
+const FLAGS: [&str; 6] = [
+    "-Wall",
+    "-Wextra",
+    "-Wpedantic",
+    "-Wshadow",
+    "-Werror",
+    "-O1",
+];
 
 pub fn root() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap().to_owned()
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+        .parent()
+        .unwrap()
+        .to_owned()
 }
 
 pub fn fixture(name: &str) -> PathBuf {
@@ -26,7 +36,11 @@ pub fn demo() -> Option<PathBuf> {
 
 /// Beside this test, where cargo puts the library that the test depends on.
 pub fn library() -> PathBuf {
-    let directory = std::env::current_exe().unwrap().parent().unwrap().to_owned();
+    let directory = std::env::current_exe()
+        .unwrap()
+        .parent()
+        .unwrap()
+        .to_owned();
     let library = directory.join("libqwen2.so");
     assert!(library.exists(), "{} is not there", library.display());
     library
@@ -51,7 +65,11 @@ impl Workshop {
     /// Compiles a `.c` file as C11 or a `.cpp` file as C++17, with more flags.
     pub fn compile(&self, source: &Path, more: &[&str]) -> PathBuf {
         let is_c = source.extension().unwrap() == "c" && !more.contains(&"-xc++");
-        let (compiler, standard) = if is_c { ("cc", "-std=c11") } else { ("c++", "-std=c++17") };
+        let (compiler, standard) = if is_c {
+            ("cc", "-std=c11")
+        } else {
+            ("c++", "-std=c++17")
+        };
         let program = self.path().join(source.file_stem().unwrap());
         let output = Command::new(compiler)
             .args([standard, "-D_GNU_SOURCE"])
@@ -67,12 +85,22 @@ impl Workshop {
             .args(["-lqwen2", "-lpthread"])
             .output()
             .unwrap();
-        assert!(output.status.success(), "{compiler} {}:\n{}", source.display(), text(&output.stderr));
+        assert!(
+            output.status.success(),
+            "{compiler} {}:\n{}",
+            source.display(),
+            text(&output.stderr)
+        );
         program
     }
 
     pub fn compile_test(&self, name: &str, more: &[&str]) -> PathBuf {
-        self.compile(&Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/c").join(name), more)
+        self.compile(
+            &Path::new(env!("CARGO_MANIFEST_DIR"))
+                .join("tests/c")
+                .join(name),
+            more,
+        )
     }
 }
 

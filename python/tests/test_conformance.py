@@ -1,0 +1,52 @@
+"""The numbers of Hugging Face transformers, from the fixtures that all languages share."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import CONFORMANCE, DEMO, fixture_directory
+from qwen2_rs import Model, UnsupportedError
+
+DENSE = sorted(path.name for path in (CONFORMANCE / "models").iterdir() if path.name != "moe")
+
+
+def reference(name: str) -> Any:
+    return json.loads((fixture_directory(name) / "reference.json").read_text())
+
+
+@pytest.mark.parametrize("name", DENSE)
+def test_logits_and_greedy_tokens_equal_the_reference(name: str) -> None:
+    vectors = reference(name)
+    model = Model.load(fixture_directory(name), device="cpu")
+    logits = model.logits(vectors["tokens"])
+    # The project's bound for float32 arithmetic on logits of size about 4.
+    np.testing.assert_allclose(logits, np.array(vectors["logits"], np.float32), rtol=0, atol=1e-4)
+    want = vectors["greedy"]
+    answer = model.generate(
+        vectors["greedy_prompt"],
+        temperature=0,
+        repetition_penalty=1,
+        ignore_eos=True,
+        max_new_tokens=len(want),
+    )
+    assert answer.tokens == want
+
+
+def test_mixture_of_experts_is_refused_by_name() -> None:
+    with pytest.raises(UnsupportedError, match="qwen2_moe") as caught:
+        Model.load(fixture_directory("moe"))
+    assert isinstance(caught.value, NotImplementedError)
+
+
+def test_the_demo_model_gives_transformers_tokens(demo: Model) -> None:
+    evaluation = json.loads((DEMO / "evaluation.json").read_text(encoding="utf-8"))
+    right = 0
+    questions = evaluation["questions"]
+    for question in questions:
+        answer = demo.chat(question["messages"], temperature=0, repetition_penalty=1, max_new_tokens=100)
+        assert answer.tokens == question["tokens"], question["messages"]
+        right += answer.text == question["answer"]
+    assert right / len(questions) >= 0.95
