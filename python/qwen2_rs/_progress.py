@@ -6,6 +6,7 @@ import sys
 from typing import TextIO
 
 _WIDTH = 30
+_STEP = 1000  # between units of bytes
 
 
 class Bar:
@@ -30,7 +31,7 @@ class Bar:
 
 def _size(n: float) -> str:
     for unit in ("B", "KB", "MB"):
-        if n < 1000:
+        if n < _STEP:
             return f"{n:.0f} {unit}"
-        n /= 1000
+        n /= _STEP
     return f"{n:.1f} GB"

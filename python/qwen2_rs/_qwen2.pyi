@@ -11,6 +11,38 @@ from typing_extensions import Self
 
 from qwen2_rs._types import Message, MessageDict, Prompt
 
+__all__ = [
+    "CancelledError",
+    "ContextOverflowError",
+    "DeviceFailedError",
+    "DeviceUnavailableError",
+    "Generation",
+    "InternalError",
+    "InvalidArgumentError",
+    "InvalidConstraintError",
+    "InvalidFileError",
+    "InvalidTemplateError",
+    "IoError",
+    "Memory",
+    "Model",
+    "NetworkError",
+    "NotFoundError",
+    "OutOfMemoryError",
+    "PermissionDeniedError",
+    "Piece",
+    "Qwen2Error",
+    "Session",
+    "StopMatch",
+    "Timings",
+    "TokenStream",
+    "Tokenizer",
+    "UnsupportedError",
+    "Usage",
+    "__version__",
+    "devices",
+    "run_cli",
+]
+
 __version__: Final[str]
 
 def devices() -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TypeAlias, TypedDict, Union
+from typing import TypeAlias, TypedDict
 
 
 class MessageDict(TypedDict):
@@ -15,8 +15,8 @@ class MessageDict(TypedDict):
     """What is said: plain text. Control tokens spelled in it stay plain text."""
 
 
-Message: TypeAlias = Union[MessageDict, Mapping[str, str]]
+Message: TypeAlias = MessageDict | Mapping[str, str]
 """A dict with a role and a content."""
 
-Prompt: TypeAlias = Union[str, Sequence[int], Sequence[Message]]
+Prompt: TypeAlias = str | Sequence[int] | Sequence[Message]
 """What a model answers to: text, token ids or a conversation."""

@@ -83,9 +83,9 @@ def test_breaking_out_leaves_the_model_usable_and_no_thread(demo: Model) -> None
     assert "42" in demo.chat(QUESTION, temperature=0).text
 
 
-def test_a_failure_reaches_the_awaiting_task(demo: Model) -> None:
+def test_the_end_is_seen_as_often_as_it_is_asked_for(demo: Model) -> None:
     async def run() -> None:
-        stream = demo.stream("x", max_new_tokens=2)
+        stream = demo.stream("x", max_new_tokens=2, ignore_eos=True)
         pieces = [piece async for piece in stream]
         assert len(pieces) == 2
         with pytest.raises(StopAsyncIteration):

@@ -35,6 +35,15 @@ def test_logits_and_greedy_tokens_equal_the_reference(name: str) -> None:
     assert answer.tokens == want
 
 
+def test_a_prompt_of_several_chunks_is_read_as_one(long_model: Model) -> None:
+    # Prefill takes 512 tokens at once; logits of all rows and those of generate come different ways.
+    tokens = [token % 1000 for token in range(7, 1600)]
+    likeliest = int(long_model.logits(tokens)[-1].argmax())
+    assert long_model.generate(tokens, temperature=0, repetition_penalty=1, max_new_tokens=1).tokens == [
+        likeliest
+    ]
+
+
 def test_mixture_of_experts_is_refused_by_name() -> None:
     with pytest.raises(UnsupportedError, match="qwen2_moe") as caught:
         Model.load(fixture_directory("moe"))

@@ -76,7 +76,11 @@ def test_a_bad_checkpoint_gives_the_error_of_the_vectors(case: dict[str, Any], t
     def fill(text: str | None) -> str | None:
         return None if text is None else text.replace("{dir}", str(directory))
 
-    assert (error.kind, str(error), error.help) == (case["kind"], fill(case["message"]), fill(case.get("help")))
+    assert (error.kind, str(error), error.help) == (
+        case["kind"],
+        fill(case["message"]),
+        fill(case.get("help")),
+    )
 
 
 def test_there_is_a_class_for_each_kind_which_is_a_builtin_too() -> None:
@@ -125,7 +129,8 @@ def test_paths_of_any_kind_are_taken(tmp_path: Path) -> None:
         def __fspath__(self) -> str:
             return str(DEMO)
 
-    for place in [DEMO, str(DEMO), Place()]:
+    places: list[str | os.PathLike[str]] = [DEMO, str(DEMO), Place()]
+    for place in places:
         assert Model.load(place).name == "demo-model"
         assert Tokenizer.load(place).vocab_size > 0
     if sys.platform.startswith("linux"):

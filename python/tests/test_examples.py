@@ -18,7 +18,14 @@ COMMAND = Path(sysconfig.get_path("scripts")) / "qwen2"
 def run(*command: str | Path, text: str | None = None) -> subprocess.CompletedProcess[str]:
     arguments = [str(part) for part in command]
     return subprocess.run(
-        arguments, cwd=ROOT, input=text, capture_output=True, text=True, encoding="utf-8", timeout=60, check=False
+        arguments,
+        cwd=ROOT,
+        input=text,
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        timeout=60,
+        check=False,
     )
 
 
@@ -47,7 +54,9 @@ def test_an_example_reports_an_error_with_the_way_out() -> None:
 
 
 def test_the_readme_can_be_pasted() -> None:
-    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.M | re.S)
+    blocks = re.findall(
+        r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.M | re.S
+    )
     if not blocks:
         pytest.skip("README.md shows no Python yet")
     for block in blocks:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import pickle
 import re
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 import qwen2_rs
 from conftest import COUNTING, DEMO, QUESTION, fixture_directory
-from qwen2_rs import ContextOverflowError, Generation, InvalidArgumentError, Model, TokenStream
+from qwen2_rs import ContextOverflowError, Generation, InvalidArgumentError, Model, Prompt, TokenStream
 
 
 def test_a_question_is_answered(demo: Model) -> None:
@@ -26,9 +27,7 @@ def test_a_question_is_answered(demo: Model) -> None:
     assert (answer.stop_match.kind, answer.stop_match.text) == ("eos", None)
     assert answer.tokens[-1] == answer.stop_match.token
     assert answer.usage.completion_tokens == len(answer.tokens)
-    assert answer.usage.prompt_tokens == len(
-        demo.tokenizer.encode_chat(QUESTION, add_generation_prompt=True)
-    )
+    assert answer.usage.prompt_tokens == len(demo.tokenizer.encode_chat(QUESTION, add_generation_prompt=True))
     assert answer.usage.cached_tokens == 0
     assert answer.timings.prefill_s > 0
     assert answer.timings.decode_tokens_per_s > 0
@@ -126,7 +125,14 @@ def test_an_option_out_of_range_is_a_value_error_that_names_it(
 
 @pytest.mark.parametrize(
     ("option", "value"),
-    [("temperature", "warm"), ("top_k", 1.5), ("max_new_tokens", "8"), ("stop", 3), ("stop", [3]), ("seed", 0.5)],
+    [
+        ("temperature", "warm"),
+        ("top_k", 1.5),
+        ("max_new_tokens", "8"),
+        ("stop", 3),
+        ("stop", [3]),
+        ("seed", 0.5),
+    ],
 )
 def test_an_option_of_the_wrong_type_is_a_type_error(demo: Model, option: str, value: Any) -> None:
     with pytest.raises(TypeError):
@@ -135,16 +141,17 @@ def test_an_option_of_the_wrong_type_is_a_type_error(demo: Model, option: str, v
 
 def test_a_typo_in_an_option_is_a_type_error(demo: Model) -> None:
     anything = cast(Any, demo)
-    for call in [
+    calls: list[Callable[[], object]] = [
         lambda: anything.generate("x", max_tokens=3),
         lambda: anything.stream("x", temprature=1),
         lambda: anything.chat(QUESTION, n=2),
         lambda: anything.generate_batch(["x"], max_tokens=3),
         lambda: anything.session().generate(max_tokens=3),
         lambda: anything.generate("x", 3),
-        lambda: Model.load(DEMO, "cpu"),  # type: ignore[misc]
-        lambda: Model.load(DEMO, n_ctx=512),  # type: ignore[call-arg]
-    ]:
+        lambda: anything.load(DEMO, "cpu"),
+        lambda: anything.load(DEMO, n_ctx=512),
+    ]
+    for call in calls:
         with pytest.raises(TypeError):
             call()
 
@@ -214,7 +221,7 @@ def test_a_batch_keeps_its_order(demo: Model) -> None:
 
 
 def test_a_failure_in_a_batch_is_raised_or_stands_in_its_place(demo: Model) -> None:
-    prompts = ["x", [], "y"]
+    prompts: list[Prompt] = ["x", [], "y"]
     with pytest.raises(InvalidArgumentError, match="prompt is empty"):
         demo.generate_batch(prompts, max_new_tokens=2)
     first, failed, last = demo.generate_batch(prompts, max_new_tokens=2, return_exceptions=True)
@@ -311,7 +318,7 @@ def test_what_progress_raises_stops_the_loading() -> None:
     class Enough(Exception):  # noqa: N818
         pass
 
-    def stop(done: int, total: int) -> None:
+    def stop(*_progress: int) -> None:
         raise Enough
 
     with pytest.raises(Enough):
@@ -358,13 +365,14 @@ def test_a_closed_model_raises_value_error() -> None:
     assert tokenizer.encode("x")
 
 
-def test_close_gives_the_memory_back(tmp_path: Path) -> None:
-    if not sys.platform.startswith("linux"):
-        pytest.skip("reads /proc/self/maps")
-    model = Model.load(DEMO)
-    weights = str(DEMO / "model.safetensors")
-    assert weights in Path("/proc/self/maps").read_text() or model.memory.weights
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/self/maps")
+def test_close_frees_the_weights(tmp_path: Path) -> None:
+    directory = shutil.copytree(fixture_directory("untied"), tmp_path / "model")
+    weights = str(directory / "model.safetensors")
+    model = Model.load(directory, dtype="f32")
+    assert weights in Path("/proc/self/maps").read_text()
     model.close()
+    assert weights not in Path("/proc/self/maps").read_text()
 
 
 def test_handles_cannot_be_pickled_or_made_by_hand(demo: Model) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 from conftest import COUNTING, QUESTION
 from qwen2_rs import ContextOverflowError, InvalidArgumentError, Model
@@ -68,7 +70,7 @@ def test_a_session_belongs_to_its_stream_while_that_runs(demo: Model) -> None:
     session.append(COUNTING)
     stream = session.stream(temperature=0)
     next(stream)
-    for use in [
+    uses: list[Callable[[], object]] = [
         lambda: session.append("x"),
         session.generate,
         session.stream,
@@ -77,8 +79,11 @@ def test_a_session_belongs_to_its_stream_while_that_runs(demo: Model) -> None:
         lambda: session.tokens,
         lambda: session.messages,
         lambda: session.memory,
-    ]:
-        with pytest.raises(InvalidArgumentError, match="session is in use: session: a stream of it") as caught:
+    ]
+    for use in uses:
+        with pytest.raises(
+            InvalidArgumentError, match="session is in use: session: a stream of it"
+        ) as caught:
             use()
         assert caught.value.help == "read the stream to its end, finish it, or close it first"
     stream.finish()

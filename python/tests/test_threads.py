@@ -55,9 +55,7 @@ def test_threads_wait_for_each_other_at_a_session(demo: Model) -> None:
     session.append([1, 2, 3])
     with ThreadPoolExecutor(4) as pool:
         answers = list(
-            pool.map(
-                lambda _: session.generate(temperature=0, ignore_eos=True, max_new_tokens=20), range(4)
-            )
+            pool.map(lambda _: session.generate(temperature=0, ignore_eos=True, max_new_tokens=20), range(4))
         )
     assert sorted(answer.usage.prompt_tokens for answer in answers) == [3, 23, 43, 63]
     assert len(session.tokens) == 83
@@ -116,16 +114,19 @@ print("ok")
 EXITS = {
     "a stream is half read": "stream = model.stream([1], ignore_eos=True); next(stream)",
     "a session's stream is half read": (
-        "session = model.session(); session.append([1]); stream = session.stream(ignore_eos=True); next(stream)"
+        "session = model.session()\nsession.append([1])\n"
+        "stream = session.stream(ignore_eos=True)\nnext(stream)"
     ),
     "a daemon thread generates": (
         "import threading, time\n"
-        "threading.Thread(target=model.generate, args=([1],), kwargs={'ignore_eos': True}, daemon=True).start()\n"
+        "def work(): model.generate([1], ignore_eos=True)\n"
+        "threading.Thread(target=work, daemon=True).start()\n"
         "time.sleep(0.3)"
     ),
     "a daemon thread reads a stream": (
         "import threading, time\n"
-        "threading.Thread(target=list, args=(model.stream([1], ignore_eos=True),), daemon=True).start()\n"
+        "stream = model.stream([1], ignore_eos=True)\n"
+        "threading.Thread(target=list, args=(stream,), daemon=True).start()\n"
         "time.sleep(0.3)"
     ),
     "an asynchronous stream is half read": (
@@ -140,6 +141,8 @@ EXITS = {
 
 @pytest.mark.parametrize("how", EXITS)
 def test_the_interpreter_ends_well_while(how: str, long_directory: Path) -> None:
-    code = f"import sys\nfrom qwen2_rs import Model\nmodel = Model.load(sys.argv[1], threads=2)\n{EXITS[how]}\n"
+    code = (
+        f"import sys\nfrom qwen2_rs import Model\nmodel = Model.load(sys.argv[1], threads=2)\n{EXITS[how]}\n"
+    )
     result = run_python(code, long_directory)
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")

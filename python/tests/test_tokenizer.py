@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import unicodedata
 from typing import Any
 
 import pytest
@@ -56,7 +57,8 @@ def check_chats(tokenizer: Tokenizer) -> None:
         rendered = tokenizer.apply_chat_template(messages, add_generation_prompt=prompt)
         assert rendered == case["rendered"], case["name"]
         tokens = tokenizer.encode_chat(messages, add_generation_prompt=prompt)
-        assert tokenizer.decode(tokens) == rendered, case["name"]
+        # Encoding normalizes, as in transformers.
+        assert tokenizer.decode(tokens) == unicodedata.normalize("NFC", rendered), case["name"]
         if not any("<|" in message["content"] for message in messages):
             assert tokens == tokenizer.encode_with_special_tokens(rendered), case["name"]
 

@@ -30,5 +30,11 @@ def test_examples_and_tests_type_check(tmp_path: Path) -> None:
     for file in files:
         if file.parent.name == "examples":
             check("mypy", "--strict", f"--cache-dir={tmp_path}", str(file), cwd=tmp_path)
-    check("mypy", "--strict", f"--cache-dir={tmp_path}", *map(str, (ROOT / "python" / "tests").glob("*.py")), cwd=tmp_path)
+    check(
+        "mypy",
+        "--strict",
+        f"--cache-dir={tmp_path}",
+        *map(str, (ROOT / "python" / "tests").glob("*.py")),
+        cwd=tmp_path,
+    )
     assert (Path(qwen2_rs.__file__).parent / "py.typed").exists()

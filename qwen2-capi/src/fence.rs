@@ -330,6 +330,7 @@ impl Handle for qwen2_error {
 
 #[cfg(test)]
 #[allow(clippy::unwrap_used)] // a panic is how a test fails
+#[allow(clippy::undocumented_unsafe_blocks)] // what the tests hand over is their own
 mod tests {
     use super::*;
     use crate::error::*;
