@@ -159,8 +159,8 @@ impl Drop for SignalOnDrop<'_> {
 }
 
 fn is_main_thread(py: Python<'_>) -> PyResult<bool> {
+    // By number: `current_thread()` makes an object for each thread that Python did not start.
     let threading = py.import("threading")?;
-    Ok(threading
-        .call_method0("current_thread")?
-        .is(&threading.call_method0("main_thread")?))
+    let main = threading.call_method0("main_thread")?.getattr("ident")?;
+    threading.call_method0("get_ident")?.eq(main)
 }
