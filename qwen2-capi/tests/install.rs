@@ -1,6 +1,6 @@
 //! An installed library is found by pkg-config and by CMake.
 #![cfg(target_os = "linux")]
-#![allow(clippy::unwrap_used)]
+#![allow(clippy::unwrap_used, clippy::print_stdout)]
 
 mod common;
 

@@ -184,7 +184,7 @@ impl Session {
         let cancel = CancelToken::new();
         let options = given.options()?.cancel(cancel.clone());
         let run = enter::outside(py, || SessionRun::start(Arc::clone(&self.0), &options))?;
-        Ok(TokenStream::new(Run::Session(run), cancel))
+        Ok(TokenStream::new(Run::Session(Box::new(run)), cancel))
     }
 
     /// A second conversation with the same past; both go on independently.

@@ -34,7 +34,7 @@ enum State {
 /// What produces the pieces.
 pub(crate) enum Run {
     Model(Box<qwen2_core::TokenStream>),
-    Session(SessionRun),
+    Session(Box<SessionRun>),
 }
 
 impl Run {
