@@ -22,18 +22,20 @@ version=$(sed -n 's/^version = "\(.*\)"/\1/p' "$here/../Cargo.toml" | head -n 1)
 abi=$(sed -n 's/^pub const QWEN2_ABI_VERSION: u32 = \(.*\);/\1/p' "$here/src/version.rs")
 
 # The libraries without the rlib: with it, cargo leaves link-time optimisation out.
-notes=$prefix/.static-libs
+static_libs=
 if [ -n "${QWEN2_LIBRARY_DIR:-}" ]; then
     built=$QWEN2_LIBRARY_DIR
-    : > "$notes"
 else
-    (cd "$here" && cargo rustc --release --locked --lib --crate-type cdylib,staticlib "$@" -- \
-        --print native-static-libs 2>&1) | tee "$notes" >&2
+    notes=$(mktemp -d)
+    trap 'rm -rf "$notes"' EXIT
+    # The status of cargo, not that of tee, decides.
+    { (cd "$here" && cargo rustc --release --locked --lib --crate-type cdylib,staticlib "$@" -- \
+        --print native-static-libs 2>&1) && : > "$notes/done"; } | tee "$notes/log" >&2
+    [ -e "$notes/done" ]
     built=${CARGO_TARGET_DIR:-$here/../target}/release
+    # What a program that links libqwen2.a needs besides.
+    static_libs=$(sed -n 's/.*native-static-libs: //p' "$notes/log" | tail -n 1)
 fi
-# What a program that links libqwen2.a needs besides.
-static_libs=$(sed -n 's/.*native-static-libs: //p' "$notes" | tail -n 1)
-rm -f "$notes"
 : "${static_libs:=-lgcc_s -lutil -lrt -lpthread -lm -ldl -lc}"
 
 install -d "$prefix/lib/pkgconfig" "$prefix/lib/cmake/qwen2" "$prefix/include"

@@ -379,3 +379,21 @@ fn loading_and_dropping_ten_times_leaves_no_thread_behind() {
     // Other tests of this binary run beside this one and have threads of their own.
     assert!(count() < before + 30, "threads are left behind");
 }
+
+#[test]
+fn a_prompt_read_in_chunks_gives_the_same_answer() {
+    let tokens: Vec<u32> = (0..60).map(|i| 10 + i % 200).collect();
+    let whole = model()
+        .generate(Prompt::Tokens(tokens.clone()), &greedy(10))
+        .unwrap();
+    for chunk in [1, 7, 59] {
+        let model = builder(fixture("tied"))
+            .prefill_chunk(chunk)
+            .load()
+            .unwrap();
+        let generation = model
+            .generate(Prompt::Tokens(tokens.clone()), &greedy(10))
+            .unwrap();
+        assert_eq!(generation.tokens, whole.tokens, "chunks of {chunk}");
+    }
+}

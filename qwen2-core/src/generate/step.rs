@@ -36,7 +36,9 @@ impl Network {
         // burn reports failures by panic; what the panic leaves behind is the cache, emptied below.
         let outcome = catch_unwind(AssertUnwindSafe(|| {
             self.threads.install(|| {
-                let logits = self.qwen2.forward(tokens, cache, rows)?;
+                let Some(logits) = self.qwen2.forward(tokens, cache, rows)? else {
+                    return Ok(Vec::new());
+                };
                 let data = logits
                     .try_into_data()
                     .map_err(|error| failed(&format!("{error:?}")))?;

@@ -62,7 +62,7 @@ pub(crate) enum Rows {
 
 impl Qwen2 {
     /// Runs `tokens` behind what `cache` holds and returns the logits of `rows`,
-    /// `[rows, vocab_size]` f32.
+    /// `[rows, vocab_size]` f32; nothing for no rows.
     ///
     /// # Errors
     /// `ContextOverflow` if the tokens do not fit the cache, before any computation.
@@ -74,7 +74,7 @@ impl Qwen2 {
         tokens: &[u32],
         cache: &mut Cache,
         rows: Rows,
-    ) -> Result<Tensor<2>> {
+    ) -> Result<Option<Tensor<2>>> {
         cache.reserve(tokens.len())?;
         let (layers, n_past) = cache.parts();
         let tables = self
@@ -86,19 +86,15 @@ impl Qwen2 {
         }
         cache.advance(tokens.len());
         let n = tokens.len();
-        let h = match rows {
-            Rows::All => h,
-            Rows::Last => h.narrow(0, n - 1, 1),
-            Rows::None => h.narrow(0, 0, 0),
-        };
-        Ok(self.head(h))
+        Ok(match rows {
+            Rows::All => Some(self.head(h)),
+            Rows::Last => Some(self.head(h.narrow(0, n - 1, 1))),
+            Rows::None => None,
+        })
     }
 
     /// `h` `[rows, hidden]` → logits `[rows, vocab_size]`.
     fn head(&self, h: Tensor<2>) -> Tensor<2> {
-        if h.dims()[0] == 0 {
-            return h;
-        }
         let h = self.norm.forward(h);
         match &self.lm_head {
             Some(head) => head.forward(h),
