@@ -247,6 +247,20 @@ qwen2_status qwen2_load_options_set_quantize(qwen2_load_options *options,
                                              size_t len,
                                              qwen2_error **error);
 
+// The precision of keys and values in the cache: "f32", "f16" or "bf16"; default: f32 for f32
+// weights, else f16.
+qwen2_status qwen2_load_options_set_kv_cache(qwen2_load_options *options,
+                                             const char *kv_cache,
+                                             size_t len,
+                                             qwen2_error **error);
+
+// The precision that prefill multiplies bf16 weights in: "f32", the default, or "bf16", which is
+// faster on processors with bf16 dot products and rounds the activations.
+qwen2_status qwen2_load_options_set_activations(qwen2_load_options *options,
+                                                const char *activations,
+                                                size_t len,
+                                                qwen2_error **error);
+
 // Tokens that prompt and answer may have together, at most what the model was made for; default:
 // all of it. Checked when a model is loaded.
 void qwen2_load_options_set_context_length(qwen2_load_options *options, size_t n_tokens);

@@ -229,6 +229,7 @@ private:
 /// How to load a model.
 struct LoadOptions {
     std::string device = "auto", dtype, quantize;                    ///< empty: as stored
+    std::string kv_cache, activations;                               ///< empty: the default
     std::optional<std::size_t> context_length, threads;
     std::function<bool(std::uint64_t done, std::uint64_t total)> progress; ///< false stops; must not throw
 };
@@ -242,6 +243,8 @@ public:
         set(qwen2_load_options_set_device, options.device);
         if (!options.dtype.empty()) set(qwen2_load_options_set_dtype, options.dtype);
         if (!options.quantize.empty()) set(qwen2_load_options_set_quantize, options.quantize);
+        if (!options.kv_cache.empty()) set(qwen2_load_options_set_kv_cache, options.kv_cache);
+        if (!options.activations.empty()) set(qwen2_load_options_set_activations, options.activations);
         if (options.context_length) qwen2_load_options_set_context_length(raw.get(), *options.context_length);
         if (options.threads) qwen2_load_options_set_threads(raw.get(), *options.threads);
         if (options.progress) qwen2_load_options_set_progress(raw.get(), on_progress, const_cast<LoadOptions *>(&options));

@@ -64,6 +64,8 @@ class Model:
         device: str = "auto",
         dtype: str = "auto",
         quantize: str | None = None,
+        kv_cache: str | None = None,
+        activations: str = "f32",
         context_length: int | None = None,
         threads: int | None = None,
         progress: bool | Callable[[int, int], object] | None = False,
@@ -74,6 +76,9 @@ class Model:
         device: auto, cpu, wgpu, vulkan, metal, cuda, with an index for a GPU, as in cuda:1.
         dtype: auto (as stored), f32, f16 or bf16.
         quantize: q8 or q4 packs the matrices into fewer bits.
+        kv_cache: f32, f16 or bf16, the precision of keys and values; by default f32 for f32 weights,
+            else f16.
+        activations: f32, or bf16 for a faster prefill of bf16 weights that rounds them.
         context_length: tokens that prompt and answer may have together, at most the model's.
         threads: on the processor; by default as many as the system allows.
         progress: True for a bar on stderr, or a function that gets the bytes done and in all; what

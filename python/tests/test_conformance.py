@@ -20,7 +20,7 @@ def reference(name: str) -> Any:
 @pytest.mark.parametrize("name", DENSE)
 def test_logits_and_greedy_tokens_equal_the_reference(name: str) -> None:
     vectors = reference(name)
-    model = Model.load(fixture_directory(name), device="cpu")
+    model = Model.load(fixture_directory(name), device="cpu", kv_cache="f32")
     logits = model.logits(vectors["tokens"])
     # The project's bound for float32 arithmetic on logits of size about 4.
     np.testing.assert_allclose(logits, np.array(vectors["logits"], np.float32), rtol=0, atol=1e-4)

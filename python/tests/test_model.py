@@ -281,6 +281,8 @@ def test_settings_of_loading() -> None:
     packed = Model.load(DEMO, quantize="q8")
     assert ", q8, " in repr(packed)
     assert packed.memory.weights < Model.load(DEMO).memory.weights
+    wide = Model.load(DEMO, kv_cache="f32", activations="bf16").memory.cache_per_token
+    assert wide == 2 * Model.load(DEMO, kv_cache="f16").memory.cache_per_token
 
 
 @pytest.mark.parametrize(
@@ -288,6 +290,8 @@ def test_settings_of_loading() -> None:
     [
         ({"device": "gpu"}, "unknown device: device: `gpu`"),
         ({"dtype": "int8"}, "unknown dtype: dtype: int8"),
+        ({"kv_cache": "q3"}, "unknown dtype: dtype: q3"),
+        ({"activations": "q3"}, "unknown dtype: dtype: q3"),
         ({"quantize": "q3"}, "unknown quantization: quantize: `q3`"),
         ({"context_length": 0}, "setting is out of range: context_length: 0"),
         ({"context_length": -1}, "setting is out of range: context_length: -1"),

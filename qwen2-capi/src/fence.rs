@@ -1,12 +1,9 @@
 //! The border: panics stop here, pointers are checked here, errors leave through a parameter.
 
-use std::any::Any;
-use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
 use std::ffi::{CStr, c_char};
-use std::panic::{AssertUnwindSafe, PanicHookInfo, catch_unwind};
 use std::ptr::NonNull;
-use std::sync::{Once, PoisonError, RwLock};
+use std::sync::{PoisonError, RwLock};
 
 use crate::error::{QWEN2_OK, qwen2_error, qwen2_status};
 use crate::log;
@@ -71,72 +68,8 @@ pub(crate) fn free<T: Handle>(handle: *mut T) {
 }
 
 fn caught<T>(body: impl FnOnce() -> Outcome<T>) -> Result<Outcome<T>, Box<qwen2_error>> {
-    quiet_panics();
-    let inside = Inside::enter();
     // What a panic leaves half-done is behind the locks and the fence of the core, or is dropped.
-    let outcome = catch_unwind(AssertUnwindSafe(|| log::scope(body)));
-    drop(inside);
-    outcome.map_err(|panic| Box::new(qwen2_error::internal(&panic_text(&*panic))))
-}
-
-thread_local! {
-    /// Entries under way on this thread: more than one where a callback calls the library.
-    static DEPTH: Cell<u32> = const { Cell::new(0) };
-    static LAST_PANIC: RefCell<Option<String>> = const { RefCell::new(None) };
-}
-
-struct Inside;
-
-impl Inside {
-    fn enter() -> Self {
-        DEPTH.set(DEPTH.get() + 1);
-        Self
-    }
-}
-
-impl Drop for Inside {
-    fn drop(&mut self) {
-        DEPTH.set(DEPTH.get() - 1);
-    }
-}
-
-/// A library is silent: panics that an entry or the core catches must not print to the host's
-/// stderr. The hook belongs to this library's copy of the standard library, not to the process.
-fn quiet_panics() {
-    static ONCE: Once = Once::new();
-    ONCE.call_once(|| {
-        let previous = std::panic::take_hook();
-        std::panic::set_hook(Box::new(move |info| {
-            let inside = DEPTH.try_with(|depth| depth.get() > 0).unwrap_or(false);
-            let thread = std::thread::current();
-            if inside || thread.name().is_some_and(|name| name.starts_with("qwen2-")) {
-                remember(info);
-            } else {
-                previous(info);
-            }
-        }));
-    });
-}
-
-fn remember(info: &PanicHookInfo<'_>) {
-    let what = payload_text(info.payload());
-    let text = match info.location() {
-        Some(place) => format!("{what} ({}:{})", place.file(), place.line()),
-        None => what.to_owned(),
-    };
-    let _ = LAST_PANIC.try_with(|last| last.replace(Some(text)));
-}
-
-fn panic_text(payload: &(dyn Any + Send)) -> String {
-    LAST_PANIC
-        .take()
-        .unwrap_or_else(|| payload_text(payload).to_owned())
-}
-
-fn payload_text(payload: &(dyn Any + Send)) -> &str {
-    let text = payload.downcast_ref::<String>().map(String::as_str);
-    text.or_else(|| payload.downcast_ref::<&str>().copied())
-        .unwrap_or("unknown panic")
+    qwen2_core::fenced(|| log::scope(body)).map_err(|panic| Box::new(qwen2_error::internal(&panic)))
 }
 
 /// A type that C holds a pointer to.

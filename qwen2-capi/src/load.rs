@@ -14,6 +14,8 @@ pub struct qwen2_load_options {
     device: Option<Device>,
     dtype: Option<DType>,
     quantize: Option<Quantization>,
+    kv_cache: Option<DType>,
+    activations: Option<DType>,
     context_length: Option<usize>,
     threads: Option<usize>,
     progress: Option<Callback>,
@@ -59,6 +61,12 @@ impl qwen2_load_options {
         }
         if let Some(quantize) = self.quantize {
             builder = builder.quantize(quantize);
+        }
+        if let Some(dtype) = self.kv_cache {
+            builder = builder.kv_cache(dtype);
+        }
+        if let Some(dtype) = self.activations {
+            builder = builder.activations(dtype);
         }
         if let Some(n_tokens) = self.context_length {
             builder = builder.context_length(n_tokens);
@@ -129,6 +137,38 @@ pub unsafe extern "C" fn qwen2_load_options_set_quantize(
     fence::entry(error, || {
         let options = fence::borrow_mut(options)?;
         options.quantize = Some(parse(quantize, len, "quantize")?);
+        Ok(QWEN2_OK)
+    })
+}
+
+/// The precision of keys and values in the cache: "f32", "f16" or "bf16"; default: f32 for f32
+/// weights, else f16.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn qwen2_load_options_set_kv_cache(
+    options: *mut qwen2_load_options,
+    kv_cache: *const c_char,
+    len: usize,
+    error: *mut *mut qwen2_error,
+) -> qwen2_status {
+    fence::entry(error, || {
+        let options = fence::borrow_mut(options)?;
+        options.kv_cache = Some(parse(kv_cache, len, "kv_cache")?);
+        Ok(QWEN2_OK)
+    })
+}
+
+/// The precision that prefill multiplies bf16 weights in: "f32", the default, or "bf16", which is
+/// faster on processors with bf16 dot products and rounds the activations.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn qwen2_load_options_set_activations(
+    options: *mut qwen2_load_options,
+    activations: *const c_char,
+    len: usize,
+    error: *mut *mut qwen2_error,
+) -> qwen2_status {
+    fence::entry(error, || {
+        let options = fence::borrow_mut(options)?;
+        options.activations = Some(parse(activations, len, "activations")?);
         Ok(QWEN2_OK)
     })
 }

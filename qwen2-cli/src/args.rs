@@ -42,6 +42,9 @@ pub(crate) struct LoadArgs {
     /// What prefill multiplies bf16 weights in, f32 or bf16 [default: f32].
     #[arg(long)]
     pub(crate) activations: Option<String>,
+    /// Precision of keys and values in the cache, f32, f16 or bf16 [default: f16, beside f32 f32].
+    #[arg(long)]
+    pub(crate) kv_cache: Option<String>,
     /// Tokens of prompt and answer together [default: all the model can].
     #[arg(long)]
     pub(crate) context_length: Option<usize>,
@@ -184,6 +187,9 @@ pub(crate) struct BenchArgs {
     /// What prefill multiplies bf16 weights in, f32 or bf16 [default: f32].
     #[arg(long)]
     pub(crate) activations: Option<String>,
+    /// Precision of keys and values in the cache, f32, f16 or bf16 [default: f16, beside f32 f32].
+    #[arg(long)]
+    pub(crate) kv_cache: Option<String>,
     /// Tokens of the prompt.
     #[arg(long, default_value_t = 512)]
     pub(crate) prompt: usize,
@@ -199,6 +205,9 @@ pub(crate) struct BenchArgs {
     /// auto, cpu, wgpu, vulkan, metal, webgpu, cuda or ndarray.
     #[arg(long, default_value = "cpu")]
     pub(crate) device: String,
+    /// One more run, which times every part of the network.
+    #[arg(long)]
+    pub(crate) profile: bool,
     /// One JSON object instead of lines.
     #[arg(long)]
     pub(crate) json: bool,

@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::time::Instant;
 
-use qwen2_core::{DType, GenerateOptions, Model, ModelConfig, Quantization};
+use qwen2_core::{DType, GenerateOptions, Model, ModelConfig, Quantization, profile};
 use serde_json::{Value, json};
 
 use crate::args::{BenchArgs, LoadArgs};
@@ -65,6 +65,7 @@ pub(crate) fn run(args: &BenchArgs) -> Result<(), Failure> {
             .and_then(Precision::quantization)
             .map(|q| q.name().to_owned()),
         activations: args.activations.clone(),
+        kv_cache: args.kv_cache.clone(),
         context_length: None,
         threads: args.threads,
     };
@@ -76,7 +77,10 @@ pub(crate) fn run(args: &BenchArgs) -> Result<(), Failure> {
     let runs = (0..args.repeat)
         .map(|_| measure(&model, args))
         .collect::<Result<Vec<_>, _>>()?;
-    let report = report(args, &model, &name, precision, load_s, &runs);
+    let mut report = report(args, &model, &name, precision, load_s, &runs);
+    if args.profile {
+        report["profile"] = profile(&model, args)?;
+    }
     match args.json {
         true => output::print_json(&report),
         false => output::print(&lines(&report)),
@@ -237,6 +241,34 @@ fn measure(model: &Model, args: &BenchArgs) -> Result<Run, Failure> {
     })
 }
 
+/// What each part of the network takes: milliseconds of the prefill, microseconds of a decode step.
+fn profile(model: &Model, args: &BenchArgs) -> Result<Value, Failure> {
+    let table = |unit: &str, scale: f64, total: f64| {
+        let mut rows = Vec::new();
+        let mut rest = total;
+        for part in profile::take() {
+            let time = part.time.as_secs_f64() * scale;
+            rest -= time;
+            rows.push(json!({ "part": part.name, unit: time, "share": time / total }));
+        }
+        rows.push(json!({ "part": "the rest", unit: rest, "share": rest / total }));
+        Value::from(rows)
+    };
+    let mut stream = generate(model, args.prompt, args.new)?;
+    profile::set(true);
+    let start = Instant::now();
+    stream.next().transpose()?;
+    let prefill = table("ms", 1e3, start.elapsed().as_secs_f64() * 1e3);
+    let start = Instant::now();
+    for piece in stream.by_ref() {
+        piece?;
+    }
+    let scale = 1e6 / (args.new - 1) as f64;
+    let decode = table("us", scale, start.elapsed().as_secs_f64() * scale);
+    profile::set(false);
+    Ok(json!({ "prefill": prefill, "decode": decode }))
+}
+
 fn report(
     args: &BenchArgs,
     model: &Model,
@@ -329,9 +361,29 @@ fn lines(report: &Value) -> String {
             ),
         ),
     ];
-    rows.iter()
+    let mut lines: String = rows
+        .iter()
         .map(|(name, value)| format!("{name:<14}{value}\n"))
-        .collect()
+        .collect();
+    for (title, table, unit) in [
+        ("prefill, ms", "prefill", "ms"),
+        ("decode, µs a token", "decode", "us"),
+    ] {
+        let Some(parts) = report["profile"][table].as_array() else {
+            continue;
+        };
+        lines += &format!("\n{title}\n");
+        for part in parts {
+            let number = |key: &str| part[key].as_f64().unwrap_or(f64::NAN);
+            let share = 100.0 * number("share");
+            lines += &format!(
+                "  {:<18}{:>10.1}{share:>7.1} %\n",
+                text(&part["part"]),
+                number(unit)
+            );
+        }
+    }
+    lines
 }
 
 fn text(value: &Value) -> &str {

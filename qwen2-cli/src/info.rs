@@ -4,7 +4,7 @@ use std::ffi::OsStr;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use qwen2_core::{DType, Device, ModelConfig};
+use qwen2_core::{DType, Device, ModelConfig, instruction_set};
 use serde_json::{Value, json};
 
 use crate::args::{InfoArgs, LoadArgs};
@@ -132,9 +132,9 @@ impl Facts {
             .map(|dtype| self.config.parameter_count() * dtype.size_in_bytes() as u64)
     }
 
-    /// The cache holds f32.
     fn cache_bytes_per_token(&self) -> u64 {
-        self.config.kv_bytes_per_token(DType::F32)
+        let weights = self.dtype.unwrap_or(DType::F32);
+        self.config.kv_bytes_per_token(weights.default_kv_cache())
     }
 
     fn cache_bytes(&self) -> u64 {
@@ -207,41 +207,4 @@ impl Facts {
 
 fn threads() -> usize {
     std::thread::available_parallelism().map_or(1, usize::from)
-}
-
-/// The instruction set that the kernels choose on this machine, by the rule of the library.
-#[cfg(target_arch = "x86_64")]
-fn instruction_set() -> String {
-    let avx2 = is_x86_feature_detected!("avx2")
-        && is_x86_feature_detected!("fma")
-        && is_x86_feature_detected!("f16c");
-    let avx512 = avx2
-        && is_x86_feature_detected!("avx512f")
-        && is_x86_feature_detected!("avx512bw")
-        && is_x86_feature_detected!("avx512vl")
-        && is_x86_feature_detected!("avx512dq");
-    let vnni = avx512 && is_x86_feature_detected!("avx512vnni");
-    let present = [
-        ("portable", true),
-        ("avx2", avx2),
-        ("avx512", avx512),
-        ("avx512-vnni", vnni),
-    ];
-    let names = || {
-        present
-            .iter()
-            .filter(|(_, is_present)| *is_present)
-            .map(|(name, _)| *name)
-    };
-    let wanted = std::env::var("QWEN2_CPU").unwrap_or_default();
-    names()
-        .find(|name| *name == wanted)
-        .or(names().next_back())
-        .unwrap_or("portable")
-        .to_owned()
-}
-
-#[cfg(not(target_arch = "x86_64"))]
-fn instruction_set() -> String {
-    "portable".to_owned()
 }

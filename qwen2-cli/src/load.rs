@@ -40,6 +40,9 @@ pub(crate) fn apply(mut builder: ModelBuilder, args: &LoadArgs) -> Result<ModelB
     if let Some(dtype) = &args.activations {
         builder = builder.activations(dtype.parse()?);
     }
+    if let Some(dtype) = &args.kv_cache {
+        builder = builder.kv_cache(dtype.parse()?);
+    }
     if let Some(n_tokens) = args.context_length {
         builder = builder.context_length(n_tokens);
     }

@@ -267,6 +267,16 @@ impl DType {
         }
     }
 
+    /// What a model with weights of this precision keeps its keys and values in, unless asked
+    /// otherwise: f32 beside f32, so that nothing is rounded; else f16, which has three bits
+    /// of mantissa more than bf16.
+    pub fn default_kv_cache(self) -> Self {
+        match self {
+            Self::F32 => Self::F32,
+            Self::F16 | Self::BF16 => Self::F16,
+        }
+    }
+
     /// Bytes of one number.
     pub fn size_in_bytes(self) -> usize {
         match self {

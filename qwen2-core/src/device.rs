@@ -1,12 +1,12 @@
 //! Where a model computes: the device string, what is compiled in, and what is there.
 
 use std::fmt;
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::str::FromStr;
 
 use burn::tensor::{Device as BurnDevice, Tensor, TensorData};
 
 use crate::error::{Error, ErrorKind, Result};
+use crate::fence::fenced;
 
 /// A place to compute, as its string says: `auto`, `cpu`, `wgpu`, `vulkan`, `metal`, `webgpu`,
 /// `cuda`, `ndarray`, the GPUs with an optional index (`cuda:1`).
@@ -109,13 +109,13 @@ impl Device {
             )));
         };
         tracing::debug!(device = row.1, "opening");
-        let opened = catch_unwind(AssertUnwindSafe(|| {
+        let opened = fenced(|| {
             let device = self.burn_device()?;
             self.probe(&device).map(|()| device)
-        }));
+        });
         match opened {
             Ok(result) => result.map(|device| (self.clone(), device)),
-            Err(panic) => Err(self.unavailable(&panic_text(&*panic)).with_help(
+            Err(panic) => Err(self.unavailable(&panic).with_help(
                 "is the driver installed, and does the device exist? `cpu` works everywhere",
             )),
         }
@@ -225,7 +225,7 @@ impl Device {
 fn adapters(backend: Backend) -> Option<usize> {
     #[cfg(feature = "wgpu")]
     if matches!(backend, Backend::Wgpu | Backend::Vulkan | Backend::Metal) {
-        let count = catch_unwind(|| BurnDevice::enumerate_physical().len());
+        let count = fenced(|| BurnDevice::enumerate_physical().len());
         return count.ok();
     }
     let _ = backend;
@@ -258,15 +258,6 @@ fn cuda_driver_is_there() -> bool {
                 .iter()
                 .any(|name| std::path::Path::new(folder).join(name).exists())
         })
-}
-
-/// The message of a caught panic.
-pub(crate) fn panic_text(panic: &(dyn std::any::Any + Send)) -> String {
-    panic
-        .downcast_ref::<String>()
-        .cloned()
-        .or_else(|| panic.downcast_ref::<&str>().map(|text| (*text).to_owned()))
-        .unwrap_or_else(|| "unknown panic".to_owned())
 }
 
 impl Default for Device {

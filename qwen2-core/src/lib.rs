@@ -5,18 +5,26 @@ mod checkpoint;
 mod config;
 mod device;
 mod error;
+mod fence;
 mod generate;
 mod model;
 mod ops;
+#[doc(hidden)]
+pub mod profile;
 mod text;
 
 #[doc(hidden)]
 pub use api::SessionRun;
-pub use api::{Logits, Memory, Model, ModelBuilder, Prompt, Quantization, Session, SessionStream};
+pub use api::{
+    Logits, Memory, Model, ModelBuilder, Prompt, Quantization, Session, SessionStream,
+    instruction_set,
+};
 pub use checkpoint::{Progress, Source};
 pub use config::{DType, GenerationConfig, ModelConfig, MoeConfig, RopeScaling};
 pub use device::Device;
 pub use error::{Error, ErrorKind, Result};
+#[doc(hidden)]
+pub use fence::fenced;
 pub use generate::{
     CancelToken, FinishReason, GenerateOptions, Generation, LogitsProcessor, Piece, StopMatch,
     Timings, TokenStream, Usage,

@@ -3,7 +3,7 @@
 
 mod common;
 
-use common::{builder, device, fixture, ids, json, load, max_difference, rows};
+use common::{builder, device, fixture, ids, json, max_difference, rows, unrounded};
 use qwen2_core::{DType, ErrorKind, GenerateOptions, Model, Prompt};
 
 const DENSE: [&str; 13] = [
@@ -29,7 +29,7 @@ const TOLERANCE: f32 = 1e-4;
 fn logits_equal_the_reference_at_every_position() {
     for name in DENSE {
         let reference = json(fixture(name).join("reference.json"));
-        let model = load(fixture(name));
+        let model = unrounded(fixture(name)).load().unwrap();
         let logits = model.logits(&ids(&reference["tokens"])).unwrap();
         let want = rows(&reference["logits"]);
         assert_eq!(logits.values.len(), logits.n_tokens * logits.vocab_size);
@@ -54,7 +54,7 @@ fn greedy_tokens_equal_the_reference() {
         let mut options = GenerateOptions::greedy().max_new_tokens(want.len());
         options.ignore_eos = true;
         let prompt = Prompt::Tokens(ids(&reference["greedy_prompt"]));
-        let model = load(fixture(name));
+        let model = unrounded(fixture(name)).load().unwrap();
         let generation = model.generate(prompt, &options).unwrap();
         assert_eq!(generation.tokens, want, "{name}");
     }
@@ -64,9 +64,14 @@ fn greedy_tokens_equal_the_reference() {
 fn prefill_in_chunks_equals_one_shot() {
     for name in DENSE {
         let tokens = ids(&json(fixture(name).join("reference.json"))["tokens"]);
-        let whole = load(fixture(name)).logits(&tokens).unwrap().values;
+        let whole = unrounded(fixture(name))
+            .load()
+            .unwrap()
+            .logits(&tokens)
+            .unwrap()
+            .values;
         for chunk in [1, 7, 64] {
-            let model = builder(fixture(name)).prefill_chunk(chunk).load().unwrap();
+            let model = unrounded(fixture(name)).prefill_chunk(chunk).load().unwrap();
             let difference = max_difference(&model.logits(&tokens).unwrap().values, &whole);
             assert!(
                 difference <= TOLERANCE,
@@ -83,7 +88,9 @@ fn bf16_stays_within_the_references_own_rounding() {
     let reference = json(fixture("bf16_shards").join("reference.json"));
     let exact = rows(&reference["logits"]);
     let theirs = rows(&reference["logits_bf16"]);
-    let ours = load(fixture("bf16_shards"))
+    let ours = unrounded(fixture("bf16_shards"))
+        .load()
+        .unwrap()
         .logits(&ids(&reference["tokens"]))
         .unwrap()
         .values;
@@ -94,6 +101,18 @@ fn bf16_stays_within_the_references_own_rounding() {
         "{difference} from their bf16, which is {allowed} from float32"
     );
     assert!(max_difference(&ours, &exact) <= allowed);
+}
+
+/// The cache of a bf16 model is f16 by default: three bits more than what transformers rounds to.
+#[test]
+fn the_default_cache_rounds_an_eighth_of_what_the_reference_does() {
+    let reference = json(fixture("bf16_shards").join("reference.json"));
+    let exact = rows(&reference["logits"]);
+    let allowed = max_difference(&rows(&reference["logits_bf16"]), &exact);
+    let model = builder(fixture("bf16_shards")).load().unwrap();
+    let ours = model.logits(&ids(&reference["tokens"])).unwrap().values;
+    let difference = max_difference(&ours, &exact);
+    assert!(difference <= allowed / 8.0, "{difference} of {allowed}");
 }
 
 /// Rounded activations are off float32 by less than transformers is when it computes in bf16.

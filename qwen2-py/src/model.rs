@@ -66,14 +66,17 @@ impl Model {
     /// device: auto, cpu, wgpu, vulkan, metal, cuda, with an index for a GPU, as in cuda:1.
     /// dtype: auto (as stored), f32, f16 or bf16.
     /// quantize: q8 or q4 packs the matrices into fewer bits.
+    /// kv_cache: f32, f16 or bf16, the precision of keys and values; by default f32 for f32 weights,
+    ///     else f16.
+    /// activations: f32, or bf16 for a faster prefill of bf16 weights that rounds them.
     /// context_length: tokens that prompt and answer may have together, at most the model's.
     /// threads: on the processor; by default as many as the system allows.
     /// progress: True for a bar on stderr, or a function that gets the bytes done and in all; what
     ///     it raises stops the loading.
     #[staticmethod]
     #[pyo3(
-        signature = (source, *, device="auto", dtype="auto", quantize=None, context_length=None, threads=None, progress=None),
-        text_signature = "(source, *, device='auto', dtype='auto', quantize=None, context_length=None, threads=None, progress=False)"
+        signature = (source, *, device="auto", dtype="auto", quantize=None, kv_cache=None, activations="f32", context_length=None, threads=None, progress=None),
+        text_signature = "(source, *, device='auto', dtype='auto', quantize=None, kv_cache=None, activations='f32', context_length=None, threads=None, progress=False)"
     )]
     #[allow(clippy::too_many_arguments)] // the settings, by name
     fn load(
@@ -82,6 +85,8 @@ impl Model {
         device: &str,
         dtype: &str,
         quantize: Option<&str>,
+        kv_cache: Option<&str>,
+        activations: &str,
         context_length: Option<Whole>,
         threads: Option<Whole>,
         progress: Option<Bound<'_, PyAny>>,
@@ -99,6 +104,10 @@ impl Model {
         if let Some(quantize) = quantize {
             builder = builder.quantize(quantize);
         }
+        if let Some(dtype) = kv_cache {
+            builder = builder.kv_cache(dtype.parse::<DType>().map_err(Failure::from)?);
+        }
+        builder = builder.activations(activations.parse::<DType>().map_err(Failure::from)?);
         if let Some(context_length) = context_length {
             builder = builder.context_length(context_length.setting("context_length")?);
         }

@@ -147,6 +147,12 @@ static void load_errors(const char *directory) {
           "unknown dtype: dtype: f8");
     FAILS(qwen2_load_options_set_quantize(options, "q3", NUL, &error), QWEN2_ERROR_INVALID_ARGUMENT,
           "unknown quantization: quantize: `q3`");
+    FAILS(qwen2_load_options_set_kv_cache(options, "f8", NUL, &error), QWEN2_ERROR_INVALID_ARGUMENT,
+          "unknown dtype: dtype: f8");
+    OK(qwen2_load_options_set_kv_cache(options, "bf16", NUL, &error));
+    FAILS(qwen2_load_options_set_activations(options, "f8", NUL, &error), QWEN2_ERROR_INVALID_ARGUMENT,
+          "unknown dtype: dtype: f8");
+    OK(qwen2_load_options_set_activations(options, "bf16", NUL, &error));
     if (strstr(qwen2_devices(), "cuda") == NULL) {
         OK(qwen2_load_options_set_device(options, "cuda:1", NUL, &error));
         FAILS(qwen2_model_load(directory, NUL, options, &model, &error), QWEN2_ERROR_DEVICE_UNAVAILABLE,

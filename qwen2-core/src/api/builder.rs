@@ -32,6 +32,7 @@ pub struct ModelBuilder {
     threads: Option<usize>,
     prefill_chunk: usize,
     activations: DType,
+    kv_cache: Option<DType>,
     progress: Option<ProgressFn>,
 }
 
@@ -96,6 +97,7 @@ impl ModelBuilder {
             threads: None,
             prefill_chunk: PREFILL_CHUNK,
             activations: DType::F32,
+            kv_cache: None,
             progress: None,
         }
     }
@@ -142,6 +144,13 @@ impl ModelBuilder {
     /// transformers does when it computes in bf16; sums, norms and residuals stay f32.
     pub fn activations(mut self, dtype: DType) -> Self {
         self.activations = dtype;
+        self
+    }
+
+    /// The precision of keys and values in the cache; default: f32 for f32 weights, else f16, as
+    /// on GPUs f32. Scores and sums are f32 in any case; in f16, numbers beyond ±65504 become that.
+    pub fn kv_cache(mut self, dtype: DType) -> Self {
+        self.kv_cache = Some(dtype);
         self
     }
 
@@ -225,16 +234,23 @@ impl ModelBuilder {
         let mut done = 0;
         let mut weight_bytes = 0;
         let total = checkpoint.total_bytes();
-        let qwen2 = model::load(&checkpoint.config, burn_device, tied, &mut |name| {
-            let stored = checkpoint.tensor(name)?;
-            done += stored.bytes.len() as u64;
-            let data = self.keep(name, convert(stored, self.kept_dtype(&device)), &threads);
-            weight_bytes += bytes_of(&data);
-            if progress(Progress::new(done, total)).is_break() {
-                return Err(cancelled(checkpoint.directory()));
-            }
-            Ok(data)
-        })?;
+        let cache_dtype = burn_dtype(self.cache_dtype(&device, dtype));
+        let qwen2 = model::load(
+            &checkpoint.config,
+            burn_device,
+            tied,
+            cache_dtype,
+            &mut |name| {
+                let stored = checkpoint.tensor(name)?;
+                done += stored.bytes.len() as u64;
+                let data = self.keep(name, convert(stored, self.kept_dtype(&device)), &threads);
+                weight_bytes += bytes_of(&data);
+                if progress(Progress::new(done, total)).is_break() {
+                    return Err(cancelled(checkpoint.directory()));
+                }
+                Ok(data)
+            },
+        )?;
         let mut generation_config = checkpoint.generation_config.clone();
         merge_eos(
             &mut generation_config,
@@ -265,6 +281,14 @@ impl ModelBuilder {
         }
     }
 
+    fn cache_dtype(&self, device: &Device, weights: DType) -> DType {
+        self.kv_cache.unwrap_or(match self.quantize {
+            _ if !device.is_cpu() => DType::F32,
+            Some(_) => DType::F16,
+            None => weights.default_kv_cache(),
+        })
+    }
+
     fn load_random(
         &self,
         config: ModelConfig,
@@ -279,7 +303,8 @@ impl ModelBuilder {
         let tied = config.tie_word_embeddings;
         let shapes: std::collections::HashMap<_, _> =
             names::expected(&config, tied).into_iter().collect();
-        let qwen2 = model::load(&config, burn_device, tied, &mut |name| {
+        let cache_dtype = burn_dtype(self.cache_dtype(&device, dtype));
+        let qwen2 = model::load(&config, burn_device, tied, cache_dtype, &mut |name| {
             let shape = shapes.get(name).ok_or_else(|| {
                 Error::new(
                     ErrorKind::Internal,
@@ -321,6 +346,7 @@ impl ModelBuilder {
         weight_bytes: u64,
     ) -> Result<Model> {
         let context_length = self.resolve_context(&config)?;
+        let cache_per_token = config.kv_bytes_per_token(self.cache_dtype(&device, dtype));
         tracing::info!(name, %device, threads = threads.count(), weight_bytes, "loaded");
         Ok(Model {
             inner: Arc::new(Inner {
@@ -336,6 +362,7 @@ impl ModelBuilder {
                 device,
                 dtype,
                 weight_bytes,
+                cache_per_token,
                 context_length,
             }),
         })

@@ -4,6 +4,12 @@ mod builder;
 mod model;
 mod session;
 
+/// The instruction set that the kernels of the processor use: `portable`, `avx2`, `avx512` or
+/// `avx512-vnni`; the variable `QWEN2_CPU` picks a lesser one.
+pub fn instruction_set() -> &'static str {
+    crate::ops::instruction_set()
+}
+
 pub use builder::{ModelBuilder, Quantization};
 pub use model::{Logits, Memory, Model, Prompt};
 pub use session::{Session, SessionRun, SessionStream};

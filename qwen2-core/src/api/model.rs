@@ -30,6 +30,7 @@ pub(crate) struct Inner {
     pub(crate) device: Device,
     pub(crate) dtype: DType,
     pub(crate) weight_bytes: u64,
+    pub(crate) cache_per_token: u64,
     pub(crate) context_length: usize,
 }
 
@@ -235,7 +236,7 @@ impl Model {
 
     /// Bytes that it takes.
     pub fn memory(&self) -> Memory {
-        let per_token = self.inner.config.kv_bytes_per_token(DType::F32);
+        let per_token = self.inner.cache_per_token;
         Memory {
             weights: self.inner.weight_bytes,
             cache_per_token: per_token,

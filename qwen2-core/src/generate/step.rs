@@ -1,12 +1,11 @@
 //! One forward of the network behind the panic fence: tokens in, logits on the host out.
 
-use std::panic::{AssertUnwindSafe, catch_unwind};
-
-use crate::device::panic_text;
 use crate::error::{Error, ErrorKind, Result};
+use crate::fence::fenced;
 use crate::model::cache::Cache;
 use crate::model::{Qwen2, Rows};
 use crate::ops::Threads;
+use crate::profile::part;
 
 /// A network with the threads that compute it.
 #[derive(Debug)]
@@ -34,18 +33,20 @@ impl Network {
             );
         }
         // burn reports failures by panic; what the panic leaves behind is the cache, emptied below.
-        let outcome = catch_unwind(AssertUnwindSafe(|| {
+        let outcome = fenced(|| {
             self.threads.install(|| {
                 let Some(logits) = self.qwen2.forward(tokens, cache, rows)? else {
                     return Ok(Vec::new());
                 };
-                let data = logits
-                    .try_into_data()
-                    .map_err(|error| failed(&format!("{error:?}")))?;
-                data.try_into_vec::<f32>()
-                    .map_err(|error| failed(&format!("{error:?}")))
+                part("logits to host", || {
+                    let data = logits
+                        .try_into_data()
+                        .map_err(|error| failed(&format!("{error:?}")))?;
+                    data.try_into_vec::<f32>()
+                        .map_err(|error| failed(&format!("{error:?}")))
+                })
             })
-        }));
+        });
         match outcome {
             Ok(Ok(logits)) => Ok(logits),
             Ok(Err(error)) => {
@@ -56,7 +57,7 @@ impl Network {
             }
             Err(panic) => {
                 cache.clear();
-                Err(failed(&panic_text(&*panic)))
+                Err(failed(&panic))
             }
         }
     }

@@ -10,6 +10,7 @@ use super::{
 use crate::error::{Error, ErrorKind, Result};
 use crate::model::Rows;
 use crate::model::cache::Cache;
+use crate::profile::part;
 use crate::text::{TextDecoder, Tokenizer};
 
 /// What one generation needs of its model.
@@ -124,7 +125,7 @@ impl Run {
         if let Some(processor) = &mut self.processor {
             processor.process(&self.tokens, &mut logits)?;
         }
-        let token = self.sampler.pick(&mut logits, &self.tokens)?;
+        let token = part("sample", || self.sampler.pick(&mut logits, &self.tokens))?;
         self.tokens.push(token);
         self.usage.completion_tokens += 1;
         Ok(Some(Piece {

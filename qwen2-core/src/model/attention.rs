@@ -3,8 +3,8 @@
 use burn::tensor::Tensor;
 
 use super::cache::LayerCache;
-use super::linear::Linear;
-use crate::ops::{self, Visible};
+use crate::ops::{self, Linear, RmsNorm, RopeTables, Visible};
+use crate::profile::part;
 
 #[derive(Debug, Clone)]
 pub(crate) struct Attention {
@@ -12,36 +12,32 @@ pub(crate) struct Attention {
     pub(crate) k_proj: Linear,
     pub(crate) v_proj: Linear,
     pub(crate) o_proj: Linear,
-    pub(crate) head_dim: usize,
     /// How far this layer looks back; `None`: to the start.
     pub(crate) sliding_window: Option<usize>,
 }
 
 impl Attention {
-    /// `x` `[n, hidden]` → `[n, hidden]`; the new keys and values go to the cache behind `n_past`.
+    /// `h + attention(norm(h))`, `[n, hidden]`; the new keys and values go to the cache behind
+    /// `n_past`.
     pub(crate) fn forward(
         &self,
-        x: Tensor<2>,
-        (cos, sin): &(Tensor<2>, Tensor<2>),
+        h: Tensor<2>,
+        norm: &RmsNorm,
+        tables: &RopeTables,
         cache: &mut LayerCache,
         n_past: usize,
     ) -> Tensor<2> {
-        let q = self.heads(self.q_proj.forward(x.clone())); // [n, heads, head_dim]
-        let k = self.heads(self.k_proj.forward(x.clone())); // [n, kv_heads, head_dim]
-        let v = self.heads(self.v_proj.forward(x)); // [n, kv_heads, head_dim]
-        let q = ops::rope(q, cos, sin);
-        // The cache holds rotated keys.
-        cache.write(ops::rope(k, cos, sin), v, n_past);
+        let matrices = [&self.q_proj, &self.k_proj, &self.v_proj];
+        let qkv = part("norm, q k v", || ops::project(&h, norm, matrices));
+        let q = part("rope, cache", || cache.append(qkv, tables, n_past)); // [n, heads, head_dim]
         let visible = Visible {
             n_past,
             window: self.sliding_window,
         };
-        let out = ops::attention(q, cache.keys(), cache.values(), visible); // [n, heads · head_dim]
-        self.o_proj.forward(out)
-    }
-
-    fn heads(&self, x: Tensor<2>) -> Tensor<3> {
-        let [n, width] = x.dims();
-        x.reshape([n, width / self.head_dim, self.head_dim])
+        // [n, heads · head_dim]
+        let out = part("attention", || {
+            ops::attention(q, cache.key_values(), visible)
+        });
+        part("o, add", || ops::add_project(h, out, &self.o_proj))
     }
 }

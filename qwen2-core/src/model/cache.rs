@@ -3,6 +3,7 @@
 use burn::tensor::{DType, Device, Tensor};
 
 use crate::error::{Error, ErrorKind, Result};
+use crate::ops::{self, CACHE_BLOCK, KeyValues, RopeTables};
 
 /// Positions that a fresh cache has room for.
 const FIRST_CAPACITY: usize = 256;
@@ -27,12 +28,9 @@ pub(crate) struct CacheShape {
     pub(crate) device: Device,
 }
 
-/// The buffers of one layer, `[kv_heads, capacity, head_dim]` each.
+/// The buffers of one layer; `None` only while they are written.
 #[derive(Debug, Clone)]
-pub(crate) struct LayerCache {
-    keys: Tensor<3>,
-    values: Tensor<3>,
-}
+pub(crate) struct LayerCache(Option<KeyValues>);
 
 impl Cache {
     /// An empty cache for sequences of up to `context_length` tokens.
@@ -85,7 +83,8 @@ impl Cache {
             let capacity = needed
                 .max(2 * self.capacity)
                 .max(FIRST_CAPACITY)
-                .min(self.context_length);
+                .min(self.context_length)
+                .next_multiple_of(CACHE_BLOCK);
             self.grow(capacity);
         }
         Ok(())
@@ -95,24 +94,28 @@ impl Cache {
         let s = &self.shape;
         let dims = [s.num_key_value_heads, capacity, s.head_dim];
         let empty = || Tensor::<3>::zeros(dims, (&s.device, s.dtype));
-        let n_tokens = self.n_tokens;
+        // Whole blocks, since their order inside is the kernels' own.
+        let kept = self.n_tokens.next_multiple_of(CACHE_BLOCK);
         let copy = |old: Tensor<3>| {
-            let kept = old.narrow(1, 0, n_tokens);
-            empty().slice_assign([0..dims[0], 0..n_tokens, 0..dims[2]], kept)
+            let kept_rows = old.narrow(1, 0, kept);
+            empty().slice_assign([0..dims[0], 0..kept, 0..dims[2]], kept_rows)
         };
         let old = std::mem::take(&mut self.layers);
-        self.layers = if old.is_empty() || n_tokens == 0 {
+        self.layers = if old.is_empty() || kept == 0 {
+            let layer = || KeyValues {
+                keys: empty(),
+                values: empty(),
+            };
             (0..s.num_hidden_layers)
-                .map(|_| LayerCache {
-                    keys: empty(),
-                    values: empty(),
-                })
+                .map(|_| LayerCache(Some(layer())))
                 .collect()
         } else {
             old.into_iter()
-                .map(|layer| LayerCache {
-                    keys: copy(layer.keys),
-                    values: copy(layer.values),
+                .map(|layer| {
+                    LayerCache(layer.0.map(|old| KeyValues {
+                        keys: copy(old.keys),
+                        values: copy(old.values),
+                    }))
                 })
                 .collect()
         };
@@ -143,22 +146,26 @@ impl Cache {
 }
 
 impl LayerCache {
-    /// Writes `k` and `v`, `[n, kv_heads, head_dim]`, to the positions from `start` on.
-    pub(crate) fn write(&mut self, k: Tensor<3>, v: Tensor<3>, start: usize) {
-        for (buffer, new) in [(&mut self.keys, k), (&mut self.values, v)] {
-            let [n, kv_heads, head_dim] = new.dims();
-            let new = new.swap_dims(0, 1).cast(buffer.dtype());
-            // The only handle is taken, so that the backend writes in place.
-            let own = std::mem::replace(buffer, new.clone());
-            *buffer = own.slice_assign([0..kv_heads, start..start + n, 0..head_dim], new);
-        }
+    /// Writes the keys and values of `qkv` behind `n_past`; the queries, `[n, heads, head_dim]`.
+    pub(crate) fn append(
+        &mut self,
+        qkv: Tensor<2>,
+        tables: &RopeTables,
+        n_past: usize,
+    ) -> Tensor<3> {
+        // The only handle is taken, so that the backend writes in place.
+        let Some(own) = self.0.take() else {
+            unreachable!("a failure between taking and putting back clears the cache");
+        };
+        let (q, own) = ops::append(qkv, tables, own, n_past);
+        self.0 = Some(own);
+        q
     }
 
-    pub(crate) fn keys(&self) -> &Tensor<3> {
-        &self.keys
-    }
-
-    pub(crate) fn values(&self) -> &Tensor<3> {
-        &self.values
+    pub(crate) fn key_values(&self) -> &KeyValues {
+        let Some(buffers) = &self.0 else {
+            unreachable!("as in append");
+        };
+        buffers
     }
 }

@@ -4,17 +4,17 @@ use burn::tensor::{Bytes, DType, Device, Tensor, TensorData};
 
 use super::attention::Attention;
 use super::cache::CacheShape;
-use super::linear::{Linear, Weight};
 use super::mlp::Mlp;
 use super::rope::Rope;
-use super::{DecoderLayer, Qwen2, RmsNorm};
+use super::{DecoderLayer, Qwen2};
 use crate::config::ModelConfig;
 use crate::error::{Error, ErrorKind, Result};
-use crate::ops::packed;
+use crate::ops::{Linear, RmsNorm, Weight, packed};
 
 /// Builds the network of `config` on `device`.
 ///
-/// `get` gives a tensor by its checkpoint name, in its checked shape and as it is to be kept; `tied` says that the embedding table is the head as well.
+/// `get` gives a tensor by its checkpoint name, in its checked shape and as it is to be kept;
+/// `tied` says that the embedding table is the head as well; `cache_dtype` is what keys and values are kept in.
 ///
 /// # Errors
 /// What `get` returns.
@@ -22,6 +22,7 @@ pub(crate) fn load(
     config: &ModelConfig,
     device: &Device,
     tied: bool,
+    cache_dtype: DType,
     get: &mut dyn FnMut(&str) -> Result<Kept>,
 ) -> Result<Qwen2> {
     let mut source = Source { device, get };
@@ -29,21 +30,26 @@ pub(crate) fn load(
     let layers = (0..config.num_hidden_layers)
         .map(|index| layer(config, &mut source, index))
         .collect::<Result<_>>()?;
+    let norm = source.norm("model.norm", config.rms_norm_eps)?;
+    let lm_head = if tied {
+        Linear {
+            weight: embed_tokens.clone(), // a handle, not a copy
+            bias: None,
+        }
+    } else {
+        source.linear("lm_head", false)?
+    };
     Ok(Qwen2 {
         embed_tokens,
         layers,
-        norm: source.norm("model.norm", config.rms_norm_eps)?,
-        lm_head: if tied {
-            None
-        } else {
-            Some(source.linear("lm_head", false)?)
-        },
+        norm,
+        lm_head,
         rope: Rope::new(config),
         cache_shape: CacheShape {
             num_hidden_layers: config.num_hidden_layers,
             num_key_value_heads: config.num_key_value_heads,
             head_dim: config.head_dim,
-            dtype: DType::F32,
+            dtype: cache_dtype,
             device: device.clone(),
         },
     })
@@ -58,7 +64,6 @@ fn layer(config: &ModelConfig, source: &mut Source<'_>, index: usize) -> Result<
             k_proj: source.linear(&at("self_attn.k_proj"), true)?,
             v_proj: source.linear(&at("self_attn.v_proj"), true)?,
             o_proj: source.linear(&at("self_attn.o_proj"), false)?,
-            head_dim: config.head_dim,
             sliding_window: config.layer_sliding_windows[index],
         },
         post_attention_layernorm: source

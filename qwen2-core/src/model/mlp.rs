@@ -2,8 +2,8 @@
 
 use burn::tensor::Tensor;
 
-use super::linear::Linear;
-use crate::ops;
+use crate::ops::{self, Linear, RmsNorm};
+use crate::profile::part;
 
 #[derive(Debug, Clone)]
 pub(crate) struct Mlp {
@@ -13,10 +13,12 @@ pub(crate) struct Mlp {
 }
 
 impl Mlp {
-    /// `x` `[n, hidden]` → `[n, hidden]`.
-    pub(crate) fn forward(&self, x: Tensor<2>) -> Tensor<2> {
-        let gate = self.gate_proj.forward(x.clone()); // [n, intermediate]
-        let up = self.up_proj.forward(x); // [n, intermediate]
-        self.down_proj.forward(ops::swiglu(gate, up))
+    /// `h + mlp(norm(h))`, `[n, hidden]`.
+    pub(crate) fn forward(&self, h: Tensor<2>, norm: &RmsNorm) -> Tensor<2> {
+        // [n, intermediate]
+        let gated = part("norm, gate up", || {
+            ops::swiglu(&h, norm, &self.gate_proj, &self.up_proj)
+        });
+        part("down, add", || ops::add_project(h, gated, &self.down_proj))
     }
 }

@@ -6,7 +6,6 @@
 
 mod attention;
 pub(crate) mod cache;
-mod linear;
 mod load;
 mod mlp;
 mod rope;
@@ -14,10 +13,10 @@ mod rope;
 use burn::tensor::Tensor;
 
 use crate::error::Result;
-use crate::ops;
+use crate::ops::{self, Linear, RmsNorm, RopeTables, Weight};
+use crate::profile::part;
 use attention::Attention;
 use cache::{Cache, CacheShape};
-use linear::{Linear, Weight};
 use mlp::Mlp;
 use rope::Rope;
 
@@ -29,8 +28,8 @@ pub(crate) struct Qwen2 {
     embed_tokens: Weight,
     layers: Vec<DecoderLayer>,
     norm: RmsNorm,
-    /// `None`: the embedding table, tied.
-    lm_head: Option<Linear>,
+    /// Shares the embedding table's memory where they are tied.
+    lm_head: Linear,
     rope: Rope,
     cache_shape: CacheShape,
 }
@@ -41,12 +40,6 @@ struct DecoderLayer {
     self_attn: Attention,
     post_attention_layernorm: RmsNorm,
     mlp: Mlp,
-}
-
-#[derive(Debug)]
-struct RmsNorm {
-    weight: Tensor<1>,
-    eps: f64,
 }
 
 /// The rows whose logits a forward returns.
@@ -77,10 +70,11 @@ impl Qwen2 {
     ) -> Result<Option<Tensor<2>>> {
         cache.reserve(tokens.len())?;
         let (layers, n_past) = cache.parts();
-        let tables = self
-            .rope
-            .tables(n_past, tokens.len(), &self.cache_shape.device);
-        let mut h = self.embed_tokens.rows(tokens); // [n, hidden]
+        let device = &self.cache_shape.device;
+        let tables = part("rope tables", || {
+            self.rope.tables(n_past, tokens.len(), device)
+        });
+        let mut h = part("embed", || ops::embed(&self.embed_tokens, tokens)); // [n, hidden]
         for (layer, cache) in self.layers.iter().zip(layers) {
             h = layer.forward(h, &tables, cache, n_past);
         }
@@ -95,11 +89,9 @@ impl Qwen2 {
 
     /// `h` `[rows, hidden]` → logits `[rows, vocab_size]`.
     fn head(&self, h: Tensor<2>) -> Tensor<2> {
-        let h = self.norm.forward(h);
-        match &self.lm_head {
-            Some(head) => head.forward(h),
-            None => self.embed_tokens.multiply(h, None),
-        }
+        part("norm, head", || {
+            ops::project(&h, &self.norm, [&self.lm_head])
+        })
     }
 
     /// An empty cache for one sequence.
@@ -113,19 +105,13 @@ impl DecoderLayer {
     fn forward(
         &self,
         h: Tensor<2>,
-        tables: &(Tensor<2>, Tensor<2>),
+        tables: &RopeTables,
         cache: &mut cache::LayerCache,
         n_past: usize,
     ) -> Tensor<2> {
-        let normed = self.input_layernorm.forward(h.clone());
-        let h = h + self.self_attn.forward(normed, tables, cache, n_past);
-        let normed = self.post_attention_layernorm.forward(h.clone());
-        h + self.mlp.forward(normed)
-    }
-}
-
-impl RmsNorm {
-    fn forward(&self, x: Tensor<2>) -> Tensor<2> {
-        ops::rms_norm(x, &self.weight, self.eps)
+        let h = self
+            .self_attn
+            .forward(h, &self.input_layernorm, tables, cache, n_past);
+        self.mlp.forward(h, &self.post_attention_layernorm)
     }
 }

@@ -3,6 +3,7 @@
 use burn::tensor::{Device, Tensor, TensorData};
 
 use crate::config::{ModelConfig, RopeScaling};
+use crate::ops::RopeTables;
 
 /// The frequencies of a model.
 #[derive(Debug, Clone)]
@@ -46,8 +47,8 @@ impl Rope {
         }
     }
 
-    /// Cosines and sines of the positions `start..start + n`, each `[n, head_dim / 2]`.
-    pub(crate) fn tables(&self, start: usize, n: usize, device: &Device) -> (Tensor<2>, Tensor<2>) {
+    /// Cosines and sines of the positions `start..start + n`.
+    pub(crate) fn tables(&self, start: usize, n: usize, device: &Device) -> RopeTables {
         let shape = [n, self.inv_freq.len()];
         let mut cos = Vec::with_capacity(n * self.inv_freq.len());
         let mut sin = Vec::with_capacity(n * self.inv_freq.len());
@@ -59,7 +60,10 @@ impl Rope {
             }
         }
         let upload = |values| Tensor::from_data(TensorData::new(values, shape), device);
-        (upload(cos), upload(sin))
+        RopeTables {
+            cos: upload(cos),
+            sin: upload(sin),
+        }
     }
 }
 

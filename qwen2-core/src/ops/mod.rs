@@ -3,96 +3,109 @@
 
 #[cfg(feature = "cpu")]
 pub(crate) mod cpu;
+mod linear;
 pub(crate) mod packed;
 pub(crate) mod portable;
 mod visible;
 
-use burn::tensor::{Int, Tensor};
+use burn::tensor::Tensor;
 
+pub(crate) use linear::{Linear, RmsNorm, Weight};
 pub(crate) use visible::Visible;
 
-/// `x Wᵀ + b`: `x` `[n, in]` f32, `weight` `[out, in]` as stored, result `[n, out]` f32.
-pub(crate) fn linear(x: Tensor<2>, weight: &Tensor<2>, bias: Option<&Tensor<1>>) -> Tensor<2> {
-    #[cfg(feature = "cpu")]
-    if cpu::takes(&x) {
-        return cpu::linear(x, weight, bias);
-    }
-    portable::linear(x, weight, bias)
+/// The capacity of a cache is a multiple of this: kernels may order positions within such blocks.
+pub(crate) const CACHE_BLOCK: usize = 16;
+
+/// The keys and values of one layer, `[kv_heads, capacity, head_dim]` each, the positions of a block
+/// in the order that suits the device: only [`append`] writes them, only [`attention`] reads them.
+#[derive(Debug, Clone)]
+pub(crate) struct KeyValues {
+    pub(crate) keys: Tensor<3>,
+    pub(crate) values: Tensor<3>,
 }
 
-/// As [`linear`], over a packed weight of `shape`.
-pub(crate) fn packed_linear(
-    x: Tensor<2>,
-    shape: packed::Shape,
-    bytes: &Tensor<1, Int>,
-    bias: Option<&Tensor<1>>,
+/// Cosines and sines of the positions of one forward, `[n, head_dim / 2]` f32 each.
+#[derive(Debug, Clone)]
+pub(crate) struct RopeTables {
+    pub(crate) cos: Tensor<2>,
+    pub(crate) sin: Tensor<2>,
+}
+
+/// `norm(x)` times each matrix, side by side: `x` `[n, in]` f32, result `[n, out + out…]` f32.
+pub(crate) fn project<const N: usize>(
+    x: &Tensor<2>,
+    norm: &RmsNorm,
+    matrices: [&Linear; N],
 ) -> Tensor<2> {
     #[cfg(feature = "cpu")]
-    if cpu::takes(&x) {
-        return cpu::packed_linear(x, shape, bytes, bias);
+    if cpu::takes(x) {
+        return cpu::project(x, norm, matrices);
     }
-    portable::packed_linear(x, shape, bytes, bias)
+    portable::project(x, norm, matrices)
 }
 
-/// Rows of a packed embedding table as f32, `[n, hidden]`.
-pub(crate) fn packed_embed(
-    shape: packed::Shape,
-    bytes: &Tensor<1, Int>,
-    tokens: &[u32],
-) -> Tensor<2> {
-    #[cfg(feature = "cpu")]
-    if bytes.device() == burn::tensor::Device::flex() {
-        return cpu::packed_embed(shape, bytes, tokens);
-    }
-    portable::packed_embed(shape, bytes, tokens)
-}
-
-/// Root mean square norm (arXiv:1910.07467) over the last dimension; `x` `[n, hidden]`.
-pub(crate) fn rms_norm(x: Tensor<2>, weight: &Tensor<1>, eps: f64) -> Tensor<2> {
+/// `h + x Wᵀ (+ b)`: `h` `[n, out]`, `x` `[n, in]`, f32.
+pub(crate) fn add_project(h: Tensor<2>, x: Tensor<2>, matrix: &Linear) -> Tensor<2> {
     #[cfg(feature = "cpu")]
     if cpu::takes(&x) {
-        return cpu::rms_norm(x, weight, eps);
+        return cpu::add_project(h, x, matrix);
     }
-    portable::rms_norm(x, weight, eps)
+    portable::add_project(h, x, matrix)
 }
 
-/// Rotary embedding (arXiv:2104.09864), half-split pairing: `x` `[n, heads, head_dim]`,
-/// `cos` and `sin` `[n, head_dim / 2]` f32.
-pub(crate) fn rope(x: Tensor<3>, cos: &Tensor<2>, sin: &Tensor<2>) -> Tensor<3> {
+/// SwiGLU (arXiv:2002.05202) of a norm: `silu(gate(norm(x))) · up(norm(x))`, `[n, intermediate]`.
+pub(crate) fn swiglu(x: &Tensor<2>, norm: &RmsNorm, gate: &Linear, up: &Linear) -> Tensor<2> {
     #[cfg(feature = "cpu")]
-    if cpu::takes(&x) {
-        return cpu::rope(x, cos, sin);
+    if cpu::takes(x) {
+        return cpu::swiglu(x, norm, gate, up);
     }
-    portable::rope(x, cos, sin)
+    portable::swiglu(x, norm, gate, up)
 }
 
-/// `silu(gate) · up`, element by element, `[n, intermediate]`.
-pub(crate) fn swiglu(gate: Tensor<2>, up: Tensor<2>) -> Tensor<2> {
+/// Takes queries, keys and values apart (`qkv` `[n, (heads + 2 · kv_heads) · head_dim]`), gives
+/// queries and keys their rotary embedding (arXiv:2104.09864, half-split pairing), and writes keys
+/// and values to the cache from position `start` on. The queries: `[n, heads, head_dim]`.
+pub(crate) fn append(
+    qkv: Tensor<2>,
+    tables: &RopeTables,
+    cache: KeyValues,
+    start: usize,
+) -> (Tensor<3>, KeyValues) {
     #[cfg(feature = "cpu")]
-    if cpu::takes(&gate) {
-        return cpu::swiglu(gate, up);
+    if cpu::takes(&qkv) {
+        return cpu::append(qkv, tables, cache, start);
     }
-    portable::swiglu(gate, up)
+    portable::append(qkv, tables, cache, start)
 }
 
-/// Grouped-query attention of `q` `[n, heads, head_dim]` over the cache `[kv_heads, capacity,
-/// head_dim]`; the result is `[n, heads · head_dim]`, softmax in f32.
-pub(crate) fn attention(
-    q: Tensor<3>,
-    keys: &Tensor<3>,
-    values: &Tensor<3>,
-    visible: Visible,
-) -> Tensor<2> {
+/// Grouped-query attention (arXiv:2305.13245) of `q` `[n, heads, head_dim]` over the cache; the
+/// result is `[n, heads · head_dim]`, scores and softmax in f32.
+pub(crate) fn attention(q: Tensor<3>, cache: &KeyValues, visible: Visible) -> Tensor<2> {
     #[cfg(feature = "cpu")]
     if cpu::takes(&q) {
-        return cpu::attention(q, keys, values, visible);
+        return cpu::attention(q, cache, visible);
     }
-    portable::attention(q, keys, values, visible)
+    portable::attention(q, cache, visible)
 }
 
-/// Rows of the embedding table as f32: `table` `[vocab_size, hidden]`, result `[n, hidden]`.
-pub(crate) fn embed(table: &Tensor<2>, tokens: &[u32]) -> Tensor<2> {
-    portable::embed(table, tokens)
+/// Rows `tokens` of a matrix as f32, `[n, in_features]`: the matrix as an embedding table.
+pub(crate) fn embed(table: &Weight, tokens: &[u32]) -> Tensor<2> {
+    match table {
+        Weight::Dense(table) => portable::embed(table, tokens),
+        #[cfg(feature = "cpu")]
+        Weight::Packed { shape, bytes } if bytes.device() == burn::tensor::Device::flex() => {
+            cpu::packed_embed(*shape, bytes, tokens)
+        }
+        Weight::Packed { shape, bytes } => portable::packed_embed(*shape, bytes, tokens),
+    }
+}
+
+/// What the kernels of the processor were compiled for and chose.
+pub(crate) fn instruction_set() -> &'static str {
+    #[cfg(feature = "cpu")]
+    return cpu::simd::Isa::selected().name();
+    #[cfg(not(feature = "cpu"))]
+    return "portable";
 }
 
 /// The threads of one model, where its operations run on the processor.

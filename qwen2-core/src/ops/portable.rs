@@ -2,10 +2,61 @@
 
 use burn::tensor::{DType, Int, Tensor, TensorData, activation};
 
-use super::{Visible, packed};
+use super::{KeyValues, Linear, RmsNorm, RopeTables, Visible, Weight, packed};
 
-pub(crate) fn linear(x: Tensor<2>, weight: &Tensor<2>, bias: Option<&Tensor<1>>) -> Tensor<2> {
-    let weight = weight.clone().transpose(); // [in, out]
+pub(crate) fn project<const N: usize>(
+    x: &Tensor<2>,
+    norm: &RmsNorm,
+    matrices: [&Linear; N],
+) -> Tensor<2> {
+    let x = rms_norm(x.clone(), norm);
+    let parts = matrices.map(|matrix| linear(x.clone(), matrix));
+    Tensor::cat(parts.into(), 1)
+}
+
+pub(crate) fn add_project(h: Tensor<2>, x: Tensor<2>, matrix: &Linear) -> Tensor<2> {
+    h + linear(x, matrix)
+}
+
+pub(crate) fn swiglu(x: &Tensor<2>, norm: &RmsNorm, gate: &Linear, up: &Linear) -> Tensor<2> {
+    let x = rms_norm(x.clone(), norm);
+    activation::silu(linear(x.clone(), gate)) * linear(x, up)
+}
+
+pub(crate) fn append(
+    qkv: Tensor<2>,
+    tables: &RopeTables,
+    cache: KeyValues,
+    start: usize,
+) -> (Tensor<3>, KeyValues) {
+    let [kv_heads, _, head_dim] = cache.keys.dims();
+    let [n, width] = qkv.dims();
+    let heads = width / head_dim - 2 * kv_heads;
+    let qkv = qkv.reshape([n, heads + 2 * kv_heads, head_dim]);
+    let q = rope(qkv.clone().narrow(1, 0, heads), tables);
+    let k = rope(qkv.clone().narrow(1, heads, kv_heads), tables);
+    let v = qkv.narrow(1, heads + kv_heads, kv_heads);
+    let write = |buffer: Tensor<3>, new: Tensor<3>| {
+        let new = new.swap_dims(0, 1).cast(buffer.dtype());
+        buffer.slice_assign([0..kv_heads, start..start + n, 0..head_dim], new)
+    };
+    let cache = KeyValues {
+        keys: write(cache.keys, k),
+        values: write(cache.values, v),
+    };
+    (q, cache)
+}
+
+/// `x Wᵀ + b`.
+fn linear(x: Tensor<2>, matrix: &Linear) -> Tensor<2> {
+    let weight = match &matrix.weight {
+        Weight::Dense(weight) => weight.clone(),
+        Weight::Packed { shape, bytes } => {
+            let rows: Vec<u32> = (0..shape.rows as u32).collect();
+            packed_embed(*shape, bytes, &rows)
+        }
+    };
+    let weight = weight.transpose(); // [in, out]
     let y = if weight.dtype() == DType::F32 || cfg!(not(feature = "cuda")) {
         // One precision for both sides: backends differ in what they mix.
         x.matmul(weight.cast(DType::F32))
@@ -13,22 +64,22 @@ pub(crate) fn linear(x: Tensor<2>, weight: &Tensor<2>, bias: Option<&Tensor<1>>)
         let dtype = weight.dtype();
         x.cast(dtype).matmul(weight).cast(DType::F32)
     };
-    match bias {
+    match &matrix.bias {
         Some(bias) => y + bias.clone().cast(DType::F32).unsqueeze(),
         None => y,
     }
 }
 
-pub(crate) fn rms_norm(x: Tensor<2>, weight: &Tensor<1>, eps: f64) -> Tensor<2> {
+fn rms_norm(x: Tensor<2>, norm: &RmsNorm) -> Tensor<2> {
     let mean = x.clone().square().mean_dim(1); // [n, 1]
-    let scale = (mean + eps).sqrt().recip();
-    x * scale * weight.clone().cast(DType::F32).unsqueeze()
+    let scale = (mean + norm.eps).sqrt().recip();
+    x * scale * norm.weight.clone().cast(DType::F32).unsqueeze()
 }
 
-pub(crate) fn rope(x: Tensor<3>, cos: &Tensor<2>, sin: &Tensor<2>) -> Tensor<3> {
+fn rope(x: Tensor<3>, tables: &RopeTables) -> Tensor<3> {
     let half = x.dims()[2] / 2;
-    let cos = cos.clone().unsqueeze_dim::<3>(1); // [n, 1, head_dim / 2]
-    let sin = sin.clone().unsqueeze_dim::<3>(1);
+    let cos = tables.cos.clone().unsqueeze_dim::<3>(1); // [n, 1, head_dim / 2]
+    let sin = tables.sin.clone().unsqueeze_dim::<3>(1);
     let a = x.clone().narrow(2, 0, half);
     let b = x.narrow(2, half, half);
     Tensor::cat(
@@ -40,16 +91,8 @@ pub(crate) fn rope(x: Tensor<3>, cos: &Tensor<2>, sin: &Tensor<2>) -> Tensor<3> 
     )
 }
 
-pub(crate) fn swiglu(gate: Tensor<2>, up: Tensor<2>) -> Tensor<2> {
-    activation::silu(gate) * up
-}
-
-pub(crate) fn attention(
-    q: Tensor<3>,
-    keys: &Tensor<3>,
-    values: &Tensor<3>,
-    visible: Visible,
-) -> Tensor<2> {
+pub(crate) fn attention(q: Tensor<3>, cache: &KeyValues, visible: Visible) -> Tensor<2> {
+    let KeyValues { keys, values } = cache;
     let [n, heads, head_dim] = q.dims();
     let kv_heads = keys.dims()[0];
     let n_total = visible.n_past + n;
@@ -92,16 +135,6 @@ pub(crate) fn embed(table: &Tensor<2>, tokens: &[u32]) -> Tensor<2> {
     let n = ids.len();
     let ids = Tensor::<1, Int>::from_data(TensorData::new(ids, [n]), (&device, DType::I32));
     table.clone().select(0, ids).cast(DType::F32)
-}
-
-pub(crate) fn packed_linear(
-    x: Tensor<2>,
-    shape: packed::Shape,
-    bytes: &Tensor<1, Int>,
-    bias: Option<&Tensor<1>>,
-) -> Tensor<2> {
-    let rows: Vec<u32> = (0..shape.rows as u32).collect();
-    linear(x, &packed_embed(shape, bytes, &rows), bias)
 }
 
 pub(crate) fn packed_embed(

@@ -1,7 +1,6 @@
 //! The tokenizer's files, parsed and checked.
 
 use std::collections::BTreeMap;
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 
 use serde::Deserialize;
@@ -9,6 +8,7 @@ use serde_json::{Map, Value};
 use tokenizers::AddedToken;
 
 use crate::error::{Error, ErrorKind, Result};
+use crate::fence::fenced;
 
 const TOKENIZER: &str = "tokenizer.json";
 const CONFIG: &str = "tokenizer_config.json";
@@ -100,7 +100,7 @@ pub(super) fn parse_tokenizer(bytes: &[u8], path: &Path) -> Result<tokenizers::T
     let header: Header = serde_json::from_str(text).map_err(|error| invalid_json(error, path))?;
     check_kind(&header, path)?;
     // The crate's own indexing may panic on a hostile file; that is a bad file, not our bug.
-    let mut tokenizer = catch_unwind(|| tokenizers::Tokenizer::from_bytes(bytes))
+    let mut tokenizer = fenced(|| tokenizers::Tokenizer::from_bytes(bytes))
         .map_err(|_| invalid(path).with_why("the tokenizers crate panicked on it"))?
         .map_err(|error| invalid(path).with_why(error.to_string()).with_source(error))?;
     tokenizer
@@ -172,7 +172,7 @@ pub(super) fn add_from_config(
         return Ok(());
     }
     let tokens = missing.iter().map(|(_, token)| token.clone());
-    catch_unwind(AssertUnwindSafe(|| tokenizer.add_tokens(tokens)))
+    fenced(|| tokenizer.add_tokens(tokens))
         .map_err(|_| invalid(path).with_why("the tokenizers crate panicked on its added tokens"))?
         .map_err(|error| invalid(path).with_why(error.to_string()))?;
     missing

@@ -2,7 +2,6 @@
 
 use std::collections::{BTreeMap, HashSet};
 use std::fmt;
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -11,6 +10,7 @@ use tokenizers::{
 };
 
 use crate::error::{Error, ErrorKind, Result};
+use crate::fence::fenced;
 use crate::text::files::{self, TokenizerFiles};
 use crate::text::template::ChatTemplate;
 
@@ -122,7 +122,7 @@ impl Tokenizer {
     fn encode_with(&self, text: &str, added: &AddedVocabulary) -> Result<Vec<u32>> {
         check_white_space(text)?;
         let tokenizer = &self.0.tokenizer;
-        fenced(|| {
+        run(|| {
             let mut pieces = added.extract_and_normalize(tokenizer.get_normalizer(), text);
             if let Some(pre_tokenizer) = tokenizer.get_pre_tokenizer() {
                 pre_tokenizer.pre_tokenize(&mut pieces)?;
@@ -231,7 +231,7 @@ impl Tokenizer {
     /// make one of text that only resembles it.
     pub(super) fn split_added(&self, text: &str) -> Result<Vec<Segment>> {
         let added = self.0.tokenizer.get_added_vocabulary();
-        fenced(|| {
+        run(|| {
             let pieces = added.extract_and_normalize(None::<&NormalizerWrapper>, text);
             let splits = pieces.get_splits(OffsetReferential::Original, OffsetType::Byte);
             Ok(splits
@@ -255,13 +255,13 @@ impl fmt::Debug for Tokenizer {
 }
 
 /// Runs the tokenizers crate; its errors and panics here are bugs, of its or ours.
-fn fenced<T>(run: impl FnOnce() -> tokenizers::Result<T>) -> Result<T> {
+fn run<T>(body: impl FnOnce() -> tokenizers::Result<T>) -> Result<T> {
     let failed = || Error::new(ErrorKind::Internal, "tokenizer failed");
-    match catch_unwind(AssertUnwindSafe(run)) {
+    match fenced(body) {
         Ok(result) => {
             result.map_err(|error| failed().with_why(error.to_string()).with_source(error))
         }
-        Err(_) => Err(failed().with_why("the tokenizers crate panicked")),
+        Err(panic) => Err(failed().with_why(format!("the tokenizers crate panicked: {panic}"))),
     }
 }
 

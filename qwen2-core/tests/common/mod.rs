@@ -4,7 +4,7 @@
 
 use std::path::PathBuf;
 
-use qwen2_core::{Device, Model, ModelBuilder};
+use qwen2_core::{DType, Device, Model, ModelBuilder};
 use serde_json::Value;
 
 pub fn root() -> PathBuf {
@@ -36,6 +36,11 @@ pub fn builder(path: PathBuf) -> ModelBuilder {
 
 pub fn load(path: PathBuf) -> Model {
     builder(path).load().unwrap()
+}
+
+/// With a cache that rounds nothing, as the references were computed.
+pub fn unrounded(path: PathBuf) -> ModelBuilder {
+    builder(path).kv_cache(DType::F32)
 }
 
 pub fn json(path: PathBuf) -> Value {

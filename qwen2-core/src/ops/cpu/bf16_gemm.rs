@@ -6,18 +6,19 @@
 #![cfg(target_arch = "x86_64")]
 
 use std::arch::x86_64::*;
+use std::cell::Cell;
 
 use half::bf16;
 
 use super::matmul::Linear;
 use super::pool;
+use super::product::{Product, Sums, Target};
+use super::simd::Isa;
 
 /// Fewer tokens than this do not pay for interleaving the weights.
 pub(crate) const MIN_TOKENS: usize = 16;
 /// Rows that a task interleaves at once: two vectors.
 const ROWS: usize = 32;
-/// Tokens of one register tile.
-const TOKENS: usize = 12;
 /// Columns that are interleaved at once: 64 KiB of weights.
 const DEPTH: usize = 1024;
 
@@ -28,43 +29,85 @@ pub(crate) fn is_present() -> bool {
         && is_x86_feature_detected!("avx512bf16")
 }
 
-#[derive(Clone, Copy)]
-struct Out(*mut f32);
-// SAFETY: every task writes its own range of columns only.
-unsafe impl Sync for Out {}
+/// Products of the rounded activations with bf16 rows, 32 rows a task.
+pub(crate) struct Blocks<'a> {
+    isa: Isa,
+    args: Linear<'a, bf16>,
+    x: &'a Rounded,
+    target: Target<'a>,
+}
 
-/// Computes `args` into `out`, `[n, outer]`, on the threads of the current pool.
-///
-/// # Panics
-/// If a length does not fit the shape, or the machine lacks the instructions.
-pub(crate) fn linear(args: Linear<'_, bf16>, out: &mut [f32]) {
-    let Linear { inner, outer, .. } = args;
-    assert!(is_present(), "AVX512-BF16");
-    assert_eq!(args.weight.len(), inner * outer, "weight length");
-    assert!(
-        args.bias.is_none_or(|bias| bias.len() == outer),
-        "bias length"
-    );
-    assert_eq!(args.x.len() * outer, out.len() * inner, "activation length");
-    let x = Rounded::new(args.x, inner);
-    let panels = outer.div_ceil(ROWS);
-    let target = Out(out.as_mut_ptr());
-    pool::parallel(panels, &|panel| {
-        let mut scratch = vec![0_u32; ROWS * DEPTH / 2];
+impl<'a> Blocks<'a> {
+    /// `x` are the activations of `args`, rounded.
+    ///
+    /// # Panics
+    /// If a length does not fit the shape, or the machine lacks the instructions.
+    pub(crate) fn new(
+        isa: Isa,
+        args: Linear<'a, bf16>,
+        x: &'a Rounded,
+        target: Target<'a>,
+    ) -> Self {
+        assert!(is_present(), "AVX512-BF16");
+        args.check(&target);
+        assert_eq!(
+            (x.n, x.stride),
+            (target.tokens(), args.inner.div_ceil(2)),
+            "activation shape"
+        );
+        Self {
+            isa,
+            args,
+            x,
+            target,
+        }
+    }
+}
+
+impl Product for Blocks<'_> {
+    fn tasks(&self) -> usize {
+        self.args.outer.div_ceil(ROWS)
+    }
+
+    fn run(&self, task: usize) {
+        let Linear { inner, outer, .. } = self.args;
+        let (row, n) = (task * ROWS, self.x.n);
+        let (mut scratch, mut sums) = SCRATCH.take();
+        scratch.resize(ROWS * DEPTH / 2, 0);
+        sums.clear();
+        sums.resize(n * ROWS, 0.0);
         for start in (0..inner).step_by(DEPTH) {
             let depth = DEPTH.min(inner - start);
-            // SAFETY: the instructions are there, the lengths were checked, and the columns of
-            // this panel are this task's own.
+            // SAFETY: the instructions are there, and the lengths were checked.
             unsafe {
-                interleave(args, panel * ROWS, start, depth, &mut scratch);
-                multiply(args, &x, panel * ROWS, start, depth, &scratch, target);
+                interleave(self.args, row, start, depth, &mut scratch);
+                multiply(self.x, start, depth, &scratch, &mut sums);
             }
         }
-    });
+        let rows = (row, ROWS.min(outer - row));
+        // SAFETY: the lengths were checked, and the rows are this task's own.
+        unsafe {
+            self.target.take(
+                self.isa,
+                Sums {
+                    values: &sums,
+                    stride: ROWS,
+                    tokens: (0, n),
+                    rows,
+                },
+            );
+        }
+        SCRATCH.set((scratch, sums));
+    }
+}
+
+thread_local! {
+    /// The interleaved weights and the sums of a task, kept for the next one.
+    static SCRATCH: Cell<(Vec<u32>, Vec<f32>)> = const { Cell::new((Vec::new(), Vec::new())) };
 }
 
 /// Activations in bf16, pairs of columns as one word, rows padded to whole pairs.
-struct Rounded {
+pub(crate) struct Rounded {
     pairs: Vec<u32>,
     /// Words of a row.
     stride: usize,
@@ -72,7 +115,12 @@ struct Rounded {
 }
 
 impl Rounded {
-    fn new(x: &[f32], inner: usize) -> Self {
+    /// `x` `[n, inner]`.
+    ///
+    /// # Panics
+    /// If the machine lacks the instructions.
+    pub(crate) fn new(x: &[f32], inner: usize) -> Self {
+        assert!(is_present(), "AVX512-BF16");
         let n = x.len() / inner;
         let stride = inner.div_ceil(2);
         let mut pairs = vec![0_u32; n * stride];
@@ -88,13 +136,37 @@ impl Rounded {
                 .unwrap_or_else(std::sync::PoisonError::into_inner);
             let rows = x[task * per_task * inner..].chunks_exact(inner);
             for (pairs, x) in pairs.chunks_exact_mut(stride).zip(rows) {
-                for (pair, x) in pairs.iter_mut().zip(x.chunks(2)) {
-                    let high = x.get(1).map_or(0, |x| u32::from(round(*x)));
-                    *pair = u32::from(round(x[0])) | high << 16;
-                }
+                // SAFETY: the instructions are there.
+                unsafe { round_row(x, pairs) };
             }
         });
+        drop(tasks);
         Self { pairs, stride, n }
+    }
+}
+
+/// Rounds a row to pairs.
+///
+/// # Safety
+/// The instructions are present.
+#[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
+unsafe fn round_row(x: &[f32], pairs: &mut [u32]) {
+    let (whole, rest) = x.as_chunks::<32>();
+    let (out, last) = pairs.split_at_mut(whole.len() * 16);
+    for (x, out) in whole.iter().zip(out.as_chunks_mut::<16>().0) {
+        // SAFETY: 32 elements are read, 16 words written.
+        unsafe {
+            let (low, high) = (
+                _mm512_loadu_ps(x.as_ptr()),
+                _mm512_loadu_ps(x[16..].as_ptr()),
+            );
+            let words = _mm512_cvtne2ps_pbh(high, low);
+            out.as_mut_ptr().cast::<__m512bh>().write_unaligned(words);
+        }
+    }
+    for (pair, x) in last.iter_mut().zip(rest.chunks(2)) {
+        let high = x.get(1).map_or(0, |x| u32::from(round(*x)));
+        *pair = u32::from(round(x[0])) | high << 16;
     }
 }
 
@@ -193,55 +265,26 @@ fn transpose(t: &mut [__m512i; 16]) {
     }
 }
 
-/// Multiplies all tokens with the interleaved columns; the first columns start from the bias.
+/// Adds the products of all tokens with the interleaved columns to `sums`, `[n, 32]`.
 ///
 /// # Safety
-/// The instructions are present, `scratch` holds the columns, `out` is `[n, outer]` and nobody else
-/// writes the columns from `row` on.
+/// The instructions are present, `scratch` holds the `depth` columns from `start` on, which `x` has.
 #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
-unsafe fn multiply(
-    args: Linear<'_, bf16>,
-    x: &Rounded,
-    row: usize,
-    start: usize,
-    depth: usize,
-    scratch: &[u32],
-    out: Out,
-) {
+unsafe fn multiply(x: &Rounded, start: usize, depth: usize, scratch: &[u32], sums: &mut [f32]) {
     let pairs = depth.div_ceil(2);
     let mut t = 0;
     while t < x.n {
-        let tokens = TOKENS.min(x.n - t);
-        // SAFETY: tokens `t..t + tokens` and their words from `start / 2` on are inside `x`.
+        // SAFETY: tokens `t..t + N` and their words from `start / 2` on are inside `x` and `sums`.
         unsafe {
-            let first = x.pairs.as_ptr().add(t * x.stride + start / 2);
-            let target = Tile {
-                args,
-                row,
-                t,
-                begin: start == 0,
-                out,
+            let words = x.pairs.as_ptr().add(t * x.stride + start / 2);
+            let (w, sums) = (scratch.as_ptr(), sums.as_mut_ptr().add(t * ROWS));
+            t += match x.n - t {
+                12.. => tile::<12>(words, x.stride, pairs, w, sums),
+                8.. => tile::<8>(words, x.stride, pairs, w, sums),
+                4.. => tile::<4>(words, x.stride, pairs, w, sums),
+                _ => tile::<1>(words, x.stride, pairs, w, sums),
             };
-            match tokens {
-                12 => target.run::<12>(first, x.stride, pairs, scratch.as_ptr()),
-                8.. => {
-                    target.run::<8>(first, x.stride, pairs, scratch.as_ptr());
-                    t += 8;
-                    continue;
-                }
-                4.. => {
-                    target.run::<4>(first, x.stride, pairs, scratch.as_ptr());
-                    t += 4;
-                    continue;
-                }
-                _ => {
-                    target.run::<1>(first, x.stride, pairs, scratch.as_ptr());
-                    t += 1;
-                    continue;
-                }
-            }
         }
-        t += TOKENS;
     }
 }
 
@@ -253,67 +296,45 @@ fn bf16_words(words: __m512i) -> __m512bh {
     unsafe { std::mem::transmute::<__m512i, __m512bh>(words) }
 }
 
-/// Where a register tile goes.
-struct Tile<'a> {
-    args: Linear<'a, bf16>,
-    row: usize,
-    t: usize,
-    begin: bool,
-    out: Out,
-}
-
-impl Tile<'_> {
-    /// # Safety
-    /// As [`multiply`]; `N` tokens of `pairs` words, `stride` apart.
-    #[inline]
-    #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
-    unsafe fn run<const N: usize>(self, x: *const u32, stride: usize, pairs: usize, w: *const u32) {
-        let outer = self.args.outer;
-        let rows = ROWS.min(outer - self.row);
-        let mask = |half: usize| -> __mmask16 {
-            let left = rows.saturating_sub(half * 16).min(16);
-            ((1_u32 << left) - 1) as __mmask16
-        };
-        let masks = [mask(0), mask(1)];
-        // SAFETY: the caller's promise; the masks cut off columns behind the last row.
-        unsafe {
-            let mut acc = [[_mm512_setzero_ps(); 2]; N];
+/// Adds to the sums of `N` tokens; `N`.
+///
+/// # Safety
+/// As [`multiply`]; `N` tokens of `pairs` words, `stride` apart, and `N` rows of sums.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
+unsafe fn tile<const N: usize>(
+    x: *const u32,
+    stride: usize,
+    pairs: usize,
+    w: *const u32,
+    sums: *mut f32,
+) -> usize {
+    // SAFETY: the caller's promise.
+    unsafe {
+        let mut acc = [[_mm512_setzero_ps(); 2]; N];
+        for (i, acc) in acc.iter_mut().enumerate() {
+            *acc = [0, 16].map(|half| _mm512_loadu_ps(sums.add(i * ROWS + half)));
+        }
+        for p in 0..pairs {
+            let w0 = bf16_words(_mm512_loadu_si512(w.add(p * ROWS).cast()));
+            let w1 = bf16_words(_mm512_loadu_si512(w.add(p * ROWS + 16).cast()));
             for (i, acc) in acc.iter_mut().enumerate() {
-                for (half, acc) in acc.iter_mut().enumerate() {
-                    let column = self.row + half * 16;
-                    if !self.begin {
-                        let from = self.out.0.wrapping_add((self.t + i) * outer + column);
-                        *acc = _mm512_maskz_loadu_ps(masks[half], from);
-                    } else if let Some(bias) = self.args.bias {
-                        *acc =
-                            _mm512_maskz_loadu_ps(masks[half], bias.as_ptr().wrapping_add(column));
-                    }
-                }
-            }
-            for p in 0..pairs {
-                let w0 = _mm512_loadu_si512(w.add(p * ROWS).cast());
-                let w1 = _mm512_loadu_si512(w.add(p * ROWS + 16).cast());
-                for (i, acc) in acc.iter_mut().enumerate() {
-                    let x = _mm512_set1_epi32(*x.add(i * stride + p) as i32);
-                    acc[0] = _mm512_dpbf16_ps(acc[0], bf16_words(w0), bf16_words(x));
-                    acc[1] = _mm512_dpbf16_ps(acc[1], bf16_words(w1), bf16_words(x));
-                }
-            }
-            for (i, acc) in acc.iter().enumerate() {
-                for (half, acc) in acc.iter().enumerate() {
-                    let to = self
-                        .out
-                        .0
-                        .wrapping_add((self.t + i) * outer + self.row + half * 16);
-                    _mm512_mask_storeu_ps(to, masks[half], *acc);
-                }
+                let x = bf16_words(_mm512_set1_epi32(*x.add(i * stride + p) as i32));
+                acc[0] = _mm512_dpbf16_ps(acc[0], w0, x);
+                acc[1] = _mm512_dpbf16_ps(acc[1], w1, x);
             }
         }
+        for (i, acc) in acc.into_iter().enumerate() {
+            _mm512_storeu_ps(sums.add(i * ROWS), acc[0]);
+            _mm512_storeu_ps(sums.add(i * ROWS + 16), acc[1]);
+        }
     }
+    N
 }
 
 #[cfg(test)]
 mod tests {
+    use super::super::product::{Finish, run_all};
     use super::*;
 
     #[test]
@@ -348,16 +369,15 @@ mod tests {
                 .collect();
             let bias: Vec<f32> = (0..outer).map(|i| i as f32).collect();
             let mut out = vec![f32::NAN; n * outer];
-            linear(
-                Linear {
-                    x: &x,
-                    weight: &w,
-                    bias: Some(&bias),
-                    inner,
-                    outer,
-                },
-                &mut out,
-            );
+            let args = Linear {
+                x: &x,
+                weight: &w,
+                inner,
+                outer,
+            };
+            let target = Target::new(&mut out, outer, 0..outer, Finish::Store, Some(&bias));
+            let rounded = Rounded::new(&x, inner);
+            run_all(&[&Blocks::new(Isa::selected(), args, &rounded, target)]);
             for (t, out) in out.chunks(outer).enumerate() {
                 for (r, out) in out.iter().enumerate() {
                     let sum: f64 = (0..inner)

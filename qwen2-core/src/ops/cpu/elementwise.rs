@@ -1,7 +1,8 @@
-//! What stands between the matrices: norm, rotary embedding and the gate, in one pass each.
+//! What stands between the matrices: the norm, and the rotary embedding on the way to the cache.
 
+use super::attention::Append;
 use super::pool;
-use super::simd::{Isa, Simd, exp, per_isa};
+use super::simd::{Isa, Simd, Stored, per_isa};
 
 /// Elements below which a second thread does not pay for its wake-up.
 const WORTH_SHARING: usize = 1 << 15;
@@ -55,22 +56,99 @@ unsafe fn norm_kernel<S: Simd>(x: &[f32], weight: &[f32], eps: f32, out: &mut [f
     }
 }
 
-/// Rotates `x` `[n, heads, 2 · half]` in place by the angles of `cos`, `sin` `[n, half]`.
-pub(crate) fn rope(isa: Isa, x: &mut [f32], heads: usize, cos: &[f32], sin: &[f32], half: usize) {
-    assert_eq!(cos.len(), sin.len(), "table length");
-    assert_eq!(x.len(), cos.len() * heads * 2, "table length");
-    by_row(x, heads * 2 * half, &|row, x| {
-        rotate(
-            isa,
-            x,
-            &cos[row * half..][..half],
-            &sin[row * half..][..half],
-        );
+/// Cosines and sines, `[n, half]` each.
+#[derive(Clone, Copy)]
+pub(crate) struct Tables<'a> {
+    pub(crate) cos: &'a [f32],
+    pub(crate) sin: &'a [f32],
+    pub(crate) half: usize,
+}
+
+impl<'a> Tables<'a> {
+    /// Those of one position.
+    fn row(self, i: usize) -> (&'a [f32], &'a [f32]) {
+        let row = i * self.half..(i + 1) * self.half;
+        (&self.cos[row.clone()], &self.sin[row])
+    }
+}
+
+/// Rotates the queries of `qkv` `[n, width]`, its first columns, into `q` `[n, heads · 2 · half]`.
+pub(crate) fn rotate_queries(
+    isa: Isa,
+    qkv: &[f32],
+    width: usize,
+    tables: Tables<'_>,
+    q: &mut [f32],
+) {
+    let queries = q.len() / (qkv.len() / width);
+    by_row(q, queries, &|row, q| {
+        q.copy_from_slice(&qkv[row * width..][..queries]);
+        let (cos, sin) = tables.row(row);
+        rotate(isa, q, cos, sin);
+    });
+}
+
+/// Rotates the keys of `qkv` `[n, width]`, and writes them and the values, its last columns, to the
+/// cache.
+pub(crate) fn append<W: Stored>(
+    isa: Isa,
+    qkv: &[f32],
+    width: usize,
+    tables: Tables<'_>,
+    place: Append,
+    keys: &mut [W],
+    values: &mut [W],
+) {
+    let Append {
+        kv_heads,
+        head_dim,
+        capacity,
+        ..
+    } = place;
+    let first = width - 2 * kv_heads * head_dim;
+    // A task for each head: the cache lies head by head.
+    let one = Append {
+        kv_heads: 1,
+        ..place
+    };
+    let heads = keys.chunks_exact_mut(capacity * head_dim);
+    let heads = heads.zip(values.chunks_exact_mut(capacity * head_dim));
+    let write = |head: usize, keys: &mut [W], values: &mut [W]| {
+        let mut rotated = vec![0.0; head_dim];
+        for (i, new) in qkv.chunks_exact(width).enumerate() {
+            rotated.copy_from_slice(&new[first + head * head_dim..][..head_dim]);
+            let (cos, sin) = tables.row(i);
+            rotate(isa, &mut rotated, cos, sin);
+            one.key(keys, i, 0, &rotated);
+            one.value(
+                values,
+                i,
+                0,
+                &new[first + (kv_heads + head) * head_dim..][..head_dim],
+            );
+        }
+    };
+    if qkv.len() < WORTH_SHARING {
+        for (head, (keys, values)) in heads.enumerate() {
+            write(head, keys, values);
+        }
+        return;
+    }
+    let heads: Vec<_> = heads.map(std::sync::Mutex::new).collect();
+    pool::parallel(kv_heads, &|head| {
+        // Each lock is taken once, by its own task.
+        let mut cache = heads[head]
+            .lock()
+            .unwrap_or_else(std::sync::PoisonError::into_inner);
+        let (keys, values) = &mut *cache;
+        write(head, keys, values);
     });
 }
 
 per_isa!(rotate, rotate_kernel, (x: &mut [f32], cos: &[f32], sin: &[f32]));
 
+/// Every head of `x` by the same angles.
+///
 /// # Safety
 /// The instruction set of `S` is present.
 #[inline(always)]
@@ -80,29 +158,6 @@ unsafe fn rotate_kernel<S: Simd>(x: &mut [f32], cos: &[f32], sin: &[f32]) {
         for (((a, b), cos), sin) in a.iter_mut().zip(b).zip(cos).zip(sin) {
             (*a, *b) = (*a * *cos - *b * *sin, *b * *cos + *a * *sin);
         }
-    }
-}
-
-/// `gate = gate · sigmoid(gate) · up` in place.
-pub(crate) fn swiglu(isa: Isa, gate: &mut [f32], up: &[f32]) {
-    const WIDTH: usize = 256;
-    assert_eq!(gate.len(), up.len(), "gate length");
-    let whole = gate.len() / WIDTH * WIDTH;
-    let (body, rest) = gate.split_at_mut(whole);
-    by_row(body, WIDTH, &|row, gate| {
-        silu_mul(isa, gate, &up[row * WIDTH..][..WIDTH])
-    });
-    silu_mul(isa, rest, &up[whole..]);
-}
-
-per_isa!(silu_mul, silu_mul_kernel, (gate: &mut [f32], up: &[f32]));
-
-/// # Safety
-/// The instruction set of `S` is present.
-#[inline(always)]
-unsafe fn silu_mul_kernel<S: Simd>(gate: &mut [f32], up: &[f32]) {
-    for (gate, up) in gate.iter_mut().zip(up) {
-        *gate = *gate / (1.0 + exp(-*gate)) * *up;
     }
 }
 
@@ -133,34 +188,6 @@ mod tests {
     }
 
     #[test]
-    fn swiglu_matches_the_definition() {
-        for len in [1, 255, 4864, 70_001] {
-            let (gate, up) = (wave(len, 0.7), wave(len, 0.3));
-            for isa in Isa::available() {
-                let mut out = gate.clone();
-                swiglu(isa, &mut out, &up);
-                for ((gate, up), out) in gate.iter().zip(&up).zip(&out) {
-                    let want = f64::from(*gate) / (1.0 + f64::from(-*gate).exp()) * f64::from(*up);
-                    assert!((f64::from(*out) - want).abs() < 1e-5, "{isa:?}");
-                }
-            }
-        }
-    }
-
-    #[test]
-    fn silu_of_huge_values_is_defined() {
-        for isa in Isa::available() {
-            let mut gate = [1e30, -1e30, f32::INFINITY, f32::NAN, -0.0];
-            swiglu(isa, &mut gate, &[1.0; 5]);
-            assert_eq!(gate[0], 1e30);
-            assert!(gate[1] == 0.0 || gate[1].abs() < 1e-3);
-            assert_eq!(gate[2], f32::INFINITY);
-            assert!(gate[3].is_nan());
-            assert_eq!(gate[4], 0.0);
-        }
-    }
-
-    #[test]
     fn rotation_pairs_the_halves_and_keeps_the_length() {
         let (n, heads, half) = (5, 3, 4);
         let angles = wave(n * half, 0.9);
@@ -168,8 +195,13 @@ mod tests {
         let sin: Vec<f32> = angles.iter().map(|a| a.sin()).collect();
         let x = wave(n * heads * 2 * half, 0.4);
         for isa in Isa::available() {
-            let mut out = x.clone();
-            rope(isa, &mut out, heads, &cos, &sin, half);
+            let tables = Tables {
+                cos: &cos,
+                sin: &sin,
+                half,
+            };
+            let mut out = vec![f32::NAN; x.len()];
+            rotate_queries(isa, &x, heads * 2 * half, tables, &mut out);
             for (row, (x, out)) in x.chunks(2 * half).zip(out.chunks(2 * half)).enumerate() {
                 for k in 0..half {
                     let (c, s) = (cos[row / heads * half + k], sin[row / heads * half + k]);
@@ -177,6 +209,55 @@ mod tests {
                     assert!((out[half + k] - (x[half + k] * c + x[k] * s)).abs() < 1e-6);
                 }
             }
+        }
+    }
+
+    #[test]
+    fn keys_are_rotated_and_values_are_not() {
+        let (n, heads, kv_heads, half, capacity, start) = (3, 2, 2, 2, 32, 15);
+        let (d, width) = (2 * half, (heads + 2 * kv_heads) * 2 * half);
+        let qkv = wave(n * width, 0.4);
+        let angles = wave(n * half, 0.9);
+        let cos: Vec<f32> = angles.iter().map(|a| a.cos()).collect();
+        let sin: Vec<f32> = angles.iter().map(|a| a.sin()).collect();
+        let tables = Tables {
+            cos: &cos,
+            sin: &sin,
+            half,
+        };
+        for isa in Isa::available() {
+            let mut keys = vec![f32::NAN; kv_heads * capacity * d];
+            let mut values = keys.clone();
+            let place = Append {
+                kv_heads,
+                head_dim: d,
+                capacity,
+                start,
+            };
+            append(isa, &qkv, width, tables, place, &mut keys, &mut values);
+            for (i, head, k) in (0..n * kv_heads * d).map(|x| (x / d / 2, x / d % 2, x % d)) {
+                let at = i * width + (heads + head) * d;
+                let (a, b) = (qkv[at + k % half], qkv[at + half + k % half]);
+                let (c, s) = (cos[i * half + k % half], sin[i * half + k % half]);
+                let want = if k < half {
+                    a * c - b * s
+                } else {
+                    b * c + a * s
+                };
+                let position = start + i;
+                let block = (head * capacity + position / 16 * 16) * d;
+                assert!(
+                    (keys[block + k * 16 + position % 16] - want).abs() < 1e-6,
+                    "{isa:?}"
+                );
+                let value = values[(head * capacity + position) * d + k];
+                assert_eq!(value, qkv[at + kv_heads * d + k]);
+            }
+            let written = |cache: &[f32]| cache.iter().filter(|x| !x.is_nan()).count();
+            assert_eq!(
+                (written(&keys), written(&values)),
+                (n * kv_heads * d, n * kv_heads * d)
+            );
         }
     }
 }

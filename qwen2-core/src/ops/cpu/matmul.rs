@@ -1,132 +1,159 @@
 //! `x Wᵀ + b` over weights in their stored precision, read once per panel of tokens.
 
+use std::cell::Cell;
+
 use super::pool;
+use super::product::{Product, Sums, Target};
 use super::simd::{Isa, Simd, Stored, per_isa};
 
 /// Weight rows and tokens of one register tile.
 const TILE: usize = 4;
 /// Tokens that share one pass over the weights; their activations stay in the second-level cache.
 const PANEL: usize = 64;
+/// Tasks per thread and job.
+const TASKS: usize = 6;
+/// Most rows of a task: its sums stay in the second-level cache.
+const MOST_ROWS: usize = 512;
 /// Widest stretch of the inner dimension that a tile sums at once.
 const DEPTH: usize = 2048;
 
-/// One multiplication: `x` `[n, inner]`, `weight` `[outer, inner]`, `out` `[n, outer]`.
+/// One multiplication: `x` `[n, inner]`, `weight` `[outer, inner]`.
 #[derive(Clone, Copy)]
 pub(crate) struct Linear<'a, W> {
     pub(crate) x: &'a [f32],
     pub(crate) weight: &'a [W],
-    pub(crate) bias: Option<&'a [f32]>,
     pub(crate) inner: usize,
     pub(crate) outer: usize,
 }
 
-/// The output, which tasks write in disjoint columns.
-#[derive(Clone, Copy)]
-struct Out(*mut f32);
-// SAFETY: every task writes its own range of columns only.
-unsafe impl Sync for Out {}
-
-impl Out {
-    /// # Safety
-    /// `index` is inside the output and no other task writes it.
-    unsafe fn write(self, index: usize, value: f32) {
-        // SAFETY: the caller's promise.
-        unsafe { *self.0.add(index) = value };
-    }
-    /// # Safety
-    /// As [`Out::write`], and the element was written before.
-    unsafe fn add(self, index: usize, value: f32) {
-        // SAFETY: the caller's promise.
-        unsafe { *self.0.add(index) += value };
+impl<W> Linear<'_, W> {
+    /// # Panics
+    /// If a length does not fit the shape.
+    pub(super) fn check(&self, target: &Target<'_>) {
+        assert_eq!(self.weight.len(), self.inner * self.outer, "weight length");
+        assert_eq!(
+            self.x.len(),
+            target.tokens() * self.inner,
+            "activation length"
+        );
     }
 }
 
-/// Computes `args` into `out`, `[n, outer]`, on the threads of the current pool.
-///
-/// # Panics
-/// If a length does not fit the shape.
-pub(crate) fn linear<W: Stored>(isa: Isa, args: Linear<'_, W>, out: &mut [f32]) {
-    let Linear { inner, outer, .. } = args;
-    assert_eq!(args.weight.len(), inner * outer, "weight length");
-    assert!(
-        args.bias.is_none_or(|bias| bias.len() == outer),
-        "bias length"
-    );
-    assert_eq!(args.x.len() * outer, out.len() * inner, "activation length");
-    let rows_per_task = rows_per_task(outer, pool::current_threads());
-    let target = Out(out.as_mut_ptr());
-    pool::parallel(outer.div_ceil(rows_per_task), &|task| {
-        let rows = task * rows_per_task..((task + 1) * rows_per_task).min(outer);
-        rows_of(isa, args, rows.start, rows.end, target);
-    });
+/// [`Linear`] in tasks of some rows each.
+pub(crate) struct Rows<'a, W> {
+    isa: Isa,
+    args: Linear<'a, W>,
+    target: Target<'a>,
+    per_task: usize,
+}
+
+impl<'a, W: Stored> Rows<'a, W> {
+    /// `total`: the rows of all the products of the job.
+    ///
+    /// # Panics
+    /// If a length does not fit the shape.
+    pub(crate) fn new(isa: Isa, args: Linear<'a, W>, target: Target<'a>, total: usize) -> Self {
+        args.check(&target);
+        let per_task = rows_per_task(total, pool::current_threads());
+        Self {
+            isa,
+            args,
+            target,
+            per_task,
+        }
+    }
+}
+
+impl<W: Stored> Product for Rows<'_, W> {
+    fn tasks(&self) -> usize {
+        self.args.outer.div_ceil(self.per_task)
+    }
+
+    fn run(&self, task: usize) {
+        let start = task * self.per_task;
+        let rows = self.per_task.min(self.args.outer - start);
+        let n = self.target.tokens();
+        let mut sums = SCRATCH.take();
+        for first in (0..n).step_by(PANEL) {
+            let tokens = PANEL.min(n - first);
+            sums.clear();
+            sums.resize(tokens * rows, 0.0);
+            panel(
+                self.isa,
+                self.args,
+                (first, tokens),
+                (start, rows),
+                &mut sums,
+            );
+            let values = Sums {
+                values: &sums,
+                stride: rows,
+                tokens: (first, tokens),
+                rows: (start, rows),
+            };
+            // SAFETY: the lengths were checked, and the rows are this task's own.
+            unsafe { self.target.take(self.isa, values) };
+        }
+        SCRATCH.set(sums);
+    }
+}
+
+thread_local! {
+    /// The sums of a task, kept for the next one.
+    static SCRATCH: Cell<Vec<f32>> = const { Cell::new(Vec::new()) };
 }
 
 /// A few tasks per thread, so that a thread that is held up takes fewer; whole tiles each.
-fn rows_per_task(outer: usize, threads: usize) -> usize {
+fn rows_per_task(rows: usize, threads: usize) -> usize {
     if threads == 1 {
-        return outer.max(1);
+        return rows.clamp(1, MOST_ROWS);
     }
-    outer.div_ceil(threads * 4).next_multiple_of(TILE).max(TILE)
+    let share = rows.div_ceil(threads * TASKS).next_multiple_of(TILE);
+    share.clamp(TILE, MOST_ROWS)
 }
 
-per_isa!(rows_of, rows_kernel<W>, (args: Linear<'_, W>, start: usize, end: usize, out: Out));
+per_isa!(panel, panel_kernel<W>, (
+    args: Linear<'_, W>, tokens: (usize, usize), rows: (usize, usize), sums: &mut [f32],
+));
 
+/// The sums of some tokens and rows (first and number each) into `sums`, `[tokens, rows]`, zeros
+/// before.
+///
 /// # Safety
-/// The instruction set of `S` is present; the lengths are those that [`linear`] checked.
+/// The instruction set of `S` is present; tokens and rows are inside the checked lengths.
 #[inline(always)]
-unsafe fn rows_kernel<S: Simd, W: Stored>(args: Linear<'_, W>, start: usize, end: usize, out: Out) {
-    let n = args.x.len() / args.inner.max(1);
-    // SAFETY: rows, tokens and depths below stay inside the checked lengths.
-    unsafe {
-        if n == 1 {
-            for row in start..end {
-                let w = args.weight.as_ptr().add(row * args.inner);
-                let sum = dot::<S, W>(args.x.as_ptr(), w, args.inner);
-                out.write(row, sum + args.bias.map_or(0.0, |bias| bias[row]));
-            }
-            return;
-        }
-        for first in (0..n).step_by(PANEL) {
-            panel::<S, W>(args, (first, (first + PANEL).min(n)), (start, end), out);
-        }
-    }
-}
-
-/// # Safety
-/// As [`rows_kernel`].
-#[inline(always)]
-unsafe fn panel<S: Simd, W: Stored>(
+unsafe fn panel_kernel<S: Simd, W: Stored>(
     args: Linear<'_, W>,
     tokens: (usize, usize),
     rows: (usize, usize),
-    out: Out,
+    sums: &mut [f32],
 ) {
+    let inner = args.inner;
     // SAFETY: the caller's promise; every index is below its end.
     unsafe {
-        for t in tokens.0..tokens.1 {
-            for row in rows.0..rows.1 {
-                out.write(
-                    t * args.outer + row,
-                    args.bias.map_or(0.0, |bias| bias[row]),
-                );
+        let x = args.x.as_ptr().add(tokens.0 * inner);
+        let w = args.weight.as_ptr().add(rows.0 * inner);
+        if tokens.1 == 1 {
+            for (row, sum) in sums.iter_mut().enumerate() {
+                *sum = dot::<S, W>(x, w.add(row * inner), inner);
             }
+            return;
         }
-        for k in (0..args.inner).step_by(DEPTH) {
-            let depth = DEPTH.min(args.inner - k);
-            for row in (rows.0..rows.1).step_by(TILE) {
-                for t in (tokens.0..tokens.1).step_by(TILE) {
+        for k in (0..inner).step_by(DEPTH) {
+            let depth = DEPTH.min(inner - k);
+            for row in (0..rows.1).step_by(TILE) {
+                for t in (0..tokens.1).step_by(TILE) {
                     let n_rows = TILE.min(rows.1 - row);
                     let n_tokens = TILE.min(tokens.1 - t);
-                    let x = args.x.as_ptr().add(t * args.inner + k);
-                    let w = args.weight.as_ptr().add(row * args.inner + k);
-                    let sums = if n_rows == TILE && n_tokens == TILE {
-                        tile::<S, W>(x, w, args.inner, depth)
+                    let (x, w) = (x.add(t * inner + k), w.add(row * inner + k));
+                    let tile = if n_rows == TILE && n_tokens == TILE {
+                        tile::<S, W>(x, w, inner, depth)
                     } else {
-                        edge::<S, W>(x, w, args.inner, depth, n_tokens, n_rows)
+                        edge::<S, W>(x, w, inner, depth, n_tokens, n_rows)
                     };
-                    for (i, sums) in sums.iter().enumerate().take(n_tokens) {
-                        for (j, sum) in sums.iter().enumerate().take(n_rows) {
-                            out.add((t + i) * args.outer + row + j, *sum);
+                    for (i, tile) in tile.iter().enumerate().take(n_tokens) {
+                        for (j, sum) in tile.iter().enumerate().take(n_rows) {
+                            sums[(t + i) * rows.1 + row + j] += *sum;
                         }
                     }
                 }
@@ -236,6 +263,7 @@ mod tests {
     use half::{bf16, f16};
     use proptest::prelude::*;
 
+    use super::super::product::{Finish, run_all};
     use super::*;
 
     /// The definition, summed in f64.
@@ -254,19 +282,31 @@ mod tests {
             .collect()
     }
 
+    fn product<W: Stored>(
+        isa: Isa,
+        x: &[f32],
+        weight: &[W],
+        bias: Option<&[f32]>,
+        inner: usize,
+    ) -> Vec<f32> {
+        let outer = weight.len() / inner;
+        let mut out = vec![f32::NAN; x.len() / inner * outer];
+        let args = Linear {
+            x,
+            weight,
+            inner,
+            outer,
+        };
+        let target = Target::new(&mut out, outer, 0..outer, Finish::Store, bias);
+        run_all(&[&Rows::new(isa, args, target, outer)]);
+        out
+    }
+
     fn check<W: Stored>(x: &[f32], w: &[W], bias: &[f32], inner: usize) {
         let stored: Vec<f32> = w.iter().map(|w| w.to_f32()).collect();
         let want = reference(x, &stored, bias, inner);
         for isa in Isa::available() {
-            let mut out = vec![f32::NAN; want.len()];
-            let args = Linear {
-                x,
-                weight: w,
-                bias: Some(bias),
-                inner,
-                outer: bias.len(),
-            };
-            linear(isa, args, &mut out);
+            let out = product(isa, x, w, Some(bias), inner);
             for (out, want) in out.iter().zip(&want) {
                 // f32 sums of `inner` products of size ≤ 1: rounding grows with √inner at worst.
                 assert!(
@@ -314,18 +354,7 @@ mod tests {
         let x = [1.0, f32::INFINITY, 0.0];
         let w = [1.0f32, 1.0, 1.0, f32::NAN, 0.0, 0.0];
         for isa in Isa::available() {
-            let mut out = [0.0; 2];
-            linear(
-                isa,
-                Linear {
-                    x: &x,
-                    weight: &w,
-                    bias: None,
-                    inner: 3,
-                    outer: 2,
-                },
-                &mut out,
-            );
+            let out = product(isa, &x, &w, None, 3);
             assert_eq!(out[0], f32::INFINITY);
             assert!(out[1].is_nan());
         }

@@ -6,54 +6,67 @@ mod bf16_gemm;
 mod elementwise;
 mod matmul;
 pub(crate) mod pool;
+mod product;
 mod quantized;
 pub(crate) mod simd;
 
 use burn::backend::tensor::{FloatTensor, IntTensor};
-use burn::backend::{Backend, Dispatch, backend_extension};
+use burn::backend::{Backend, Dispatch, ExtensionType, backend_extension};
 use burn::tensor::{DType, Int, Shape, Tensor, TensorData};
 use burn_flex::{Flex, FlexTensor};
 use half::{bf16, f16};
 
-use super::{Visible, packed};
-use attention::Attention;
-use matmul::Linear;
+use super::{KeyValues, Linear, RmsNorm, RopeTables, Visible, Weight, packed};
+use attention::{Append, Attention};
+use product::{Finish, Pair, Product, Target, run_all};
 use simd::Isa;
+
+/// A matrix in the form that the kernels take.
+#[derive(ExtensionType)]
+pub(crate) enum Matrix<B: Backend> {
+    Dense(FloatTensor<B>),
+    DenseBias(FloatTensor<B>, FloatTensor<B>),
+    Packed(IntTensor<B>, packed::Shape),
+    PackedBias(IntTensor<B>, packed::Shape, FloatTensor<B>),
+}
 
 /// The operations that burn's backends are extended by; shapes as in `ops/mod.rs`.
 #[backend_extension(Flex)]
 pub(crate) trait Qwen2Ops: Backend {
-    fn qwen2_linear(x: FloatTensor<Self>, weight: FloatTensor<Self>) -> FloatTensor<Self>;
-    fn qwen2_linear_bias(
+    fn qwen2_project(
         x: FloatTensor<Self>,
-        weight: FloatTensor<Self>,
-        bias: FloatTensor<Self>,
-    ) -> FloatTensor<Self>;
-    /// `cols` is the width of `x`; `q8`: eight bits, else four.
-    fn qwen2_packed_linear(
-        x: FloatTensor<Self>,
-        weight: IntTensor<Self>,
-        rows: usize,
-        q8: bool,
-    ) -> FloatTensor<Self>;
-    fn qwen2_packed_linear_bias(
-        x: FloatTensor<Self>,
-        weight: IntTensor<Self>,
-        bias: FloatTensor<Self>,
-        rows: usize,
-        q8: bool,
-    ) -> FloatTensor<Self>;
-    fn qwen2_rms_norm(
-        x: FloatTensor<Self>,
-        weight: FloatTensor<Self>,
+        norm: FloatTensor<Self>,
         eps: f64,
+        #[extension_type] matrix: Matrix<Self>,
     ) -> FloatTensor<Self>;
-    fn qwen2_rope(
+    fn qwen2_project_three(
         x: FloatTensor<Self>,
+        norm: FloatTensor<Self>,
+        eps: f64,
+        #[extension_type] first: Matrix<Self>,
+        #[extension_type] second: Matrix<Self>,
+        #[extension_type] third: Matrix<Self>,
+    ) -> FloatTensor<Self>;
+    fn qwen2_add_project(
+        h: FloatTensor<Self>,
+        x: FloatTensor<Self>,
+        #[extension_type] matrix: Matrix<Self>,
+    ) -> FloatTensor<Self>;
+    fn qwen2_swiglu(
+        x: FloatTensor<Self>,
+        norm: FloatTensor<Self>,
+        eps: f64,
+        #[extension_type] gate: Matrix<Self>,
+        #[extension_type] up: Matrix<Self>,
+    ) -> FloatTensor<Self>;
+    fn qwen2_append(
+        qkv: FloatTensor<Self>,
         cos: FloatTensor<Self>,
         sin: FloatTensor<Self>,
-    ) -> FloatTensor<Self>;
-    fn qwen2_swiglu(gate: FloatTensor<Self>, up: FloatTensor<Self>) -> FloatTensor<Self>;
+        keys: FloatTensor<Self>,
+        values: FloatTensor<Self>,
+        start: usize,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>);
     fn qwen2_attention(
         q: FloatTensor<Self>,
         keys: FloatTensor<Self>,
@@ -64,61 +77,75 @@ pub(crate) trait Qwen2Ops: Backend {
 }
 
 impl Qwen2Ops for Flex {
-    fn qwen2_linear(x: FlexTensor, weight: FlexTensor) -> FlexTensor {
-        flex_linear(&x, &weight, None)
-    }
-
-    fn qwen2_linear_bias(x: FlexTensor, weight: FlexTensor, bias: FlexTensor) -> FlexTensor {
-        flex_linear(&x, &weight, Some(&bias))
-    }
-
-    fn qwen2_packed_linear(x: FlexTensor, weight: FlexTensor, rows: usize, q8: bool) -> FlexTensor {
-        flex_packed_linear(&x, &weight, None, rows, q8)
-    }
-
-    fn qwen2_packed_linear_bias(
+    fn qwen2_project(
         x: FlexTensor,
-        weight: FlexTensor,
-        bias: FlexTensor,
-        rows: usize,
-        q8: bool,
+        norm: FlexTensor,
+        eps: f64,
+        matrix: Matrix<Self>,
     ) -> FlexTensor {
-        flex_packed_linear(&x, &weight, Some(&bias), rows, q8)
+        flex_project(&x, &norm, eps, &[matrix])
     }
 
-    fn qwen2_rms_norm(x: FlexTensor, weight: FlexTensor, eps: f64) -> FlexTensor {
-        let (x, weight) = (x.to_contiguous(), as_f32(&weight));
-        let shape = x.layout().shape().clone();
-        let mut out = vec![0.0; shape.num_elements()];
-        elementwise::rms_norm(
-            Isa::selected(),
-            elements(&x),
-            elements(&weight),
-            eps as f32,
-            &mut out,
+    fn qwen2_project_three(
+        x: FlexTensor,
+        norm: FlexTensor,
+        eps: f64,
+        first: Matrix<Self>,
+        second: Matrix<Self>,
+        third: Matrix<Self>,
+    ) -> FlexTensor {
+        flex_project(&x, &norm, eps, &[first, second, third])
+    }
+
+    fn qwen2_add_project(h: FlexTensor, x: FlexTensor, matrix: Matrix<Self>) -> FlexTensor {
+        let mut h = h.to_contiguous();
+        let x = x.to_contiguous();
+        let [n, width] = dims(&h);
+        let input = Input::new(elements(&x), dims::<2>(&x)[1], &[&matrix]);
+        let target = Target::new(
+            &mut h.storage_mut::<f32>()[..n * width],
+            width,
+            0..width,
+            Finish::Add,
+            matrix.bias(),
         );
-        tensor(out, shape)
+        run_all(&[&*matrix.product(&input, target, width)]);
+        h
     }
 
-    fn qwen2_rope(x: FlexTensor, cos: FlexTensor, sin: FlexTensor) -> FlexTensor {
-        let (mut x, cos, sin) = (x.to_contiguous(), cos.to_contiguous(), sin.to_contiguous());
-        let [heads, half] = [x.layout().shape()[1], cos.layout().shape()[1]];
-        let (cos, sin) = (elements(&cos), elements(&sin));
-        elementwise::rope(
-            Isa::selected(),
-            x.storage_mut::<f32>(),
-            heads,
-            cos,
-            sin,
-            half,
-        );
-        x
+    fn qwen2_swiglu(
+        x: FlexTensor,
+        norm: FlexTensor,
+        eps: f64,
+        gate: Matrix<Self>,
+        up: Matrix<Self>,
+    ) -> FlexTensor {
+        let x = normed(&x, &norm, eps);
+        let input = Input::new(&x, norm.layout().shape()[0], &[&gate, &up]);
+        let (n, width) = (input.n(), gate.rows());
+        let mut out = vec![0.0; n * width];
+        let target = |out: &mut [f32], finish| Target::new(out, width, 0..width, finish, None);
+        // Each task stores its gates, then multiplies them with the other product.
+        let gates = gate.product(&input, target(&mut out, Finish::Store), 2 * width);
+        let ups = up.product(&input, target(&mut out, Finish::Gate), 2 * width);
+        run_all(&[&Pair(gates, ups)]);
+        tensor(out, Shape::new([n, width]))
     }
 
-    fn qwen2_swiglu(gate: FlexTensor, up: FlexTensor) -> FlexTensor {
-        let (mut gate, up) = (gate.to_contiguous(), up.to_contiguous());
-        elementwise::swiglu(Isa::selected(), gate.storage_mut::<f32>(), elements(&up));
-        gate
+    fn qwen2_append(
+        qkv: FlexTensor,
+        cos: FlexTensor,
+        sin: FlexTensor,
+        keys: FlexTensor,
+        values: FlexTensor,
+        start: usize,
+    ) -> (FlexTensor, FlexTensor, FlexTensor) {
+        match keys.dtype() {
+            DType::F32 => flex_append::<f32>(&qkv, &cos, &sin, keys, values, start),
+            DType::BF16 => flex_append::<bf16>(&qkv, &cos, &sin, keys, values, start),
+            DType::F16 => flex_append::<f16>(&qkv, &cos, &sin, keys, values, start),
+            other => unreachable!("caches are made as f32, bf16 or f16, not {other:?}"),
+        }
     }
 
     fn qwen2_attention(
@@ -145,28 +172,79 @@ pub(crate) fn takes<const D: usize>(x: &Tensor<D>) -> bool {
     x.device() == burn::tensor::Device::flex()
 }
 
-pub(crate) fn linear(x: Tensor<2>, weight: &Tensor<2>, bias: Option<&Tensor<1>>) -> Tensor<2> {
-    let (x, weight) = (x.into_dispatch(), weight.clone().into_dispatch());
-    Tensor::from_dispatch(match bias {
-        Some(bias) => Dispatch::qwen2_linear_bias(x, weight, bias.clone().into_dispatch()),
-        None => Dispatch::qwen2_linear(x, weight),
+/// The parameters as the extension's types.
+fn matrix(linear: &Linear) -> Matrix<Dispatch> {
+    let bias = linear.bias.clone().map(Tensor::into_dispatch);
+    match (&linear.weight, bias) {
+        (Weight::Dense(weight), None) => Matrix::Dense(weight.clone().into_dispatch()),
+        (Weight::Dense(weight), Some(bias)) => {
+            Matrix::DenseBias(weight.clone().into_dispatch(), bias)
+        }
+        (Weight::Packed { shape, bytes }, None) => {
+            Matrix::Packed(bytes.clone().into_dispatch(), *shape)
+        }
+        (Weight::Packed { shape, bytes }, Some(bias)) => {
+            Matrix::PackedBias(bytes.clone().into_dispatch(), *shape, bias)
+        }
+    }
+}
+
+pub(crate) fn project<const N: usize>(
+    x: &Tensor<2>,
+    norm: &RmsNorm,
+    matrices: [&Linear; N],
+) -> Tensor<2> {
+    let (x, eps) = (x.clone().into_dispatch(), norm.eps);
+    let norm = norm.weight.clone().into_dispatch();
+    Tensor::from_dispatch(match *matrices.as_slice() {
+        [one] => Dispatch::qwen2_project(x, norm, eps, matrix(one)),
+        [a, b, c] => Dispatch::qwen2_project_three(x, norm, eps, matrix(a), matrix(b), matrix(c)),
+        _ => unreachable!("one matrix or three"),
     })
 }
 
-pub(crate) fn packed_linear(
-    x: Tensor<2>,
-    shape: packed::Shape,
-    bytes: &Tensor<1, Int>,
-    bias: Option<&Tensor<1>>,
-) -> Tensor<2> {
-    let (x, bytes) = (x.into_dispatch(), bytes.clone().into_dispatch());
-    let (rows, q8) = (shape.rows, shape.format == packed::Format::Q8);
-    Tensor::from_dispatch(match bias {
-        Some(bias) => {
-            Dispatch::qwen2_packed_linear_bias(x, bytes, bias.clone().into_dispatch(), rows, q8)
-        }
-        None => Dispatch::qwen2_packed_linear(x, bytes, rows, q8),
-    })
+pub(crate) fn add_project(h: Tensor<2>, x: Tensor<2>, linear: &Linear) -> Tensor<2> {
+    let (h, x) = (h.into_dispatch(), x.into_dispatch());
+    Tensor::from_dispatch(Dispatch::qwen2_add_project(h, x, matrix(linear)))
+}
+
+pub(crate) fn swiglu(x: &Tensor<2>, norm: &RmsNorm, gate: &Linear, up: &Linear) -> Tensor<2> {
+    let (x, weight) = (
+        x.clone().into_dispatch(),
+        norm.weight.clone().into_dispatch(),
+    );
+    let out = Dispatch::qwen2_swiglu(x, weight, norm.eps, matrix(gate), matrix(up));
+    Tensor::from_dispatch(out)
+}
+
+pub(crate) fn append(
+    qkv: Tensor<2>,
+    tables: &RopeTables,
+    cache: KeyValues,
+    start: usize,
+) -> (Tensor<3>, KeyValues) {
+    let (cos, sin) = (
+        tables.cos.clone().into_dispatch(),
+        tables.sin.clone().into_dispatch(),
+    );
+    let (keys, values) = (cache.keys.into_dispatch(), cache.values.into_dispatch());
+    let (q, keys, values) =
+        Dispatch::qwen2_append(qkv.into_dispatch(), cos, sin, keys, values, start);
+    let cache = KeyValues {
+        keys: Tensor::from_dispatch(keys),
+        values: Tensor::from_dispatch(values),
+    };
+    (Tensor::from_dispatch(q), cache)
+}
+
+pub(crate) fn attention(q: Tensor<3>, cache: &KeyValues, visible: Visible) -> Tensor<2> {
+    let (keys, values) = (
+        cache.keys.clone().into_dispatch(),
+        cache.values.clone().into_dispatch(),
+    );
+    let window = visible.window.unwrap_or(usize::MAX);
+    let out = Dispatch::qwen2_attention(q.into_dispatch(), keys, values, visible.n_past, window);
+    Tensor::from_dispatch(out)
 }
 
 /// Rows of a packed table, read where they lie.
@@ -189,133 +267,221 @@ pub(crate) fn packed_embed(
     )
 }
 
-pub(crate) fn rms_norm(x: Tensor<2>, weight: &Tensor<1>, eps: f64) -> Tensor<2> {
-    let weight = weight.clone().into_dispatch();
-    Tensor::from_dispatch(Dispatch::qwen2_rms_norm(x.into_dispatch(), weight, eps))
-}
+impl Matrix<Flex> {
+    /// `out_features`.
+    fn rows(&self) -> usize {
+        match self {
+            Self::Dense(weight) | Self::DenseBias(weight, _) => weight.layout().shape()[0],
+            Self::Packed(_, shape) | Self::PackedBias(_, shape, _) => shape.rows,
+        }
+    }
 
-pub(crate) fn rope(x: Tensor<3>, cos: &Tensor<2>, sin: &Tensor<2>) -> Tensor<3> {
-    let (cos, sin) = (cos.clone().into_dispatch(), sin.clone().into_dispatch());
-    Tensor::from_dispatch(Dispatch::qwen2_rope(x.into_dispatch(), cos, sin))
-}
+    /// Biases are loaded as f32.
+    fn bias(&self) -> Option<&[f32]> {
+        match self {
+            Self::Dense(_) | Self::Packed(..) => None,
+            Self::DenseBias(_, bias) | Self::PackedBias(_, _, bias) => Some(elements(bias)),
+        }
+    }
 
-pub(crate) fn swiglu(gate: Tensor<2>, up: Tensor<2>) -> Tensor<2> {
-    Tensor::from_dispatch(Dispatch::qwen2_swiglu(
-        gate.into_dispatch(),
-        up.into_dispatch(),
-    ))
-}
-
-pub(crate) fn attention(
-    q: Tensor<3>,
-    keys: &Tensor<3>,
-    values: &Tensor<3>,
-    visible: Visible,
-) -> Tensor<2> {
-    let (keys, values) = (keys.clone().into_dispatch(), values.clone().into_dispatch());
-    let window = visible.window.unwrap_or(usize::MAX);
-    let out = Dispatch::qwen2_attention(q.into_dispatch(), keys, values, visible.n_past, window);
-    Tensor::from_dispatch(out)
-}
-
-fn flex_linear(x: &FlexTensor, weight: &FlexTensor, bias: Option<&FlexTensor>) -> FlexTensor {
-    let x = x.to_contiguous();
-    let bias = bias.map(as_f32);
-    let bias = bias.as_ref().map(elements::<f32>);
-    match weight.dtype() {
-        DType::F32 => linear_stored::<f32>(&x, weight, bias),
-        #[cfg(target_arch = "x86_64")]
-        DType::BF16 if takes_bf16_products(&x) => many_by_bf16(&x, weight, bias),
-        DType::BF16 => linear_stored::<bf16>(&x, weight, bias),
-        DType::F16 => linear_stored::<f16>(&x, weight, bias),
-        other => unreachable!("weights are loaded as f32, bf16 or f16, not {other:?}"),
+    /// The product with `input` as tasks; `total`: the rows of all the products of the job.
+    fn product<'a>(
+        &'a self,
+        input: &'a Input<'_>,
+        target: Target<'a>,
+        total: usize,
+    ) -> Box<dyn Product + 'a> {
+        match self {
+            Self::Dense(weight) | Self::DenseBias(weight, _) => input.dense(weight, target, total),
+            Self::Packed(bytes, shape) | Self::PackedBias(bytes, shape, _) => {
+                let Some(x) = &input.quantized else {
+                    unreachable!("made when the matrix is packed");
+                };
+                let args = quantized::Packed {
+                    x,
+                    shape: *shape,
+                    bytes: bytes.bytes(),
+                };
+                Box::new(quantized::Panels::new(input.isa, args, target, total))
+            }
+        }
     }
 }
 
-/// Whether the bf16 dot products are wanted, there, and worth it.
-#[cfg(target_arch = "x86_64")]
-fn takes_bf16_products(x: &FlexTensor) -> bool {
-    let n = x.layout().shape()[0];
-    pool::takes_bf16_products()
-        && n >= bf16_gemm::MIN_TOKENS
-        && Isa::selected() >= Isa::Avx512
-        && bf16_gemm::is_present()
+/// Activations in every form that some matrices want them in.
+struct Input<'a> {
+    isa: Isa,
+    x: &'a [f32],
+    width: usize,
+    quantized: Option<quantized::Activations>,
+    #[cfg(target_arch = "x86_64")]
+    rounded: Option<bf16_gemm::Rounded>,
 }
 
-#[cfg(target_arch = "x86_64")]
-fn many_by_bf16(x: &FlexTensor, weight: &FlexTensor, bias: Option<&[f32]>) -> FlexTensor {
-    let [n, inner] = [x.layout().shape()[0], x.layout().shape()[1]];
-    let outer = weight.layout().shape()[0];
-    let mut out = vec![0.0; n * outer];
-    let args = Linear {
-        x: elements(x),
-        weight: elements::<bf16>(weight),
-        bias,
-        inner,
-        outer,
-    };
-    bf16_gemm::linear(args, &mut out);
-    tensor(out, Shape::new([n, outer]))
+impl<'a> Input<'a> {
+    /// `x` `[n, width]`.
+    fn new(x: &'a [f32], width: usize, matrices: &[&Matrix<Flex>]) -> Self {
+        let isa = Isa::selected();
+        let packed = matrices
+            .iter()
+            .any(|m| matches!(m, Matrix::Packed(..) | Matrix::PackedBias(..)));
+        Self {
+            isa,
+            x,
+            width,
+            quantized: packed.then(|| quantized::Activations::new(isa, x, width)),
+            #[cfg(target_arch = "x86_64")]
+            rounded: {
+                let is_bf16 = |m: &&Matrix<Flex>| match m {
+                    Matrix::Dense(w) | Matrix::DenseBias(w, _) => w.dtype() == DType::BF16,
+                    _ => false,
+                };
+                // Only where it is wanted, there, and worth it.
+                (pool::takes_bf16_products()
+                    && x.len() / width >= bf16_gemm::MIN_TOKENS
+                    && isa >= Isa::Avx512
+                    && bf16_gemm::is_present()
+                    && matrices.iter().any(is_bf16))
+                .then(|| bf16_gemm::Rounded::new(x, width))
+            },
+        }
+    }
+
+    fn n(&self) -> usize {
+        self.x.len() / self.width
+    }
+
+    fn dense<'b>(
+        &'b self,
+        weight: &'b FlexTensor,
+        target: Target<'b>,
+        total: usize,
+    ) -> Box<dyn Product + 'b> {
+        match weight.dtype() {
+            DType::F32 => self.stored::<f32>(weight, target, total),
+            #[cfg(target_arch = "x86_64")]
+            DType::BF16 if let Some(x) = &self.rounded => Box::new(bf16_gemm::Blocks::new(
+                self.isa,
+                self.args(weight),
+                x,
+                target,
+            )),
+            DType::BF16 => self.stored::<bf16>(weight, target, total),
+            DType::F16 => self.stored::<f16>(weight, target, total),
+            other => unreachable!("weights are loaded as f32, bf16 or f16, not {other:?}"),
+        }
+    }
+
+    fn stored<'b, W: Element>(
+        &'b self,
+        weight: &'b FlexTensor,
+        target: Target<'b>,
+        total: usize,
+    ) -> Box<dyn Product + 'b> {
+        Box::new(matmul::Rows::new(
+            self.isa,
+            self.args::<W>(weight),
+            target,
+            total,
+        ))
+    }
+
+    fn args<'b, W: Element>(&'b self, weight: &'b FlexTensor) -> matmul::Linear<'b, W> {
+        let outer = weight.layout().shape()[0];
+        matmul::Linear {
+            x: self.x,
+            weight: elements(weight),
+            inner: self.width,
+            outer,
+        }
+    }
 }
 
-fn linear_stored<W: simd::Stored + burn::tensor::Element + bytemuck::Pod>(
+/// An element type of burn's that the kernels take.
+trait Element: simd::Stored + burn::tensor::Element + bytemuck::Pod {}
+impl Element for f32 {}
+impl Element for bf16 {}
+impl Element for f16 {}
+
+fn flex_project(
     x: &FlexTensor,
-    weight: &FlexTensor,
-    bias: Option<&[f32]>,
+    norm: &FlexTensor,
+    eps: f64,
+    matrices: &[Matrix<Flex>],
 ) -> FlexTensor {
-    let [n, inner] = [x.layout().shape()[0], x.layout().shape()[1]];
-    let outer = weight.layout().shape()[0];
-    let mut out = vec![0.0; n * outer];
-    let args = Linear {
-        x: elements(x),
-        weight: elements::<W>(weight),
-        bias,
-        inner,
-        outer,
-    };
-    matmul::linear(Isa::selected(), args, &mut out);
-    tensor(out, Shape::new([n, outer]))
-}
-
-fn flex_packed_linear(
-    x: &FlexTensor,
-    weight: &FlexTensor,
-    bias: Option<&FlexTensor>,
-    rows: usize,
-    q8: bool,
-) -> FlexTensor {
-    let x = x.to_contiguous();
-    let bias = bias.map(as_f32);
-    let [n, cols] = [x.layout().shape()[0], x.layout().shape()[1]];
-    let format = if q8 {
-        packed::Format::Q8
-    } else {
-        packed::Format::Q4
-    };
-    let weight = quantized::Packed {
-        shape: packed::Shape { format, rows, cols },
-        bytes: weight.bytes(),
-        bias: bias.as_ref().map(elements::<f32>),
-    };
-    let mut out = vec![0.0; n * rows];
-    let isa = Isa::selected();
-    quantized::linear(
-        isa,
-        &quantized::Activations::new(isa, elements(&x), cols),
-        weight,
-        &mut out,
+    let x = normed(x, norm, eps);
+    let list: Vec<_> = matrices.iter().collect();
+    let input = Input::new(&x, norm.layout().shape()[0], &list);
+    let (n, width) = (input.n(), matrices.iter().map(Matrix::rows).sum());
+    let mut out = vec![0.0; n * width];
+    let mut first = 0;
+    let products: Vec<_> = matrices
+        .iter()
+        .map(|matrix| {
+            let columns = first..first + matrix.rows();
+            first = columns.end;
+            let target = Target::new(&mut out, width, columns, Finish::Store, matrix.bias());
+            matrix.product(&input, target, width)
+        })
+        .collect();
+    run_all(
+        &products
+            .iter()
+            .map(|product| &**product)
+            .collect::<Vec<_>>(),
     );
-    tensor(out, Shape::new([n, rows]))
+    drop(products);
+    tensor(out, Shape::new([n, width]))
 }
 
-fn flex_attention<W: simd::Stored + burn::tensor::Element + bytemuck::Pod>(
+/// The norm of every row.
+fn normed(x: &FlexTensor, norm: &FlexTensor, eps: f64) -> Vec<f32> {
+    let x = x.to_contiguous();
+    let x = elements(&x);
+    let mut out = vec![0.0; x.len()];
+    elementwise::rms_norm(Isa::selected(), x, elements(norm), eps as f32, &mut out);
+    out
+}
+
+fn flex_append<W: Element>(
+    qkv: &FlexTensor,
+    cos: &FlexTensor,
+    sin: &FlexTensor,
+    mut keys: FlexTensor,
+    mut values: FlexTensor,
+    start: usize,
+) -> (FlexTensor, FlexTensor, FlexTensor) {
+    let qkv = qkv.to_contiguous();
+    let [n, width] = dims(&qkv);
+    let [kv_heads, capacity, head_dim] = dims(&keys);
+    let heads = width / head_dim - 2 * kv_heads;
+    let tables = elementwise::Tables {
+        cos: elements(cos),
+        sin: elements(sin),
+        half: head_dim / 2,
+    };
+    let mut q = vec![0.0; n * heads * head_dim];
+    let (isa, new) = (Isa::selected(), elements(&qkv));
+    elementwise::rotate_queries(isa, new, width, tables, &mut q);
+    let append = Append {
+        kv_heads,
+        head_dim,
+        capacity,
+        start,
+    };
+    let (keys_out, values_out) = (keys.storage_mut::<W>(), values.storage_mut::<W>());
+    elementwise::append(isa, new, width, tables, append, keys_out, values_out);
+    (tensor(q, Shape::new([n, heads, head_dim])), keys, values)
+}
+
+fn flex_attention<W: Element>(
     q: &FlexTensor,
     keys: &FlexTensor,
     values: &FlexTensor,
     visible: Visible,
 ) -> FlexTensor {
-    let [n, heads, head_dim] = [0, 1, 2].map(|i| q.layout().shape()[i]);
-    let [kv_heads, capacity] = [0, 1].map(|i| keys.layout().shape()[i]);
+    let [n, heads, head_dim] = dims(q);
+    let [kv_heads, capacity, _] = dims(keys);
     let mut out = vec![0.0; n * heads * head_dim];
     let (keys, values) = (elements::<W>(keys), elements::<W>(values));
     let q = elements(q);
@@ -333,13 +499,8 @@ fn flex_attention<W: simd::Stored + burn::tensor::Element + bytemuck::Pod>(
     tensor(out, Shape::new([n, heads * head_dim]))
 }
 
-fn as_f32(tensor: &FlexTensor) -> FlexTensor {
-    use burn::backend::ops::FloatTensorOps as _;
-    let tensor = tensor.to_contiguous();
-    if tensor.dtype() == DType::F32 {
-        return tensor;
-    }
-    Flex::float_cast(tensor, burn::tensor::FloatDType::F32)
+fn dims<const D: usize>(tensor: &FlexTensor) -> [usize; D] {
+    std::array::from_fn(|i| tensor.layout().shape()[i])
 }
 
 /// The elements of a contiguous tensor.

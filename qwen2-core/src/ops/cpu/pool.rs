@@ -6,6 +6,8 @@ use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle, Thread};
 
+use crate::fence::silence_thread;
+
 /// How often a worker looks for work before it parks; some tens of microseconds, which is longer
 /// than the gap between two operations of a token and shorter than anybody would notice.
 const SPINS: u32 = 4_000;
@@ -212,6 +214,7 @@ fn take_tasks(shared: &Shared, task: &(dyn Fn(usize) + Sync)) {
 }
 
 fn work(shared: &Shared, index: usize) {
+    silence_thread(); // the caller of `run` reports
     let mut seen = 0;
     loop {
         seen = wait(shared, index, seen);

@@ -5,6 +5,7 @@ use std::sync::{Mutex, PoisonError};
 use half::f16;
 
 use super::pool;
+use super::product::{Product, Sums, Target};
 use super::simd::{Isa, Simd, per_isa};
 use crate::ops::packed::{BLOCK, Format, GROUP, ROWS, Shape};
 
@@ -14,31 +15,36 @@ pub(crate) struct Activations {
     quants: Vec<i8>,
     /// `[n][blocks]`.
     scales: Vec<f32>,
-    /// `[n][blocks]`: the sum of the quants, which the offset of the weights is taken off by.
-    sums: Vec<i32>,
+    /// `[n][blocks]`: -8 times the sum of the quants, which takes the offset of the weights off.
+    starts: Vec<i32>,
     blocks: usize,
 }
 
 impl Activations {
+    /// Tokens.
+    fn n(&self) -> usize {
+        self.scales.len() / self.blocks
+    }
+
     /// Quantizes `x` `[n, cols]`; a block with an infinity or a NaN gets a NaN scale, so that it
     /// reaches the output.
     pub(crate) fn new(isa: Isa, x: &[f32], cols: usize) -> Self {
         let n = x.len() / cols;
-        let blocks = cols.div_ceil(BLOCK);
+        let blocks = cols.div_ceil(BLOCK).next_multiple_of(2); // as a packed matrix has
         let mut out = Self {
             quants: vec![0; n * blocks * BLOCK],
             scales: vec![0.0; n * blocks],
-            sums: vec![0; n * blocks],
+            starts: vec![0; n * blocks],
             blocks,
         };
         let rows = out.quants.chunks_exact_mut(blocks * BLOCK);
         let rows = rows
             .zip(out.scales.chunks_exact_mut(blocks))
-            .zip(out.sums.chunks_exact_mut(blocks));
+            .zip(out.starts.chunks_exact_mut(blocks));
         let rows = rows.zip(x.chunks_exact(cols));
         if n < 4 {
-            for (((quants, scales), sums), x) in rows {
-                quantize_row(isa, x, quants, scales, sums);
+            for (((quants, scales), starts), x) in rows {
+                quantize_row(isa, x, quants, scales, starts);
             }
             return out;
         }
@@ -46,8 +52,8 @@ impl Activations {
         pool::parallel(n, &|t| {
             // Each lock is taken once, by its own task.
             let mut row = rows[t].lock().unwrap_or_else(PoisonError::into_inner);
-            let (((quants, scales), sums), x) = &mut *row;
-            quantize_row(isa, x, quants, scales, sums);
+            let (((quants, scales), starts), x) = &mut *row;
+            quantize_row(isa, x, quants, scales, starts);
         });
         drop(rows);
         out
@@ -55,7 +61,7 @@ impl Activations {
 }
 
 per_isa!(quantize_row, quantize_row_kernel, (
-    x: &[f32], quants: &mut [i8], scales: &mut [f32], sums: &mut [i32],
+    x: &[f32], quants: &mut [i8], scales: &mut [f32], starts: &mut [i32],
 ));
 
 /// # Safety
@@ -65,11 +71,11 @@ unsafe fn quantize_row_kernel<S: Simd>(
     x: &[f32],
     quants: &mut [i8],
     scales: &mut [f32],
-    sums: &mut [i32],
+    starts: &mut [i32],
 ) {
     for (b, x) in x.chunks(BLOCK).enumerate() {
         let out = &mut quants[b * BLOCK..][..BLOCK];
-        (scales[b], sums[b]) = match x.as_array::<BLOCK>() {
+        (scales[b], starts[b]) = match x.as_array::<BLOCK>() {
             Some(x) => quantize_block(x, out),
             None => {
                 let mut padded = [0.0; BLOCK];
@@ -80,7 +86,7 @@ unsafe fn quantize_row_kernel<S: Simd>(
     }
 }
 
-/// Scale and sum of the quants; loops of fixed length, which vectorise.
+/// Scale and -8 times the sum of the quants; loops of fixed length, which vectorise.
 #[inline(always)]
 fn quantize_block(x: &[f32; BLOCK], out: &mut [i8]) -> (f32, i32) {
     let mut largest = 0_u32;
@@ -104,166 +110,165 @@ fn quantize_block(x: &[f32; BLOCK], out: &mut [i8]) -> (f32, i32) {
         *out = q as i8;
         sum += q;
     }
-    (largest / 127.0, sum)
+    (largest / 127.0, -8 * sum)
 }
 
-#[derive(Clone, Copy)]
-struct Out(*mut f32);
-// SAFETY: every task writes its own range of columns only.
-unsafe impl Sync for Out {}
-
-/// One multiplication by a packed matrix.
+/// One multiplication of activations by a packed matrix.
 #[derive(Clone, Copy)]
 pub(crate) struct Packed<'a> {
+    pub(crate) x: &'a Activations,
     pub(crate) shape: Shape,
     pub(crate) bytes: &'a [u8],
-    pub(crate) bias: Option<&'a [f32]>,
 }
 
-/// Computes `x` `[n, cols]` into `out` `[n, rows]` on the threads of the current pool.
-///
-/// # Panics
-/// If a length does not fit the shape.
-pub(crate) fn linear(isa: Isa, x: &Activations, weight: Packed<'_>, out: &mut [f32]) {
-    let shape = weight.shape;
-    assert_eq!(weight.bytes.len(), shape.bytes(), "packed length");
-    assert_eq!(x.blocks, shape.blocks(), "activation width");
-    assert_eq!(
-        x.scales.len() / x.blocks * shape.rows,
-        out.len(),
-        "output length"
-    );
-    assert!(
-        weight.bias.is_none_or(|bias| bias.len() == shape.rows),
-        "bias length"
-    );
-    let panels = shape.panels();
-    let per_task = panels.div_ceil(pool::current_threads() * 4).max(1);
-    let target = Out(out.as_mut_ptr());
-    pool::parallel(panels.div_ceil(per_task), &|task| {
-        for panel in task * per_task..((task + 1) * per_task).min(panels) {
-            // SAFETY: the lengths were checked above, and the panel's columns are this task's own.
-            unsafe { run_panel(isa, x, weight, panel, target) };
+/// [`Packed`] in tasks of some panels each.
+pub(crate) struct Panels<'a> {
+    isa: Isa,
+    args: Packed<'a>,
+    target: Target<'a>,
+    per_task: usize,
+}
+
+impl<'a> Panels<'a> {
+    /// `total`: the rows of all the products of the job.
+    ///
+    /// # Panics
+    /// If a length does not fit the shape.
+    pub(crate) fn new(isa: Isa, args: Packed<'a>, target: Target<'a>, total: usize) -> Self {
+        assert_eq!(args.bytes.len(), args.shape.bytes(), "packed length");
+        assert_eq!(args.x.blocks, args.shape.blocks(), "activation width");
+        assert_eq!(args.x.n(), target.tokens(), "activation length");
+        let panels = total.div_ceil(ROWS);
+        let per_task = panels.div_ceil(pool::current_threads() * TASKS).max(1);
+        Self {
+            isa,
+            args,
+            target,
+            per_task,
         }
-    });
+    }
 }
 
-/// Tokens that a panel is multiplied with before its next block is read.
-const TOKENS: usize = 8;
+impl Product for Panels<'_> {
+    fn tasks(&self) -> usize {
+        self.args.shape.panels().div_ceil(self.per_task)
+    }
+
+    fn run(&self, task: usize) {
+        let first = task * self.per_task;
+        let end = (first + self.per_task).min(self.args.shape.panels());
+        let mut panel = first;
+        while panel < end {
+            // Two panels share the broadcasts of the activations.
+            let wide = if self.args.x.n() == 1 {
+                1
+            } else {
+                2.min(end - panel)
+            };
+            // SAFETY: the lengths were checked, and the panels' rows are this task's own.
+            unsafe { run_panels(self.isa, self.args, panel, wide, &self.target) };
+            panel += wide;
+        }
+    }
+}
+
+/// Tasks per thread and job.
+const TASKS: usize = 6;
+/// Tokens of one register tile.
+const TOKENS: usize = 4;
+/// Rows of one register tile: two panels.
+const WIDE: usize = 2 * ROWS;
+type TileSums = [[f32; WIDE]; TOKENS];
 
 /// # Safety
-/// The lengths are those that [`linear`] checked; no other task has this panel.
-unsafe fn run_panel(isa: Isa, x: &Activations, weight: Packed<'_>, panel: usize, out: Out) {
-    let shape = weight.shape;
-    let n = x.scales.len() / x.blocks;
-    let bytes = &weight.bytes[panel * shape.panel_bytes()..][..shape.panel_bytes()];
-    let (scales, quants) = bytes.split_at(shape.scale_bytes());
+/// The lengths are those that [`Panels::new`] checked; no other task has these panels.
+unsafe fn run_panels(isa: Isa, args: Packed<'_>, panel: usize, wide: usize, target: &Target<'_>) {
+    let Packed { x, shape, bytes } = args;
+    let bytes = &bytes[panel * shape.panel_bytes()..][..wide * shape.panel_bytes()];
     let first = panel * ROWS;
-    let width = ROWS.min(shape.rows - first);
-    let mut bias = [0.0; ROWS];
-    if let Some(values) = weight.bias {
-        bias[..width].copy_from_slice(&values[first..first + width]);
-    }
+    let rows = (first, (wide * ROWS).min(shape.rows - first));
+    let n = x.n();
     let mut t = 0;
     while t < n {
-        let tokens = TOKENS.min(n - t);
-        let mut sums = [[0.0_f32; ROWS]; TOKENS];
-        let tile = Tile {
-            x,
-            t,
-            scales,
-            quants,
-            format: shape.format,
-        };
-        // SAFETY: `isa` was detected on this machine.
-        unsafe { multiply(isa, tile, tokens, &mut sums) };
-        for (i, sums) in sums.iter().enumerate().take(tokens) {
-            for (r, sum) in sums.iter().enumerate().take(width) {
-                // SAFETY: the caller's promise.
-                unsafe { *out.0.add((t + i) * shape.rows + first + r) = sum + bias[r] };
-            }
+        // Tiles of 4, 2 and 1 tokens.
+        let tokens = 1 << (n - t).min(TOKENS).ilog2();
+        let mut sums: TileSums = [[0.0; WIDE]; TOKENS];
+        let tile = Tile { x, t, bytes, shape };
+        // SAFETY: `isa` was detected on this machine; the rest is the caller's promise.
+        unsafe {
+            multiply(isa, tile, tokens, wide, &mut sums);
+            let values = sums.as_flattened();
+            target.take(
+                isa,
+                Sums {
+                    values,
+                    stride: WIDE,
+                    tokens: (t, tokens),
+                    rows,
+                },
+            );
         }
         t += tokens;
     }
 }
 
-/// Some tokens and one panel.
+/// Some tokens from `t` on and some panels.
 #[derive(Clone, Copy)]
 struct Tile<'a> {
     x: &'a Activations,
     t: usize,
-    scales: &'a [u8],
-    quants: &'a [u8],
-    format: Format,
+    bytes: &'a [u8],
+    shape: Shape,
 }
 
 /// # Safety
-/// `isa` is present on this machine.
-unsafe fn multiply(isa: Isa, tile: Tile<'_>, tokens: usize, sums: &mut [[f32; ROWS]; TOKENS]) {
+/// `isa` is present on this machine; `tokens` is 1, 2 or 4, `wide` 1 or 2.
+unsafe fn multiply(isa: Isa, tile: Tile<'_>, tokens: usize, wide: usize, sums: &mut TileSums) {
     #[cfg(target_arch = "x86_64")]
     {
         macro_rules! call {
-            ($kernel:ident) => {{
+            ($kernel:ident, $wide:literal) => {{
                 // SAFETY: the caller's promise.
                 unsafe {
-                    match (tokens, tile.format) {
-                        (1, Format::Q8) => x86::$kernel::<1, true>(tile, sums),
-                        (1, Format::Q4) => x86::$kernel::<1, false>(tile, sums),
-                        (TOKENS, Format::Q8) => x86::$kernel::<TOKENS, true>(tile, sums),
-                        (TOKENS, Format::Q4) => x86::$kernel::<TOKENS, false>(tile, sums),
-                        _ => one_by_one(isa, tile, tokens, sums),
+                    match (tokens, tile.shape.format) {
+                        (1, Format::Q8) => x86::$kernel::<1, $wide, true>(tile, sums),
+                        (1, Format::Q4) => x86::$kernel::<1, $wide, false>(tile, sums),
+                        (2, Format::Q8) => x86::$kernel::<2, $wide, true>(tile, sums),
+                        (2, Format::Q4) => x86::$kernel::<2, $wide, false>(tile, sums),
+                        (_, Format::Q8) => x86::$kernel::<TOKENS, $wide, true>(tile, sums),
+                        (_, Format::Q4) => x86::$kernel::<TOKENS, $wide, false>(tile, sums),
                     }
                 }
                 return;
             }};
         }
-        match isa {
-            Isa::Avx512Vnni => call!(avx512_vnni),
-            Isa::Avx512 | Isa::Avx2 => call!(avx2),
-            Isa::Portable => {}
+        match (isa, wide) {
+            (Isa::Avx512Vnni, 1) => call!(avx512_vnni, 1),
+            (Isa::Avx512Vnni, _) => call!(avx512_vnni, 2),
+            (Isa::Avx512 | Isa::Avx2, 1) => call!(avx2, 1),
+            (Isa::Avx512 | Isa::Avx2, _) => call!(avx2, 2),
+            (Isa::Portable, _) => {}
         }
     }
     let _ = isa;
-    portable(tile, tokens, sums);
+    portable(tile, tokens, wide, sums);
 }
 
-/// The tokens that do not fill a tile.
-///
-/// # Safety
-/// As [`multiply`].
-#[cfg(target_arch = "x86_64")]
-unsafe fn one_by_one(isa: Isa, tile: Tile<'_>, tokens: usize, sums: &mut [[f32; ROWS]; TOKENS]) {
-    for (i, sums) in sums.iter_mut().enumerate().take(tokens) {
-        let mut one = [[0.0; ROWS]; TOKENS];
-        // SAFETY: the caller's promise.
-        unsafe {
-            multiply(
-                isa,
-                Tile {
-                    t: tile.t + i,
-                    ..tile
-                },
-                1,
-                &mut one,
-            )
-        };
-        *sums = one[0];
-    }
-}
-
-fn portable(tile: Tile<'_>, tokens: usize, sums: &mut [[f32; ROWS]; TOKENS]) {
-    let blocks = tile.x.blocks;
-    let bytes = tile.format.block_bytes();
-    for (i, sums) in sums.iter_mut().enumerate().take(tokens) {
-        let row = (tile.t + i) * blocks;
-        for b in 0..blocks {
-            let x = &tile.x.quants[(row + b) * BLOCK..][..BLOCK];
-            let block = &tile.quants[b * bytes..][..bytes];
-            let start = -tile.format.offset() * tile.x.sums[row + b];
+fn portable(tile: Tile<'_>, tokens: usize, wide: usize, sums: &mut TileSums) {
+    let Tile { x, shape, .. } = tile;
+    let bytes = shape.format.block_bytes();
+    for (i, p) in (0..tokens).flat_map(|i| (0..wide).map(move |p| (i, p))) {
+        let sums = &mut sums[i][p * ROWS..][..ROWS];
+        let panel = &tile.bytes[p * shape.panel_bytes()..][..shape.panel_bytes()];
+        let row = (tile.t + i) * x.blocks;
+        for b in 0..x.blocks {
+            let xs = &x.quants[(row + b) * BLOCK..][..BLOCK];
+            let block = &panel[shape.format.quants_at(b)..][..bytes];
+            let start = x.starts[row + b] * shape.format.offset() / 8;
             for (r, sum) in sums.iter_mut().enumerate() {
                 let mut total = start;
-                for (c, x) in x.iter().enumerate() {
-                    let q = match tile.format {
+                for (c, x) in xs.iter().enumerate() {
+                    let q = match shape.format {
                         Format::Q8 => block[c / 4 * GROUP + r * 4 + c % 4],
                         Format::Q4 => {
                             block[c % 16 / 4 * GROUP + r * 4 + c % 4] >> (c / 16 * 4) & 15
@@ -271,9 +276,9 @@ fn portable(tile: Tile<'_>, tokens: usize, sums: &mut [[f32; ROWS]; TOKENS]) {
                     };
                     total += i32::from(q) * i32::from(*x);
                 }
-                let at = (b * ROWS + r) * 2;
-                let scale = f16::from_le_bytes([tile.scales[at], tile.scales[at + 1]]).to_f32();
-                *sum += total as f32 * (scale * tile.x.scales[row + b]);
+                let at = shape.format.scale_at(b, r);
+                let scale = f16::from_le_bytes([panel[at], panel[at + 1]]).to_f32();
+                *sum += total as f32 * (scale * x.scales[row + b]);
             }
         }
     }
@@ -283,68 +288,88 @@ fn portable(tile: Tile<'_>, tokens: usize, sums: &mut [[f32; ROWS]; TOKENS]) {
 mod x86 {
     use std::arch::x86_64::*;
 
-    use super::{BLOCK, ROWS, TOKENS, Tile};
+    use super::{BLOCK, Format, ROWS, Tile, TileSums};
 
     /// # Safety
-    /// The instruction set is present; `tile` has `N` tokens from `t` on.
+    /// The instruction set is present; `tile` has `N` tokens from `t` on and `P` panels.
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma,f16c")]
-    pub(super) unsafe fn avx512_vnni<const N: usize, const Q8: bool>(
+    pub(super) unsafe fn avx512_vnni<const N: usize, const P: usize, const Q8: bool>(
         tile: Tile<'_>,
-        sums: &mut [[f32; ROWS]; TOKENS],
+        sums: &mut TileSums,
     ) {
-        let blocks = tile.x.blocks;
-        let row = tile.t * blocks;
+        let Tile { x, shape, .. } = tile;
+        let row = tile.t * x.blocks;
         let low = _mm512_set1_epi8(15);
-        let offset = if Q8 { -128 } else { -8 };
-        let mut acc = [_mm512_setzero_ps(); N];
-        // SAFETY: every pointer stays inside the lengths that `linear` checked: `blocks` blocks a
-        // panel and a token, `N` tokens.
+        let format = if Q8 { Format::Q8 } else { Format::Q4 }; // a constant of this function
+        let mut acc = [[_mm512_setzero_ps(); P]; N];
+        // SAFETY: every pointer stays inside the lengths that `Panels::new` checked: `blocks`
+        // blocks a panel and a token, `N` tokens.
         unsafe {
-            let mut quants = tile.quants.as_ptr();
-            let mut scales = tile.scales.as_ptr();
-            for b in 0..blocks {
-                let scale = _mm512_cvtph_ps(_mm256_loadu_si256(scales.cast()));
-                let mut w = [_mm512_setzero_si512(); 8];
-                if Q8 {
-                    for (g, w) in w.iter_mut().enumerate() {
-                        *w = _mm512_loadu_si512(quants.add(g * 64).cast());
-                    }
-                    quants = quants.add(512);
-                } else {
+            let panels: [_; P] =
+                std::array::from_fn(|p| tile.bytes.as_ptr().add(p * shape.panel_bytes()));
+            let columns: [*const i32; N] =
+                std::array::from_fn(|i| x.quants.as_ptr().add((row + i * x.blocks) * BLOCK).cast());
+            let starts: [*const i32; N] =
+                std::array::from_fn(|i| x.starts.as_ptr().add(row + i * x.blocks));
+            let x_scales: [*const f32; N] =
+                std::array::from_fn(|i| x.scales.as_ptr().add(row + i * x.blocks));
+            // Pair by pair of blocks, so that the offsets inside are constants.
+            let mut panels = panels;
+            for b in (0..x.blocks).step_by(2) {
+                for half in 0..2 {
+                    let b = b + half;
+                    // The offset of the weights times the sum of the activations.
+                    let mut totals = starts.map(|starts| {
+                        let start = _mm512_set1_epi32(*starts.add(b));
+                        [if Q8 {
+                            _mm512_slli_epi32::<4>(start)
+                        } else {
+                            start
+                        }; P]
+                    });
                     for g in 0..4 {
-                        let both = _mm512_loadu_si512(quants.add(g * 64).cast());
-                        w[g] = _mm512_and_si512(both, low);
-                        w[g + 4] = _mm512_and_si512(_mm512_srli_epi16::<4>(both), low);
+                        // Columns 4 g.. and 16 + 4 g.. of the block.
+                        let w = panels.map(|panel| {
+                            let quants = panel.add(format.quants_at(half) + g * 64);
+                            let first = _mm512_loadu_si512(quants.cast());
+                            if Q8 {
+                                (first, _mm512_loadu_si512(quants.add(256).cast()))
+                            } else {
+                                let high = _mm512_srli_epi16::<4>(first);
+                                (_mm512_and_si512(first, low), _mm512_and_si512(high, low))
+                            }
+                        });
+                        for (totals, columns) in totals.iter_mut().zip(columns) {
+                            let columns = columns.add(b * 8 + g);
+                            let first = _mm512_set1_epi32(columns.read_unaligned());
+                            let second = _mm512_set1_epi32(columns.add(4).read_unaligned());
+                            for (total, w) in totals.iter_mut().zip(w) {
+                                *total = _mm512_dpbusd_epi32(*total, w.0, first);
+                            }
+                            for (total, w) in totals.iter_mut().zip(w) {
+                                *total = _mm512_dpbusd_epi32(*total, w.1, second);
+                            }
+                        }
                     }
-                    quants = quants.add(256);
-                }
-                scales = scales.add(ROWS * 2);
-                for (i, acc) in acc.iter_mut().enumerate() {
-                    let at = row + i * blocks + b;
-                    let x: *const i32 = tile.x.quants.as_ptr().add(at * BLOCK).cast();
-                    let start = offset * *tile.x.sums.get_unchecked(at);
-                    let mut even = _mm512_set1_epi32(start);
-                    let mut odd = _mm512_setzero_si512();
-                    for g in 0..4 {
-                        even = _mm512_dpbusd_epi32(
-                            even,
-                            w[2 * g],
-                            _mm512_set1_epi32(x.add(2 * g).read_unaligned()),
-                        );
-                        odd = _mm512_dpbusd_epi32(
-                            odd,
-                            w[2 * g + 1],
-                            _mm512_set1_epi32(x.add(2 * g + 1).read_unaligned()),
-                        );
+                    let scales = panels.map(|panel| {
+                        let scales = panel.add(format.scale_at(half, 0));
+                        _mm512_cvtph_ps(_mm256_loadu_si256(scales.cast()))
+                    });
+                    for ((acc, totals), x_scales) in acc.iter_mut().zip(totals).zip(x_scales) {
+                        let x_scale = _mm512_set1_ps(*x_scales.add(b));
+                        for p in 0..P {
+                            let total = _mm512_cvtepi32_ps(totals[p]);
+                            let scale = _mm512_mul_ps(scales[p], x_scale);
+                            acc[p] = _mm512_fmadd_ps(total, scale, acc[p]);
+                        }
                     }
-                    let total = _mm512_cvtepi32_ps(_mm512_add_epi32(even, odd));
-                    let scale =
-                        _mm512_mul_ps(scale, _mm512_set1_ps(*tile.x.scales.get_unchecked(at)));
-                    *acc = _mm512_fmadd_ps(total, scale, *acc);
                 }
+                panels = panels.map(|panel| panel.add(format.pair_bytes()));
             }
             for (acc, sums) in acc.iter().zip(sums) {
-                _mm512_storeu_ps(sums.as_mut_ptr(), *acc);
+                for (p, acc) in acc.iter().enumerate() {
+                    _mm512_storeu_ps(sums.as_mut_ptr().add(p * ROWS), *acc);
+                }
             }
         }
     }
@@ -352,36 +377,38 @@ mod x86 {
     /// # Safety
     /// As [`avx512_vnni`].
     #[target_feature(enable = "avx2,fma,f16c")]
-    pub(super) unsafe fn avx2<const N: usize, const Q8: bool>(
+    pub(super) unsafe fn avx2<const N: usize, const P: usize, const Q8: bool>(
         tile: Tile<'_>,
-        sums: &mut [[f32; ROWS]; TOKENS],
+        sums: &mut TileSums,
     ) {
-        let blocks = tile.x.blocks;
-        let row = tile.t * blocks;
+        let Tile { x, shape, .. } = tile;
+        let row = tile.t * x.blocks;
+        let format = if Q8 { Format::Q8 } else { Format::Q4 };
         let ones = _mm256_set1_epi16(1);
         let flip = _mm256_set1_epi8(-128);
         let low = _mm256_set1_epi8(15);
-        for half in 0..2 {
+        for half in 0..2 * P {
             let mut acc = [_mm256_setzero_ps(); N];
             // SAFETY: as in `avx512_vnni`; a half is eight rows, 32 bytes of every group.
             unsafe {
-                let mut quants = tile.quants.as_ptr().add(half * 32);
-                let mut scales = tile.scales.as_ptr().add(half * 16);
-                for b in 0..blocks {
+                let panel = tile.bytes.as_ptr().add(half / 2 * shape.panel_bytes());
+                for b in 0..x.blocks {
+                    let quants = panel.add(format.quants_at(b) + half % 2 * 32);
+                    let scales = panel.add(format.scale_at(b, half % 2 * 8));
                     let scale = _mm256_cvtph_ps(_mm_loadu_si128(scales.cast()));
                     for (i, acc) in acc.iter_mut().enumerate() {
-                        let at = row + i * blocks + b;
-                        let x: *const i32 = tile.x.quants.as_ptr().add(at * BLOCK).cast();
+                        let at = row + i * x.blocks + b;
+                        let columns: *const i32 = x.quants.as_ptr().add(at * BLOCK).cast();
                         let mut total = if Q8 {
                             _mm256_setzero_si256()
                         } else {
-                            _mm256_set1_epi32(-8 * *tile.x.sums.get_unchecked(at))
+                            _mm256_set1_epi32(*x.starts.get_unchecked(at))
                         };
                         if Q8 {
                             for g in 0..8 {
                                 let w = _mm256_loadu_si256(quants.add(g * 64).cast());
                                 let w = _mm256_xor_si256(w, flip); // -127..=127
-                                let x = _mm256_set1_epi32(x.add(g).read_unaligned());
+                                let x = _mm256_set1_epi32(columns.add(g).read_unaligned());
                                 // |x| · (w with the sign of x): two products stay below 2^15.
                                 let p = _mm256_maddubs_epi16(
                                     _mm256_abs_epi8(x),
@@ -394,8 +421,8 @@ mod x86 {
                                 let both = _mm256_loadu_si256(quants.add(g * 64).cast());
                                 let first = _mm256_and_si256(both, low);
                                 let second = _mm256_and_si256(_mm256_srli_epi16::<4>(both), low);
-                                let xa = _mm256_set1_epi32(x.add(g).read_unaligned());
-                                let xb = _mm256_set1_epi32(x.add(g + 4).read_unaligned());
+                                let xa = _mm256_set1_epi32(columns.add(g).read_unaligned());
+                                let xb = _mm256_set1_epi32(columns.add(g + 4).read_unaligned());
                                 let p = _mm256_add_epi16(
                                     _mm256_maddubs_epi16(first, xa),
                                     _mm256_maddubs_epi16(second, xb),
@@ -403,12 +430,10 @@ mod x86 {
                                 total = _mm256_add_epi32(total, _mm256_madd_epi16(p, ones));
                             }
                         }
-                        let scale =
-                            _mm256_mul_ps(scale, _mm256_set1_ps(*tile.x.scales.get_unchecked(at)));
+                        let xs = _mm256_set1_ps(*x.scales.get_unchecked(at));
+                        let scale = _mm256_mul_ps(scale, xs);
                         *acc = _mm256_fmadd_ps(_mm256_cvtepi32_ps(total), scale, *acc);
                     }
-                    quants = quants.add(if Q8 { 512 } else { 256 });
-                    scales = scales.add(ROWS * 2);
                 }
                 for (acc, sums) in acc.iter().zip(sums.iter_mut()) {
                     _mm256_storeu_ps(sums.as_mut_ptr().add(half * 8), *acc);
@@ -422,6 +447,7 @@ mod x86 {
 mod tests {
     use proptest::prelude::*;
 
+    use super::super::product::{Finish, run_all};
     use super::*;
 
     fn wave(len: usize, f: f32) -> Vec<f32> {
@@ -436,6 +462,24 @@ mod tests {
             shape.pack_panel(panel, &row, out);
         }
         bytes
+    }
+
+    fn product(isa: Isa, x: &Activations, shape: Shape, bytes: &[u8], bias: &[f32]) -> Vec<f32> {
+        let mut out = vec![f32::NAN; x.n() * shape.rows];
+        let target = Target::new(
+            &mut out,
+            shape.rows,
+            0..shape.rows,
+            Finish::Store,
+            Some(bias),
+        );
+        run_all(&[&Panels::new(
+            isa,
+            Packed { x, shape, bytes },
+            target,
+            shape.rows,
+        )]);
+        out
     }
 
     /// Both sides as the kernels see them, multiplied in f64.
@@ -472,8 +516,7 @@ mod tests {
             let bias = wave(rows, 0.9);
             let want = reference(&x, shape, &bytes, &bias);
             for isa in Isa::available() {
-                let mut out = vec![f32::NAN; n * rows];
-                linear(isa, &x, Packed { shape, bytes: &bytes, bias: Some(&bias) }, &mut out);
+                let out = product(isa, &x, shape, &bytes, &bias);
                 for (out, want) in out.iter().zip(&want) {
                     prop_assert!((out - want).abs() < 1e-4, "{isa:?} {shape:?}: {out} {want}");
                 }
@@ -494,17 +537,7 @@ mod tests {
         let bytes = pack(shape, &w);
         let x = Activations::new(Isa::Portable, &w[..64], 64);
         for isa in Isa::available() {
-            let mut out = vec![0.0; 16];
-            linear(
-                isa,
-                &x,
-                Packed {
-                    shape,
-                    bytes: &bytes,
-                    bias: None,
-                },
-                &mut out,
-            );
+            let out = product(isa, &x, shape, &bytes, &[0.0; 16]);
             assert!(
                 out.iter().all(|out| (out - 64.0).abs() < 0.1),
                 "{isa:?} {out:?}"
@@ -523,17 +556,8 @@ mod tests {
         let mut x = vec![1.0; 32];
         x[3] = f32::NAN;
         for isa in Isa::available() {
-            let mut out = vec![0.0; 2];
-            linear(
-                isa,
-                &Activations::new(Isa::Portable, &x, 32),
-                Packed {
-                    shape,
-                    bytes: &bytes,
-                    bias: None,
-                },
-                &mut out,
-            );
+            let x = Activations::new(Isa::Portable, &x, 32);
+            let out = product(isa, &x, shape, &bytes, &[0.0; 2]);
             assert!(out.iter().all(|out| out.is_nan()), "{isa:?}");
         }
     }

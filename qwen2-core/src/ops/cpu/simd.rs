@@ -105,6 +105,8 @@ pub(crate) trait Simd: Copy {
 /// An element type that weights and caches are stored in.
 pub(crate) trait Stored: Copy + Send + Sync + 'static {
     fn to_f32(self) -> f32;
+    /// To nearest; what is beyond the range becomes the largest finite number, NaN stays NaN.
+    fn from_f32(value: f32) -> Self;
     /// # Safety
     /// As [`Simd::load`].
     unsafe fn load<S: Simd>(pointer: *const Self) -> S;
@@ -114,6 +116,10 @@ impl Stored for f32 {
     #[inline(always)]
     fn to_f32(self) -> f32 {
         self
+    }
+    #[inline(always)]
+    fn from_f32(value: f32) -> Self {
+        value
     }
     #[inline(always)]
     unsafe fn load<S: Simd>(pointer: *const Self) -> S {
@@ -128,6 +134,10 @@ impl Stored for bf16 {
         f32::from_bits(u32::from(self.to_bits()) << 16)
     }
     #[inline(always)]
+    fn from_f32(value: f32) -> Self {
+        Self::from_f32(value)
+    }
+    #[inline(always)]
     unsafe fn load<S: Simd>(pointer: *const Self) -> S {
         // SAFETY: the caller's promise.
         unsafe { S::load_bf16(pointer) }
@@ -138,6 +148,10 @@ impl Stored for f16 {
     #[inline(always)]
     fn to_f32(self) -> f32 {
         f16::to_f32(self)
+    }
+    #[inline(always)]
+    fn from_f32(value: f32) -> Self {
+        Self::from_f32(value.clamp(-65504.0, 65504.0))
     }
     #[inline(always)]
     unsafe fn load<S: Simd>(pointer: *const Self) -> S {

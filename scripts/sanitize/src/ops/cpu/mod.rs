@@ -10,6 +10,8 @@ mod elementwise;
 mod matmul;
 #[path = "../../../../../qwen2-core/src/ops/cpu/pool.rs"]
 pub(crate) mod pool;
+#[path = "../../../../../qwen2-core/src/ops/cpu/product.rs"]
+mod product;
 #[path = "../../../../../qwen2-core/src/ops/cpu/quantized.rs"]
 mod quantized;
 #[path = "../../../../../qwen2-core/src/ops/cpu/simd.rs"]

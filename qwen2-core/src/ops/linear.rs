@@ -1,0 +1,33 @@
+//! The parameters of a network: matrices, dense in the precision they are stored in or packed, and
+//! norms.
+
+use burn::tensor::{Int, Tensor};
+
+use super::packed;
+
+/// `y = x Wᵀ + b`, the weight `[out_features, in_features]`.
+#[derive(Debug, Clone)]
+pub(crate) struct Linear {
+    pub(crate) weight: Weight,
+    pub(crate) bias: Option<Tensor<1>>,
+}
+
+/// A matrix as the loader chose to keep it.
+#[derive(Debug, Clone)]
+pub(crate) enum Weight {
+    /// `[out_features, in_features]`, as checkpoints store it.
+    Dense(Tensor<2>),
+    /// Blocks of few bits, bytes in the order of `ops/packed.rs`.
+    Packed {
+        shape: packed::Shape,
+        bytes: Tensor<1, Int>,
+    },
+}
+
+/// Root mean square norm (arXiv:1910.07467) over the last dimension.
+#[derive(Debug, Clone)]
+pub(crate) struct RmsNorm {
+    /// `[hidden]`, f32.
+    pub(crate) weight: Tensor<1>,
+    pub(crate) eps: f64,
+}
