@@ -256,6 +256,8 @@ fn loading_options_reach_the_library() {
             "bf16",
             "--context-length",
             "64",
+            "--kv-cache",
+            "bf16",
         ],
         &[
             "--quantize",
@@ -629,6 +631,46 @@ fn bench_reports_what_the_documentation_names() {
             assert!(number(key) > 0.0, "{key}: {value}");
         }
     }
+}
+
+#[test]
+fn bench_profiles_every_part_of_a_forward() {
+    let args = [
+        "bench",
+        &tied(),
+        "--prompt",
+        "16",
+        "--new",
+        "8",
+        "--repeat",
+        "1",
+    ];
+    let value = qwen2(&[&args[..], &["--profile", "--json"]].concat()).json();
+    for (table, unit) in [("prefill", "ms"), ("decode", "us")] {
+        let parts = value["profile"][table].as_array().unwrap();
+        let names: Vec<_> = parts
+            .iter()
+            .map(|part| part["part"].as_str().unwrap())
+            .collect();
+        for name in [
+            "norm, q k v",
+            "attention",
+            "down, add",
+            "norm, head",
+            "sample",
+            "the rest",
+        ] {
+            assert!(names.contains(&name), "{table}: {names:?}");
+        }
+        let share: f64 = parts
+            .iter()
+            .map(|part| part["share"].as_f64().unwrap())
+            .sum();
+        assert!((share - 1.0).abs() < 1e-6, "{table}: {share}");
+        assert!(parts.iter().all(|part| part[unit].is_f64()), "{table}");
+    }
+    let lines = qwen2(&[&args[..], &["--profile"]].concat()).stdout;
+    assert!(lines.contains("decode, µs a token\n"), "{lines}");
 }
 
 #[test]

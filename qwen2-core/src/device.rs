@@ -109,6 +109,11 @@ impl Device {
             )));
         };
         tracing::debug!(device = row.1, "opening");
+        if self.would_crash() {
+            return Err(self
+                .unavailable("only a software driver is here, and cubecl's SPIR-V crashes it")
+                .with_help("install the GPU's driver, or build with `wgpu` and without `vulkan`"));
+        }
         let opened = fenced(|| {
             let device = self.burn_device()?;
             self.probe(&device).map(|()| device)
@@ -167,6 +172,8 @@ impl Device {
             #[cfg(feature = "cpu")]
             Backend::Cpu => Ok(BurnDevice::flex()),
             #[cfg(feature = "ndarray")]
+            #[allow(deprecated)]
+            // by burn, in favour of flex; it stays a second opinion
             Backend::NdArray => Ok(BurnDevice::ndarray()),
             #[cfg(feature = "cuda")]
             Backend::Cuda if !cuda_driver_is_there() => {
@@ -205,6 +212,14 @@ impl Device {
         Err(self
             .unavailable("its self-test gave wrong numbers")
             .with_help("update the driver"))
+    }
+
+    /// Whether cubecl (0.11) would hand a software driver SPIR-V that ends the process: for devices
+    /// without VK_KHR_workgroup_memory_explicit_layout it declares shared memory by its pointer.
+    fn would_crash(&self) -> bool {
+        cfg!(feature = "vulkan")
+            && matches!(self.backend, Backend::Vulkan | Backend::Wgpu)
+            && adapters(self.backend) == Some(0)
     }
 
     fn unavailable(&self, why: &str) -> Error {

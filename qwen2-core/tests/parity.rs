@@ -71,7 +71,10 @@ fn prefill_in_chunks_equals_one_shot() {
             .unwrap()
             .values;
         for chunk in [1, 7, 64] {
-            let model = unrounded(fixture(name)).prefill_chunk(chunk).load().unwrap();
+            let model = unrounded(fixture(name))
+                .prefill_chunk(chunk)
+                .load()
+                .unwrap();
             let difference = max_difference(&model.logits(&tokens).unwrap().values, &whole);
             assert!(
                 difference <= TOLERANCE,

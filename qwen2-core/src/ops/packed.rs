@@ -109,13 +109,23 @@ impl Shape {
 
     /// Writes the quants of row `r` of a panel into the bytes of a block.
     fn store(self, block: &mut [u8], r: usize, q: &[i8; BLOCK]) {
-        for (c, q) in q.iter().enumerate() {
-            let q = (i32::from(*q) + self.format.offset()) as u8;
-            match self.format {
-                Format::Q8 => block[c / 4 * GROUP + r * 4 + c % 4] = q,
-                Format::Q4 => {
-                    let c16 = c % 16;
-                    block[c16 / 4 * GROUP + r * 4 + c16 % 4] |= q << (c / 16 * 4);
+        let offset = self.format.offset() as u8;
+        let mut bytes = [0; BLOCK];
+        for (byte, q) in bytes.iter_mut().zip(q) {
+            *byte = (*q as u8).wrapping_add(offset);
+        }
+        let q = bytes;
+        let (first, second) = q.split_at(BLOCK / 2);
+        match self.format {
+            Format::Q8 => {
+                for (group, q) in block.chunks_exact_mut(GROUP).zip(q.as_chunks::<4>().0) {
+                    group[r * 4..][..4].copy_from_slice(q);
+                }
+            }
+            Format::Q4 => {
+                let both: [u8; BLOCK / 2] = std::array::from_fn(|c| first[c] | second[c] << 4);
+                for (group, q) in block.chunks_exact_mut(GROUP).zip(both.as_chunks::<4>().0) {
+                    group[r * 4..][..4].copy_from_slice(q);
                 }
             }
         }
@@ -164,8 +174,24 @@ fn quantize(format: Format, x: &[f32; BLOCK]) -> (f16, [i8; BLOCK]) {
 /// and the best of the scales around that.
 #[inline(always)]
 fn quantize_kernel(format: Format, x: &[f32; BLOCK]) -> (f16, [i8; BLOCK]) {
-    let by_size = |max: f32, &x: &f32| if x.abs() > max.abs() { x } else { max };
-    let largest = x.iter().fold(0.0, by_size);
+    let (mut most, mut least) = ([0.0_f32; LANES], [0.0_f32; LANES]);
+    for x in x.as_chunks::<LANES>().0 {
+        for lane in 0..LANES {
+            most[lane] = if x[lane] > most[lane] {
+                x[lane]
+            } else {
+                most[lane]
+            };
+            least[lane] = if x[lane] < least[lane] {
+                x[lane]
+            } else {
+                least[lane]
+            };
+        }
+    }
+    let most = most.into_iter().fold(0.0, f32::max);
+    let least = least.into_iter().fold(0.0, f32::min);
+    let largest = if most >= -least { most } else { least };
     match format {
         Format::Q8 => fit(x, &[largest.abs() / 127.0], -127.0, 127.0),
         Format::Q4 => {
@@ -183,22 +209,21 @@ fn quantize_kernel(format: Format, x: &[f32; BLOCK]) -> (f16, [i8; BLOCK]) {
 /// the error is `Σwx² - (Σwxq)² / Σwq²`, so the best is where the last term is largest.
 #[inline(always)]
 fn fit(x: &[f32; BLOCK], scales: &[f32], min: f32, max: f32) -> (f16, [i8; BLOCK]) {
-    const LANES: usize = 8;
-    let w = x.map(|x| x * x);
+    // Loops over places, not maps: those stay functions without the vectors.
+    let (mut w, mut wx) = ([0.0; BLOCK], [0.0; BLOCK]);
+    for i in 0..BLOCK {
+        w[i] = x[i] * x[i];
+        wx[i] = w[i] * x[i];
+    }
     let (mut best, mut best_scale, mut best_inverse) = (0.0, 0.0, 0.0);
     for scale in scales {
         let inverse = 1.0 / scale;
-        // Sums in lanes, in an order that is the same on every machine.
-        let (mut xq, mut qq) = ([0.0_f32; LANES], [0.0_f32; LANES]);
-        for i in (0..BLOCK).step_by(LANES) {
-            for lane in 0..LANES {
-                let (x, w) = (x[i + lane], w[i + lane]);
-                let q = round(x * inverse, min, max);
-                xq[lane] += w * x * q;
-                qq[lane] += w * q * q;
-            }
+        let (mut q, mut wq) = ([0.0; BLOCK], [0.0; BLOCK]);
+        for i in 0..BLOCK {
+            q[i] = round(x[i] * inverse, min, max);
+            wq[i] = w[i] * q[i];
         }
-        let (xq, qq): (f32, f32) = (xq.iter().sum(), qq.iter().sum());
+        let (xq, qq) = (dot(&wx, &q), dot(&wq, &q));
         let gain = xq * xq / qq;
         if gain > best {
             (best, best_scale, best_inverse) = (gain, xq / qq, inverse);
@@ -208,7 +233,31 @@ fn fit(x: &[f32; BLOCK], scales: &[f32], min: f32, max: f32) -> (f16, [i8; BLOCK
     if best == 0.0 || !scale.is_finite() {
         return (f16::ZERO, [0; BLOCK]);
     }
-    (scale, x.map(|x| round(x * best_inverse, min, max) as i8))
+    let mut q = [0; BLOCK];
+    for i in 0..BLOCK {
+        q[i] = round(x[i] * best_inverse, min, max) as i8;
+    }
+    (scale, q)
+}
+
+/// Sums that are kept apart, in an order that is the same on every machine.
+const LANES: usize = 8;
+
+#[inline(always)]
+fn dot(a: &[f32; BLOCK], b: &[f32; BLOCK]) -> f32 {
+    let mut sums = [0.0_f32; LANES];
+    for (a, b) in a
+        .as_chunks::<LANES>()
+        .0
+        .iter()
+        .zip(b.as_chunks::<LANES>().0)
+    {
+        for lane in 0..LANES {
+            sums[lane] += a[lane] * b[lane];
+        }
+    }
+    let [a, b, c, d, e, f, g, h] = sums;
+    ((a + e) + (c + g)) + ((b + f) + (d + h))
 }
 
 /// To the nearest integer, ties to even, inside the bounds.

@@ -18,6 +18,8 @@ pub(crate) const BLOCK: usize = 16;
 const ROWS: usize = 8;
 /// Keys of one tile: with their values they stay in the first two levels of cache.
 const TILE: usize = 128;
+/// Values that are asked for ahead of their use.
+const AHEAD: usize = 64;
 /// Tokens of one task.
 const TOKENS: usize = 8;
 /// Keys below which a second task over the same queries does not pay for the merge.
@@ -54,6 +56,7 @@ enum Out {
 }
 // SAFETY: every task writes the rows of its own heads and tokens, in a buffer of its own keys.
 unsafe impl Sync for Out {}
+// SAFETY: as above.
 unsafe impl Send for Out {}
 
 /// Computes `args` into `out`, `[n, heads · head_dim]`, on the threads of the current pool.
@@ -107,8 +110,8 @@ pub(crate) fn attention<W: Stored>(isa: Isa, args: Attention<'_, W>, out: &mut [
             keys: (first + share * span, (first + (share + 1) * span).min(end)),
         };
         let target = match part {
-            // SAFETY: the buffer has `shares` parts of this size.
             Out::Part(parts) if shares > 1 => {
+                // SAFETY: the buffer has `shares` parts of this size.
                 Out::Part(unsafe { parts.add(share * n * heads * row) })
             }
             _ => whole,
@@ -315,6 +318,8 @@ unsafe fn score_step<S: Simd, W: Stored, const V: usize>(
     unsafe {
         let mut acc = [[S::zero(); V]; ROWS];
         for k in 0..d {
+            // The line of two steps on: the keys come as fast as memory gives them.
+            S::prefetch(keys.wrapping_add(2 * V * BLOCK * d + k * V * BLOCK));
             let mut key = [S::zero(); V];
             for (v, key) in key.iter_mut().enumerate() {
                 *key = W::load::<S>(keys.add(v * BLOCK * d + k * BLOCK));
@@ -420,6 +425,7 @@ unsafe fn weigh_step<S: Simd, W: Stored, const V: usize>(
             }
         }
         for j in 0..n {
+            S::prefetch(values.wrapping_add((j + AHEAD) * d));
             let mut value = [S::zero(); V];
             for (v, value) in value.iter_mut().enumerate() {
                 *value = W::load::<S>(values.add(j * d + v * S::LANES));

@@ -10,10 +10,10 @@ use super::simd::{Isa, Simd, Stored, per_isa};
 const TILE: usize = 4;
 /// Tokens that share one pass over the weights; their activations stay in the second-level cache.
 const PANEL: usize = 64;
-/// Tasks per thread and job.
-const TASKS: usize = 6;
 /// Most rows of a task: its sums stay in the second-level cache.
 const MOST_ROWS: usize = 512;
+/// How far ahead of its use a weight is asked for, in elements.
+const AHEAD: usize = 2048;
 /// Widest stretch of the inner dimension that a tile sums at once.
 const DEPTH: usize = 2048;
 
@@ -54,7 +54,8 @@ impl<'a, W: Stored> Rows<'a, W> {
     /// If a length does not fit the shape.
     pub(crate) fn new(isa: Isa, args: Linear<'a, W>, target: Target<'a>, total: usize) -> Self {
         args.check(&target);
-        let per_task = rows_per_task(total, pool::current_threads());
+        let tasks = pool::stream_tasks(total * args.inner * size_of::<W>());
+        let per_task = total.div_ceil(tasks).next_multiple_of(TILE).min(MOST_ROWS);
         Self {
             isa,
             args,
@@ -101,15 +102,6 @@ impl<W: Stored> Product for Rows<'_, W> {
 thread_local! {
     /// The sums of a task, kept for the next one.
     static SCRATCH: Cell<Vec<f32>> = const { Cell::new(Vec::new()) };
-}
-
-/// A few tasks per thread, so that a thread that is held up takes fewer; whole tiles each.
-fn rows_per_task(rows: usize, threads: usize) -> usize {
-    if threads == 1 {
-        return rows.clamp(1, MOST_ROWS);
-    }
-    let share = rows.div_ceil(threads * TASKS).next_multiple_of(TILE);
-    share.clamp(TILE, MOST_ROWS)
 }
 
 per_isa!(panel, panel_kernel<W>, (
@@ -240,6 +232,9 @@ pub(crate) unsafe fn dot<S: Simd, W: Stored>(x: *const f32, w: *const W, n: usiz
         let mut sums = [S::zero(); UNROLL];
         let mut k = 0;
         while k + UNROLL * S::LANES <= n {
+            // Two lines, far ahead: rows follow each other.
+            S::prefetch(w.wrapping_add(k + AHEAD));
+            S::prefetch(w.wrapping_add(k + AHEAD + 2 * S::LANES));
             for (u, sum) in sums.iter_mut().enumerate() {
                 let at = k + u * S::LANES;
                 *sum = W::load::<S>(w.add(at)).mul_add(S::load(x.add(at)), *sum);
@@ -347,6 +342,7 @@ mod tests {
             .map(|i| (i as f32 * 0.11).cos() * 0.1)
             .collect();
         check(&x, &w, &vec![0.5; outer], inner);
+        check(&x[..inner], &w, &vec![0.5; outer], inner); // one token, wide
     }
 
     #[test]

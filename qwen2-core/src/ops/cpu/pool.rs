@@ -197,6 +197,14 @@ pub(crate) fn current_threads() -> usize {
     CURRENT.with_borrow(|pool| pool.as_ref().map_or(1, |pool| pool.threads()))
 }
 
+/// Into how many tasks a job is cut that streams `bytes` of weights: a few for each thread, so that
+/// one that is held up takes fewer, but each long enough that the start of its stream does not count.
+pub(crate) fn stream_tasks(bytes: usize) -> usize {
+    const LEAST: usize = 128 << 10;
+    let threads = current_threads();
+    (bytes / LEAST).clamp(threads, 4 * threads)
+}
+
 /// Whether the pool of this thread allows bf16 products.
 pub(crate) fn takes_bf16_products() -> bool {
     CURRENT.with_borrow(|pool| pool.as_ref().is_some_and(|pool| pool.bf16_products))

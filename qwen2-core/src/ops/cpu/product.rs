@@ -131,49 +131,63 @@ impl<'a> Target<'a> {
     /// # Safety
     /// Tokens and rows are inside the product's shape, and no other task has these rows.
     pub(crate) unsafe fn take(&self, isa: Isa, sums: Sums<'_>) {
-        let bias = self.bias.map(|bias| &bias[sums.rows.0..][..sums.rows.1]);
-        for i in 0..sums.tokens.1 {
-            let at = (sums.tokens.0 + i) * self.stride + self.first + sums.rows.0;
-            debug_assert!(at + sums.rows.1 <= self.len, "inside the output");
-            // SAFETY: the caller's promise.
-            let out = unsafe { std::slice::from_raw_parts_mut(self.out.add(at), sums.rows.1) };
-            finish(
-                isa,
-                self.finish,
-                &sums.values[i * sums.stride..][..sums.rows.1],
-                bias,
-                out,
-            );
-        }
+        let (token, tokens) = sums.tokens;
+        let (row, rows) = sums.rows;
+        let first = token * self.stride + self.first + row;
+        let last = first + (tokens - 1) * self.stride + rows;
+        assert!(last <= self.len, "inside the output");
+        assert!(
+            (tokens - 1) * sums.stride + rows <= sums.values.len(),
+            "inside the sums"
+        );
+        let bias = self.bias.map(|bias| &bias[row..][..rows]);
+        // SAFETY: as just checked; that nobody else writes there is the caller's promise.
+        finish(
+            isa,
+            self.finish,
+            sums,
+            bias,
+            unsafe { self.out.add(first) },
+            self.stride,
+        );
     }
 }
 
-per_isa!(finish, finish_kernel, (how: Finish, sums: &[f32], bias: Option<&[f32]>, out: &mut [f32]));
+per_isa!(finish, finish_kernel, (
+    how: Finish, sums: Sums<'_>, bias: Option<&[f32]>, out: *mut f32, stride: usize,
+));
 
 /// # Safety
-/// The instruction set of `S` is present.
+/// The instruction set of `S` is present; tokens and rows are inside `sums` and `out`, whose rows are
+/// `stride` apart.
 #[inline(always)]
-unsafe fn finish_kernel<S: Simd>(how: Finish, sums: &[f32], bias: Option<&[f32]>, out: &mut [f32]) {
-    let pairs = || {
-        sums.iter()
-            .enumerate()
-            .map(|(i, sum)| sum + bias.map_or(0.0, |bias| bias[i]))
-    };
-    match how {
-        Finish::Store => match bias {
-            None => out.copy_from_slice(sums),
-            Some(_) => out
+unsafe fn finish_kernel<S: Simd>(
+    how: Finish,
+    sums: Sums<'_>,
+    bias: Option<&[f32]>,
+    out: *mut f32,
+    stride: usize,
+) {
+    let rows = sums.rows.1;
+    for i in 0..sums.tokens.1 {
+        let values = &sums.values[i * sums.stride..][..rows];
+        // SAFETY: the caller's promise.
+        let out = unsafe { std::slice::from_raw_parts_mut(out.add(i * stride), rows) };
+        let write = |out: &mut f32, sum: f32| match how {
+            Finish::Store => *out = sum,
+            Finish::Add => *out += sum,
+            Finish::Gate => *out = *out / (1.0 + exp(-*out)) * sum,
+        };
+        match bias {
+            None => out
                 .iter_mut()
-                .zip(pairs())
-                .for_each(|(out, sum)| *out = sum),
-        },
-        Finish::Add => out
-            .iter_mut()
-            .zip(pairs())
-            .for_each(|(out, sum)| *out += sum),
-        Finish::Gate => {
-            for (out, sum) in out.iter_mut().zip(pairs()) {
-                *out = *out / (1.0 + exp(-*out)) * sum;
+                .zip(values)
+                .for_each(|(out, sum)| write(out, *sum)),
+            Some(bias) => {
+                let sums = values.iter().zip(bias).map(|(sum, bias)| sum + bias);
+                out.iter_mut()
+                    .zip(sums)
+                    .for_each(|(out, sum)| write(out, sum));
             }
         }
     }

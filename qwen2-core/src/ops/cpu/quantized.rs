@@ -139,7 +139,12 @@ impl<'a> Panels<'a> {
         assert_eq!(args.x.blocks, args.shape.blocks(), "activation width");
         assert_eq!(args.x.n(), target.tokens(), "activation length");
         let panels = total.div_ceil(ROWS);
-        let per_task = panels.div_ceil(pool::current_threads() * TASKS).max(1);
+        // With few tokens the weights are the work: long stretches of them. With many, a task's
+        // results are to stay in the second-level cache.
+        let per_task = match args.x.n() {
+            0..16 => panels.div_ceil(pool::stream_tasks(panels * args.shape.panel_bytes())),
+            _ => 2,
+        };
         Self {
             isa,
             args,
@@ -172,8 +177,6 @@ impl Product for Panels<'_> {
     }
 }
 
-/// Tasks per thread and job.
-const TASKS: usize = 6;
 /// Tokens of one register tile.
 const TOKENS: usize = 4;
 /// Rows of one register tile: two panels.

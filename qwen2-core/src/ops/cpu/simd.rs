@@ -100,6 +100,8 @@ pub(crate) trait Simd: Copy {
     unsafe fn mul_add(self, b: Self, c: Self) -> Self;
     unsafe fn add(self, b: Self) -> Self;
     unsafe fn sum(self) -> f32;
+    /// Asks for the cache line of an address, which need not be valid.
+    fn prefetch<T>(address: *const T);
 }
 
 /// An element type that weights and caches are stored in.
@@ -213,6 +215,8 @@ impl Simd for Portable {
         let [a, b, c, d, e, f, g, h] = self.0;
         ((a + e) + (c + g)) + ((b + f) + (d + h))
     }
+    #[inline(always)]
+    fn prefetch<T>(_: *const T) {}
 }
 
 #[cfg(target_arch = "x86_64")]
@@ -280,6 +284,10 @@ mod x86 {
                 _mm_cvtss_f32(_mm_add_ss(quarter, _mm_movehdup_ps(quarter)))
             }
         }
+        #[inline(always)]
+        fn prefetch<T>(address: *const T) {
+            unsafe { _mm_prefetch::<_MM_HINT_T0>(address.cast()) }
+        }
     }
 
     #[derive(Clone, Copy)]
@@ -328,6 +336,10 @@ mod x86 {
         unsafe fn sum(self) -> f32 {
             unsafe { _mm512_reduce_add_ps(self.0) }
         }
+        #[inline(always)]
+        fn prefetch<T>(address: *const T) {
+            unsafe { _mm_prefetch::<_MM_HINT_T0>(address.cast()) }
+        }
     }
 }
 
@@ -372,7 +384,11 @@ pub(crate) use per_isa;
 pub(crate) fn exp(x: f32) -> f32 {
     // Below -87.3 the result is subnormal: 0 is near enough for softmax and silu. NaN stays NaN.
     let bounded = x.clamp(-87.3, 88.7);
-    let power = (bounded * std::f32::consts::LOG2_E).round_ties_even();
+    // 1.5 · 2^23: the sum is rounded to an integer, ties to even, which its low bits hold. (A cast
+    // would not vectorise.)
+    const MAGIC: f32 = 12_582_912.0;
+    let shifted = bounded * std::f32::consts::LOG2_E + MAGIC;
+    let power = shifted - MAGIC;
     // ln 2 in two parts (Cody and Waite), so that the remainder keeps all its bits.
     let r = power.mul_add_fast(-0.693_359_4, bounded);
     let r = power.mul_add_fast(2.121_944_4e-4, r);
@@ -384,7 +400,7 @@ pub(crate) fn exp(x: f32) -> f32 {
     let p = p.mul_add_fast(r, 1.666_666_5e-1);
     let p = p.mul_add_fast(r, 0.5);
     let e = p.mul_add_fast(r * r, r) + 1.0;
-    let scale = f32::from_bits(((power as i32 + 127) << 23) as u32);
+    let scale = f32::from_bits(shifted.to_bits().wrapping_add(127) << 23);
     if x < -87.3 { 0.0 } else { e * scale }
 }
 
