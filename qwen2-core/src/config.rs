@@ -57,7 +57,13 @@ pub struct ModelConfig {
     pub eos_token_ids: Vec<u32>,
     /// The experts of `qwen2_moe`.
     pub moe: Option<MoeConfig>,
+    /// Whether the matrices are stored packed, as [`quantize`](crate::quantize) writes them.
+    pub packed: bool,
 }
+
+/// `quant_method` and `version` of checkpoints that are packed in our own way (docs/formats.md).
+pub(crate) const PACKED: &str = "qwen2-packed";
+pub(crate) const PACKED_VERSION: usize = 1;
 
 /// How the rotary frequencies are stretched.
 #[non_exhaustive]
@@ -162,6 +168,7 @@ impl Default for ModelConfig {
             bos_token_id: None,
             eos_token_ids: Vec::new(),
             moe: None,
+            packed: false,
         }
     }
 }

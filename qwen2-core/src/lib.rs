@@ -17,7 +17,7 @@ mod text;
 pub use api::SessionRun;
 pub use api::{
     Logits, Memory, Model, ModelBuilder, Prompt, Quantization, Session, SessionStream,
-    instruction_set,
+    instruction_set, quantize,
 };
 pub use checkpoint::{Progress, Source};
 pub use config::{DType, GenerationConfig, ModelConfig, MoeConfig, RopeScaling};

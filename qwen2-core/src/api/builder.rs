@@ -1,18 +1,20 @@
 //! Loading: collect the settings, check them, open the checkpoint, build the network.
 
+use std::collections::HashMap;
 use std::ops::ControlFlow;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 
 use burn::tensor::{Bytes, DType as BurnDType, Device as BurnDevice, TensorData};
 
 use super::model::{Inner, Model, display_name};
-use crate::checkpoint::{Checkpoint, Progress, Source, StoredTensor, cancelled, names};
+use super::quantize::{Quantization, keep, keep_packed, refuse_packed};
+use crate::checkpoint::{Checkpoint, Encoding, Progress, Source, StoredTensor, cancelled, names};
 use crate::config::{DType, GenerationConfig, ModelConfig};
 use crate::device::Device;
 use crate::error::{Error, ErrorKind, Result};
 use crate::generate::{Host, Network, SamplingDefaults};
 use crate::model::{self, Kept};
-use crate::ops::{Threads, packed};
+use crate::ops::Threads;
 use crate::text::Tokenizer;
 
 /// Tokens that one forward of the prefill takes: enough to read each weight once for many tokens,
@@ -34,43 +36,6 @@ pub struct ModelBuilder {
     activations: DType,
     kv_cache: Option<DType>,
     progress: Option<ProgressFn>,
-}
-
-/// Fewer bits for the matrices: blocks of 32 weights with one scale.
-#[non_exhaustive]
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Quantization {
-    /// 8.5 bits a weight.
-    Q8,
-    /// 4.5 bits a weight; embedding and head keep 8.5.
-    Q4,
-}
-
-impl Quantization {
-    /// `q8` or `q4`.
-    pub fn name(self) -> &'static str {
-        match self {
-            Self::Q8 => "q8",
-            Self::Q4 => "q4",
-        }
-    }
-}
-
-impl std::str::FromStr for Quantization {
-    type Err = Error;
-
-    fn from_str(text: &str) -> Result<Self> {
-        match text {
-            "q8" => Ok(Self::Q8),
-            "q4" => Ok(Self::Q4),
-            _ => Err(
-                Error::new(ErrorKind::InvalidArgument, "unknown quantization")
-                    .with_key("quantize")
-                    .with_why(format!("`{}`", text.escape_debug()))
-                    .with_help("one of q8, q4"),
-            ),
-        }
-    }
 }
 
 enum Origin {
@@ -223,18 +188,34 @@ impl ModelBuilder {
         burn_device: &BurnDevice,
         progress: &mut dyn FnMut(Progress) -> ControlFlow<()>,
     ) -> Result<Model> {
-        let threads = self.start_threads()?;
+        let threads = start_threads(self.threads, self.activations == DType::BF16)?;
         let checkpoint = Checkpoint::open(source, progress)?;
         checkpoint.config.require_dense(&checkpoint.config_path())?;
         let tokenizer = Tokenizer::load(checkpoint.directory())?;
         check_vocabulary(&checkpoint, &tokenizer)?;
+        for (key, is_set) in [
+            ("dtype", self.dtype.is_some()),
+            ("quantize", self.quantize.is_some()),
+        ] {
+            if is_set {
+                refuse_packed(&checkpoint, key)?;
+            }
+        }
         let tied = names::audit(&checkpoint)?;
+        let shapes: HashMap<_, _> = names::expected(&checkpoint.config, tied)
+            .into_iter()
+            .collect();
         let kept = self.dtype.filter(|_| !device.is_gpu());
-        let dtype = kept.or_else(|| checkpoint.dtype()).unwrap_or(DType::F32);
+        let stored = match checkpoint.config.packed {
+            true => checkpoint.config.dtype, // of what it was packed from
+            false => checkpoint.dtype(),
+        };
+        let dtype = kept.or(stored).unwrap_or(DType::F32);
+        let packed = checkpoint.config.packed || self.quantize.is_some();
         let mut done = 0;
         let mut weight_bytes = 0;
         let total = checkpoint.total_bytes();
-        let cache_dtype = burn_dtype(self.cache_dtype(&device, dtype));
+        let cache_dtype = burn_dtype(self.cache_dtype(&device, dtype, packed));
         let qwen2 = model::load(
             &checkpoint.config,
             burn_device,
@@ -243,7 +224,13 @@ impl ModelBuilder {
             &mut |name| {
                 let stored = checkpoint.tensor(name)?;
                 done += stored.bytes.len() as u64;
-                let data = self.keep(name, convert(stored, self.kept_dtype(&device)), &threads);
+                let data = match stored.encoding {
+                    Encoding::Packed => keep_packed(name, stored, &shapes, checkpoint.directory())?,
+                    Encoding::Numbers(_) => {
+                        let data = convert(stored, self.kept_dtype(&device));
+                        keep(name, data, self.quantize, &threads)
+                    }
+                };
                 weight_bytes += bytes_of(&data);
                 if progress(Progress::new(done, total)).is_break() {
                     return Err(cancelled(checkpoint.directory()));
@@ -281,11 +268,11 @@ impl ModelBuilder {
         }
     }
 
-    fn cache_dtype(&self, device: &Device, weights: DType) -> DType {
-        self.kv_cache.unwrap_or(match self.quantize {
+    fn cache_dtype(&self, device: &Device, weights: DType, packed: bool) -> DType {
+        self.kv_cache.unwrap_or(match packed {
             _ if !device.is_cpu() => DType::F32,
-            Some(_) => DType::F16,
-            None => weights.default_kv_cache(),
+            true => DType::F16,
+            false => weights.default_kv_cache(),
         })
     }
 
@@ -296,14 +283,13 @@ impl ModelBuilder {
         burn_device: &BurnDevice,
     ) -> Result<Model> {
         config.require_dense(std::path::Path::new("config.json"))?;
-        let threads = self.start_threads()?;
+        let threads = start_threads(self.threads, self.activations == DType::BF16)?;
         let dtype = self.dtype.or(config.dtype).unwrap_or(DType::BF16);
         let mut weight_bytes = 0;
         let mut seed = 0;
         let tied = config.tie_word_embeddings;
-        let shapes: std::collections::HashMap<_, _> =
-            names::expected(&config, tied).into_iter().collect();
-        let cache_dtype = burn_dtype(self.cache_dtype(&device, dtype));
+        let shapes: HashMap<_, _> = names::expected(&config, tied).into_iter().collect();
+        let cache_dtype = burn_dtype(self.cache_dtype(&device, dtype, self.quantize.is_some()));
         let qwen2 = model::load(&config, burn_device, tied, cache_dtype, &mut |name| {
             let shape = shapes.get(name).ok_or_else(|| {
                 Error::new(
@@ -313,7 +299,8 @@ impl ModelBuilder {
                 .with_key(name)
             })?;
             seed += 1;
-            let data = self.keep(name, random_tensor(name, shape, dtype, seed), &threads);
+            let data = random_tensor(name, shape, dtype, seed);
+            let data = keep(name, data, self.quantize, &threads);
             weight_bytes += bytes_of(&data);
             Ok(data)
         })?;
@@ -346,7 +333,8 @@ impl ModelBuilder {
         weight_bytes: u64,
     ) -> Result<Model> {
         let context_length = self.resolve_context(&config)?;
-        let cache_per_token = config.kv_bytes_per_token(self.cache_dtype(&device, dtype));
+        let packed = config.packed || self.quantize.is_some();
+        let cache_per_token = config.kv_bytes_per_token(self.cache_dtype(&device, dtype, packed));
         tracing::info!(name, %device, threads = threads.count(), weight_bytes, "loaded");
         Ok(Model {
             inner: Arc::new(Inner {
@@ -366,30 +354,6 @@ impl ModelBuilder {
                 context_length,
             }),
         })
-    }
-
-    fn start_threads(&self) -> Result<Threads> {
-        Threads::start(self.threads, self.activations == DType::BF16).map_err(|error| {
-            Error::new(ErrorKind::OutOfMemory, "cannot start threads")
-                .with_key("threads")
-                .with_why(error.to_string())
-                .with_source(error)
-        })
-    }
-
-    /// The tensor as this model keeps it: matrices packed, if it was asked for.
-    fn keep(&self, name: &str, data: TensorData, threads: &Threads) -> Kept {
-        let (Some(quantization), &[rows, cols]) = (self.quantize, data.shape().as_slice()) else {
-            return Kept::Dense(data); // not asked for, or a vector
-        };
-        // The head decides between tokens by small differences: it keeps eight bits.
-        let outer = ["model.embed_tokens.weight", "lm_head.weight"].contains(&name);
-        let format = match quantization {
-            Quantization::Q4 if !outer => packed::Format::Q4,
-            _ => packed::Format::Q8,
-        };
-        let shape = packed::Shape { format, rows, cols };
-        Kept::Packed(shape, Bytes::from_bytes_vec(pack(shape, &data, threads)))
     }
 
     fn resolve_context(&self, config: &ModelConfig) -> Result<usize> {
@@ -416,6 +380,19 @@ impl std::fmt::Debug for ModelBuilder {
             .field("threads", &self.threads)
             .finish_non_exhaustive()
     }
+}
+
+/// The threads of a model; `bf16_products` as in [`Threads::start`].
+///
+/// # Errors
+/// `OutOfMemory` where the system gives none.
+pub(super) fn start_threads(n: Option<usize>, bf16_products: bool) -> Result<Threads> {
+    Threads::start(n, bf16_products).map_err(|error| {
+        Error::new(ErrorKind::OutOfMemory, "cannot start threads")
+            .with_key("threads")
+            .with_why(error.to_string())
+            .with_source(error)
+    })
 }
 
 /// Ids that the tokenizer may give must have a row in the embedding table.
@@ -461,9 +438,13 @@ fn merge_eos(
 }
 
 /// The tensor's bytes as they are in the map, or converted to `dtype`.
-fn convert(stored: StoredTensor, dtype: Option<DType>) -> TensorData {
+pub(super) fn convert(stored: StoredTensor, dtype: Option<DType>) -> TensorData {
     let bytes = Bytes::from_shared(stored.bytes, burn::tensor::AllocationProperty::File);
-    let data = TensorData::from_bytes(bytes, stored.shape, burn_dtype(stored.dtype));
+    let stored_dtype = match stored.encoding {
+        Encoding::Numbers(dtype) => burn_dtype(dtype),
+        Encoding::Packed => BurnDType::U8,
+    };
+    let data = TensorData::from_bytes(bytes, stored.shape, stored_dtype);
     match dtype.map(burn_dtype) {
         Some(dtype) if dtype != data.dtype() => data.convert_dtype(dtype),
         _ => data,
@@ -483,34 +464,6 @@ fn bytes_of(kept: &Kept) -> u64 {
         Kept::Dense(data) => data.as_bytes().len() as u64,
         Kept::Packed(shape, _) => shape.bytes() as u64,
     }
-}
-
-/// Packs a matrix panel by panel, on all threads.
-fn pack(shape: packed::Shape, data: &TensorData, threads: &Threads) -> Vec<u8> {
-    let mut bytes = vec![0; shape.bytes()];
-    let panels: Vec<_> = bytes
-        .chunks_mut(shape.panel_bytes())
-        .map(Mutex::new)
-        .collect();
-    let stored = data.as_bytes();
-    let size = data.dtype().size();
-    let row = |index: usize, out: &mut [f32]| {
-        let row = &stored[index * shape.cols * size..][..shape.cols * size];
-        for (out, x) in out.iter_mut().zip(row.chunks_exact(size)) {
-            *out = match data.dtype() {
-                BurnDType::BF16 => half::bf16::from_le_bytes([x[0], x[1]]).to_f32(),
-                BurnDType::F16 => half::f16::from_le_bytes([x[0], x[1]]).to_f32(),
-                _ => f32::from_le_bytes([x[0], x[1], x[2], x[3]]),
-            };
-        }
-    };
-    threads.each(panels.len(), &|panel| {
-        // Each lock is taken once, by its own task.
-        let mut out = panels[panel].lock().unwrap_or_else(PoisonError::into_inner);
-        shape.pack_panel(panel, &row, &mut out);
-    });
-    drop(panels);
-    bytes
 }
 
 /// Uniform weights of deviation 0.02, Qwen2's initializer_range; norms are 1.

@@ -2,6 +2,7 @@
 
 mod builder;
 mod model;
+mod quantize;
 mod session;
 
 /// The instruction set that the kernels of the processor use: `portable`, `avx2`, `avx512` or
@@ -10,6 +11,7 @@ pub fn instruction_set() -> &'static str {
     crate::ops::instruction_set()
 }
 
-pub use builder::{ModelBuilder, Quantization};
+pub use builder::ModelBuilder;
 pub use model::{Logits, Memory, Model, Prompt};
+pub use quantize::{Quantization, quantize};
 pub use session::{Session, SessionRun, SessionStream};

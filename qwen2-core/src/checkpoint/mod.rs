@@ -10,6 +10,7 @@ mod shards;
 mod source;
 #[cfg(test)]
 mod tests;
+pub(crate) mod write;
 
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
@@ -58,12 +59,39 @@ pub(crate) struct Checkpoint {
     weights: Weights,
 }
 
+/// What the bytes of a tensor are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Encoding {
+    Numbers(DType),
+    /// Panels of blocks of few bits, `[panels, bytes of a panel]`.
+    Packed,
+}
+
+impl Encoding {
+    /// Bytes of one element.
+    pub(crate) fn size_in_bytes(self) -> usize {
+        match self {
+            Self::Numbers(dtype) => dtype.size_in_bytes(),
+            Self::Packed => 1,
+        }
+    }
+}
+
+impl std::fmt::Display for Encoding {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::Numbers(dtype) => dtype.fmt(f),
+            Self::Packed => f.write_str("u8"),
+        }
+    }
+}
+
 /// One tensor as it is stored.
 #[derive(Clone, Debug)]
 pub(crate) struct StoredTensor {
-    pub(crate) dtype: DType,
+    pub(crate) encoding: Encoding,
     pub(crate) shape: Vec<usize>,
-    /// Little-endian numbers, row-major, aligned to their size; a slice of the mapped file.
+    /// Little-endian numbers, row-major, aligned to their size, or panels; a slice of the mapped file.
     pub(crate) bytes: Bytes,
 }
 
@@ -92,7 +120,7 @@ impl Checkpoint {
             }
             None => GenerationConfig::default(),
         };
-        let weights = Weights::open(&directory)?;
+        let weights = Weights::open(&directory, config.packed)?;
         if progress(Progress::new(0, weights.total_bytes())).is_break() {
             return Err(cancelled(directory.path()));
         }
@@ -129,7 +157,7 @@ impl Checkpoint {
     /// The names of all stored tensors, sorted.
     #[cfg(test)]
     pub(crate) fn names(&self) -> impl Iterator<Item = &str> {
-        self.weights.iter().map(|(name, _, _)| name)
+        self.weights.iter().map(|(name, ..)| name)
     }
 
     /// Bytes of all stored tensors.

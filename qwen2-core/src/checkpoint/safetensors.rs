@@ -11,6 +11,7 @@ use std::path::Path;
 use serde::Deserialize;
 use serde::de::{Deserializer as _, MapAccess, Visitor};
 
+use super::Encoding;
 use crate::config::{DType, json_why, one_line};
 use crate::error::{Error, ErrorKind, Result};
 
@@ -25,25 +26,26 @@ const MAX_RANK: usize = 8;
 #[derive(Debug, PartialEq)]
 pub(super) struct Entry {
     pub(super) name: String,
-    pub(super) dtype: DType,
+    pub(super) encoding: Encoding,
     pub(super) shape: Vec<usize>,
     /// Its bytes, counted from the start of the file.
     pub(super) range: Range<usize>,
 }
 
-/// The tensors of `file` in the order of their bytes; `path` is only named in errors.
+/// The tensors of `file` in the order of their bytes; `path` is only named in errors. Bytes (`U8`)
+/// are taken where the checkpoint is `packed`.
 ///
 /// # Errors
 /// `InvalidFile` for whatever breaks the format, `Unsupported` for numbers that are not float32,
 /// float16 or bfloat16. Each names the file and, where one is concerned, the tensor.
-pub(super) fn entries(file: &[u8], path: &Path) -> Result<Vec<Entry>> {
+pub(super) fn entries(file: &[u8], path: &Path, packed: bool) -> Result<Vec<Entry>> {
     let (header, start) = header(file, path)?;
     let mut stored = parse(header, path)?;
     stored.sort_by_key(|(_, tensor)| tensor.data_offsets);
     check_coverage(&stored, (file.len() - start) as u64, path)?;
     stored
         .into_iter()
-        .map(|(name, tensor)| entry(name, &tensor, start, path))
+        .map(|(name, tensor)| entry(name, &tensor, start, path, packed))
         .collect()
 }
 
@@ -172,11 +174,12 @@ fn check_coverage(stored: &[(String, Stored)], length: u64, path: &Path) -> Resu
 }
 
 /// Checks dtype and shape against the bytes; the offsets are checked already.
-fn entry(name: String, stored: &Stored, start: usize, path: &Path) -> Result<Entry> {
-    let dtype = match stored.dtype.as_str() {
-        "F32" => DType::F32,
-        "F16" => DType::F16,
-        "BF16" => DType::BF16,
+fn entry(name: String, stored: &Stored, start: usize, path: &Path, packed: bool) -> Result<Entry> {
+    let encoding = match stored.dtype.as_str() {
+        "F32" => Encoding::Numbers(DType::F32),
+        "F16" => Encoding::Numbers(DType::F16),
+        "BF16" => Encoding::Numbers(DType::BF16),
+        "U8" if packed => Encoding::Packed,
         other => {
             let what = "dtype of a tensor is not supported";
             return Err(Error::new(ErrorKind::Unsupported, what)
@@ -187,31 +190,34 @@ fn entry(name: String, stored: &Stored, start: usize, path: &Path) -> Result<Ent
         }
     };
     let (from, to) = stored.data_offsets;
-    let shape = shape(stored, dtype)
+    let shape = shape(stored, encoding)
         .map_err(|(what, why)| damaged(what, path).with_key(one_line(&name)).with_why(why))?;
     let range = start + from as usize..start + to as usize;
     Ok(Entry {
         name,
-        dtype,
+        encoding,
         shape,
         range,
     })
 }
 
 /// The dimensions, if they take the bytes that are there; else what is wrong, and why.
-fn shape(stored: &Stored, dtype: DType) -> std::result::Result<Vec<usize>, (&'static str, String)> {
+fn shape(
+    stored: &Stored,
+    encoding: Encoding,
+) -> std::result::Result<Vec<usize>, (&'static str, String)> {
     let impossible = |why| Err(("tensor has an impossible shape", why));
     let dims = &stored.shape;
     if dims.len() > MAX_RANK {
         return impossible(format!("{} dimensions", dims.len()));
     }
-    let size = dtype.size_in_bytes() as u64;
+    let size = encoding.size_in_bytes() as u64;
     let Some(bytes) = dims.iter().try_fold(size, |n, dim| n.checked_mul(*dim)) else {
         return impossible(format!("{dims:?} overflows"));
     };
     let found = stored.data_offsets.1 - stored.data_offsets.0;
     if bytes != found {
-        let why = format!("{dims:?} of {dtype} takes {bytes}, found {found}");
+        let why = format!("{dims:?} of {encoding} takes {bytes}, found {found}");
         return Err(("shape of a tensor does not fit its bytes", why));
     }
     // Beside a dimension of 0 another one may be anything, and usize has 32 bits on some machines.
@@ -243,7 +249,7 @@ mod tests {
     }
 
     fn read(file: &[u8]) -> Result<Vec<Entry>> {
-        entries(file, Path::new("m.safetensors"))
+        entries(file, Path::new("m.safetensors"), false)
     }
 
     fn refusal(file: &[u8]) -> String {
@@ -279,7 +285,7 @@ mod tests {
             assert_eq!(tensor.data(), &file[entry.range.clone()]);
             assert_eq!(
                 format!("{:?}", tensor.dtype()).to_lowercase(),
-                entry.dtype.name()
+                entry.encoding.to_string()
             );
         }
     }

@@ -7,8 +7,8 @@ use std::path::{Path, PathBuf};
 use bytes::Bytes;
 use serde::Deserialize;
 
-use super::StoredTensor;
 use super::directory::Directory;
+use super::{Encoding, StoredTensor};
 use super::{mmap, safetensors};
 use crate::config::{DType, json_why, one_line};
 use crate::error::{Error, ErrorKind, Result};
@@ -36,24 +36,24 @@ struct Shard {
 #[derive(Debug)]
 struct Place {
     shard: usize,
-    dtype: DType,
+    encoding: Encoding,
     shape: Vec<usize>,
     range: Range<usize>,
 }
 
 impl Weights {
-    /// Maps the weight files of `directory` and reads their headers. Where both forms are there,
+    /// Maps the weight files of `directory` and reads their headers; `packed`: matrices may be bytes. Where both forms are there,
     /// the single file is taken, as by transformers.
     ///
     /// # Errors
     /// `NotFound` where files are missing, `InvalidFile` and `Unsupported` for what they hold.
-    pub(super) fn open(directory: &Directory) -> Result<Self> {
+    pub(super) fn open(directory: &Directory, packed: bool) -> Result<Self> {
         let mut weights = Self {
             files: Vec::new(),
             tensors: BTreeMap::new(),
         };
         if let Some(real) = directory.file(SINGLE)? {
-            weights.add(directory, SINGLE, &real)?;
+            weights.add(directory, SINGLE, &real, packed)?;
             return Ok(weights);
         }
         let Some(index) = directory.read(INDEX, MAX_INDEX)? else {
@@ -67,20 +67,20 @@ impl Weights {
         let index_path = directory.path().join(INDEX);
         let weight_map = parse_index(&index, &index_path)?;
         for (name, real) in present_shards(directory, &weight_map)? {
-            weights.add(directory, name, &real)?;
+            weights.add(directory, name, &real, packed)?;
         }
         weights.check_index(directory.path(), &weight_map)?;
         Ok(weights)
     }
 
-    fn add(&mut self, directory: &Directory, name: &str, real: &Path) -> Result<()> {
+    fn add(&mut self, directory: &Directory, name: &str, real: &Path, packed: bool) -> Result<()> {
         let path = directory.path().join(name);
         let bytes = mmap::map(real, &path)?;
         let shard = self.files.len();
-        for entry in safetensors::entries(&bytes, &path)? {
+        for entry in safetensors::entries(&bytes, &path, packed)? {
             let safetensors::Entry {
                 name,
-                dtype,
+                encoding,
                 shape,
                 range,
             } = entry;
@@ -96,7 +96,7 @@ impl Weights {
                 name,
                 Place {
                     shard,
-                    dtype,
+                    encoding,
                     shape,
                     range,
                 },
@@ -132,17 +132,21 @@ impl Weights {
         let place = self.tensors.get(name)?;
         let shard = &self.files[place.shard];
         Some(StoredTensor {
-            dtype: place.dtype,
+            encoding: place.encoding,
             shape: place.shape.clone(),
-            bytes: aligned(shard.bytes.slice(place.range.clone()), place.dtype),
+            bytes: aligned(
+                shard.bytes.slice(place.range.clone()),
+                place.encoding.size_in_bytes(),
+            ),
         })
     }
 
-    /// Names and shapes, with the file of each, in the order of the names.
-    pub(super) fn iter(&self) -> impl Iterator<Item = (&str, &[usize], &Path)> {
+    /// Names, encodings and shapes, with the file of each, in the order of the names.
+    pub(super) fn iter(&self) -> impl Iterator<Item = (&str, Encoding, &[usize], &Path)> {
         self.tensors.iter().map(|(name, place)| {
             (
                 name.as_str(),
+                place.encoding,
                 place.shape.as_slice(),
                 self.files[place.shard].path.as_path(),
             )
@@ -160,7 +164,8 @@ impl Weights {
     /// The precision that most of the bytes are in.
     pub(super) fn dtype(&self) -> Option<DType> {
         let bytes_of = |dtype: &DType| -> usize {
-            let same = self.tensors.values().filter(|place| place.dtype == *dtype);
+            let kind = Encoding::Numbers(*dtype);
+            let same = self.tensors.values().filter(|place| place.encoding == kind);
             same.map(|place| place.range.len()).sum()
         };
         let used = [DType::F32, DType::F16, DType::BF16]
@@ -267,8 +272,8 @@ fn file_name(path: &Path) -> String {
 
 /// The bytes themselves where they lie on a multiple of their number's size, else an aligned copy:
 /// the format pads its header only by convention.
-fn aligned(bytes: Bytes, dtype: DType) -> Bytes {
-    if bytes.as_ptr().align_offset(dtype.size_in_bytes()) == 0 {
+fn aligned(bytes: Bytes, size: usize) -> Bytes {
+    if bytes.as_ptr().align_offset(size) == 0 {
         return bytes;
     }
     let mut words = vec![0_u64; bytes.len().div_ceil(size_of::<u64>())];
@@ -291,9 +296,9 @@ mod tests {
     #[test]
     fn bytes_off_their_alignment_are_copied_and_others_are_not() {
         let words = Bytes::from_owner(Words((0..8).collect()));
-        let on = aligned(words.slice(4..20), DType::F32);
+        let on = aligned(words.slice(4..20), 4);
         assert_eq!(on.as_ptr(), words[4..].as_ptr());
-        let off = aligned(words.slice(7..30), DType::F32);
+        let off = aligned(words.slice(7..30), 4);
         assert_eq!(off.as_ptr().align_offset(4), 0);
         assert_eq!(off, words.slice(7..30));
     }

@@ -57,7 +57,10 @@ fn tensors_are_slices_of_the_map_and_add_up_to_the_total() {
     for name in checkpoint.names() {
         let tensor = checkpoint.tensor(name).expect("tensor");
         let numbers: usize = tensor.shape.iter().product();
-        assert_eq!(tensor.bytes.len(), numbers * tensor.dtype.size_in_bytes());
+        assert_eq!(
+            tensor.bytes.len(),
+            numbers * tensor.encoding.size_in_bytes()
+        );
         let again = checkpoint.tensor(name).expect("tensor");
         assert_eq!(
             tensor.bytes.as_ptr(),

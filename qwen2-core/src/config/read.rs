@@ -5,7 +5,7 @@ use std::path::Path;
 use serde_json::Value;
 
 use super::fields::Fields;
-use super::{DType, GenerationConfig, ModelConfig, MoeConfig, RopeScaling};
+use super::{DType, GenerationConfig, ModelConfig, MoeConfig, PACKED, PACKED_VERSION, RopeScaling};
 use crate::error::Result;
 
 // Bounds far above every published Qwen2 (80 layers, 8192 wide) and low enough that no product of
@@ -23,6 +23,7 @@ const MAX_EXPERTS: usize = 1 << 10;
 pub(super) fn model_config(bytes: &[u8], path: &Path) -> Result<ModelConfig> {
     let fields = Fields::parse(bytes, path)?;
     let model_type = model_type(&fields)?;
+    let packed = packed(&fields)?;
     refuse_what_is_not_done(&fields)?;
     let num_hidden_layers = fields.required_integer("num_hidden_layers", 1..=MAX_LAYERS)?;
     let hidden_size = fields.required_integer("hidden_size", 1..=MAX_HIDDEN)?;
@@ -58,6 +59,7 @@ pub(super) fn model_config(bytes: &[u8], path: &Path) -> Result<ModelConfig> {
         } else {
             None
         },
+        packed,
     })
 }
 
@@ -95,12 +97,15 @@ fn model_type(fields: &Fields<'_>) -> Result<String> {
     }
 }
 
-/// Keys that change the arithmetic in a way this library does not follow.
-fn refuse_what_is_not_done(fields: &Fields<'_>) -> Result<()> {
-    if let Some(quantization) = fields.object("quantization_config")? {
-        let method = quantization
-            .string("quant_method")?
-            .unwrap_or("without a quant_method");
+/// Whether the matrices are stored in our own packing; others are refused.
+fn packed(fields: &Fields<'_>) -> Result<bool> {
+    let Some(quantization) = fields.object("quantization_config")? else {
+        return Ok(false);
+    };
+    let method = quantization
+        .string("quant_method")?
+        .unwrap_or("without a quant_method");
+    if method != PACKED {
         return Err(fields.unsupported(
             "quantized checkpoint is not supported yet",
             "quantization_config",
@@ -108,6 +113,19 @@ fn refuse_what_is_not_done(fields: &Fields<'_>) -> Result<()> {
             "load the checkpoint that is not quantized",
         ));
     }
+    match quantization.integer("version", 0..=usize::MAX)? {
+        Some(PACKED_VERSION) => Ok(true),
+        version => Err(fields.unsupported(
+            "packing is of another version",
+            "quantization_config",
+            &version.map_or_else(|| "none".to_owned(), |version| version.to_string()),
+            "pack the checkpoint again with this library",
+        )),
+    }
+}
+
+/// Keys that change the arithmetic in a way this library does not follow.
+fn refuse_what_is_not_done(fields: &Fields<'_>) -> Result<()> {
     if let Some(activation) = fields.string("hidden_act")?.filter(|name| *name != "silu") {
         return Err(fields.unsupported(
             "activation is not supported",

@@ -1,0 +1,232 @@
+//! Matrices into blocks of few bits: while loading, or once and for all in a directory.
+
+use std::collections::HashMap;
+use std::ops::ControlFlow;
+use std::path::Path;
+use std::str::FromStr;
+use std::sync::{Mutex, PoisonError};
+
+use burn::tensor::{Bytes, DType as BurnDType, TensorData};
+use serde_json::json;
+
+use super::builder::{convert, start_threads};
+use crate::checkpoint::write::{self, Planned};
+use crate::checkpoint::{Checkpoint, Encoding, Progress, Source, StoredTensor, cancelled, names};
+use crate::config::{DType, PACKED, PACKED_VERSION};
+use crate::error::{Error, ErrorKind, Result};
+use crate::model::Kept;
+use crate::ops::{Threads, packed};
+
+/// Fewer bits for the matrices: blocks of 32 weights with one scale.
+#[non_exhaustive]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Quantization {
+    /// 8.5 bits a weight.
+    Q8,
+    /// 4.5 bits a weight; embedding and head keep 8.5.
+    Q4,
+}
+
+impl Quantization {
+    /// `q8` or `q4`.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Q8 => "q8",
+            Self::Q4 => "q4",
+        }
+    }
+
+    /// The format of the matrix `name`.
+    fn format(self, name: &str) -> packed::Format {
+        // The head decides between tokens by small differences: it keeps eight bits.
+        let outer = ["model.embed_tokens.weight", "lm_head.weight"].contains(&name);
+        match self {
+            Self::Q4 if !outer => packed::Format::Q4,
+            _ => packed::Format::Q8,
+        }
+    }
+}
+
+impl FromStr for Quantization {
+    type Err = Error;
+
+    fn from_str(text: &str) -> Result<Self> {
+        match text {
+            "q8" => Ok(Self::Q8),
+            "q4" => Ok(Self::Q4),
+            _ => Err(
+                Error::new(ErrorKind::InvalidArgument, "unknown quantization")
+                    .with_key("quantize")
+                    .with_why(format!("`{}`", text.escape_debug()))
+                    .with_help("one of q8, q4"),
+            ),
+        }
+    }
+}
+
+/// Packs the checkpoint `source` into the new directory `destination`, which loads at once, since
+/// nothing is left to do, and takes less room. Its files are those of `source` but for the weights
+/// and a `quantization_config` in `config.json`. One matrix at a time is in memory.
+///
+/// # Errors
+/// As [`ModelBuilder::load`](crate::ModelBuilder::load) for `source`; `InvalidArgument` if it is
+/// packed already or `destination` exists; `Io` for what cannot be written. `destination` is there
+/// whole or not at all.
+pub fn quantize(
+    source: impl Into<Source>,
+    destination: impl AsRef<Path>,
+    quantization: Quantization,
+    mut progress: impl FnMut(Progress) -> ControlFlow<()>,
+) -> Result<()> {
+    let checkpoint = Checkpoint::open(&source.into(), &mut progress)?;
+    checkpoint.config.require_dense(&checkpoint.config_path())?;
+    refuse_packed(&checkpoint, "quantize")?;
+    let tied = names::audit(&checkpoint)?;
+    let threads = start_threads(None, false)?;
+    let mut plan: Vec<_> = names::expected(&checkpoint.config, tied)
+        .into_iter()
+        .map(|(name, shape)| match *shape.as_slice() {
+            [rows, cols] => {
+                let shape = packed::Shape {
+                    format: quantization.format(&name),
+                    rows,
+                    cols,
+                };
+                let shape = vec![shape.panels(), shape.panel_bytes()];
+                Planned {
+                    name,
+                    encoding: Encoding::Packed,
+                    shape,
+                }
+            }
+            _ => Planned {
+                name,
+                encoding: Encoding::Numbers(DType::F32),
+                shape,
+            },
+        })
+        .collect();
+    // Panels are whole cache lines: before the vectors, they stay in line.
+    plan.sort_by_key(|tensor| tensor.encoding != Encoding::Packed);
+    let (mut done, total) = (0, checkpoint.total_bytes());
+    let bits = match quantization {
+        Quantization::Q8 => 8,
+        Quantization::Q4 => 4,
+    };
+    let config = json!({ "quant_method": PACKED, "version": PACKED_VERSION, "bits": bits });
+    write::write(
+        &checkpoint,
+        destination.as_ref(),
+        config,
+        &plan,
+        &mut |tensor| {
+            let stored = checkpoint.tensor(&tensor.name)?;
+            done += stored.bytes.len() as u64;
+            let bytes = match (tensor.encoding, stored.shape.as_slice()) {
+                (Encoding::Packed, &[rows, cols]) => {
+                    let format = quantization.format(&tensor.name);
+                    pack(
+                        packed::Shape { format, rows, cols },
+                        &convert(stored, None),
+                        &threads,
+                    )
+                }
+                _ => convert(stored, Some(DType::F32)).as_bytes().to_vec(),
+            };
+            match progress(Progress::new(done, total)) {
+                ControlFlow::Continue(()) => Ok(bytes),
+                ControlFlow::Break(()) => Err(cancelled(checkpoint.directory())),
+            }
+        },
+    )
+}
+
+/// What is packed cannot be kept in another way; `key` is the setting that asks for it.
+pub(super) fn refuse_packed(checkpoint: &Checkpoint, key: &str) -> Result<()> {
+    if !checkpoint.config.packed {
+        return Ok(());
+    }
+    Err(
+        Error::new(ErrorKind::InvalidArgument, "checkpoint is packed already")
+            .with_path(checkpoint.directory())
+            .with_key(key)
+            .with_help("leave the setting out, or start from the checkpoint that it was made of"),
+    )
+}
+
+/// A tensor as this model keeps it: matrices packed, if it was asked for.
+pub(super) fn keep(
+    name: &str,
+    data: TensorData,
+    quantization: Option<Quantization>,
+    threads: &Threads,
+) -> Kept {
+    let (Some(quantization), &[rows, cols]) = (quantization, data.shape().as_slice()) else {
+        return Kept::Dense(data); // not asked for, or a vector
+    };
+    let format = quantization.format(name);
+    let shape = packed::Shape { format, rows, cols };
+    Kept::Packed(shape, Bytes::from_bytes_vec(pack(shape, &data, threads)))
+}
+
+/// A stored packed matrix; `shapes` are those of the config.
+///
+/// # Errors
+/// `InvalidFile` if its panels are of no format that fits the config.
+pub(super) fn keep_packed(
+    name: &str,
+    stored: StoredTensor,
+    shapes: &HashMap<String, Vec<usize>>,
+    path: &Path,
+) -> Result<Kept> {
+    let fits = |format| match *shapes.get(name)?.as_slice() {
+        [rows, cols] => {
+            let shape = packed::Shape { format, rows, cols };
+            (stored.shape == [shape.panels(), shape.panel_bytes()]).then_some(shape)
+        }
+        _ => None,
+    };
+    let shape = fits(packed::Format::Q8).or_else(|| fits(packed::Format::Q4));
+    let Some(shape) = shape else {
+        return Err(
+            Error::new(ErrorKind::InvalidFile, "packed tensor has the wrong shape")
+                .with_path(path)
+                .with_key(name)
+                .with_why(format!(
+                    "{:?} is neither q8 nor q4 of the config's shape",
+                    stored.shape
+                ))
+                .with_help("do config.json and the weights belong to one checkpoint?"),
+        );
+    };
+    let bytes = Bytes::from_shared(stored.bytes, burn::tensor::AllocationProperty::File);
+    Ok(Kept::Packed(shape, bytes))
+}
+
+/// Packs a matrix panel by panel, on all threads.
+fn pack(shape: packed::Shape, data: &TensorData, threads: &Threads) -> Vec<u8> {
+    let mut bytes = vec![0; shape.bytes()];
+    let panels: Vec<_> = bytes
+        .chunks_mut(shape.panel_bytes())
+        .map(Mutex::new)
+        .collect();
+    let stored = data.as_bytes();
+    let size = data.dtype().size();
+    let row = |index: usize, out: &mut [f32]| {
+        let row = &stored[index * shape.cols * size..][..shape.cols * size];
+        for (out, x) in out.iter_mut().zip(row.chunks_exact(size)) {
+            *out = match data.dtype() {
+                BurnDType::BF16 => half::bf16::from_le_bytes([x[0], x[1]]).to_f32(),
+                BurnDType::F16 => half::f16::from_le_bytes([x[0], x[1]]).to_f32(),
+                _ => f32::from_le_bytes([x[0], x[1], x[2], x[3]]),
+            };
+        }
+    };
+    threads.each(panels.len(), &|panel| {
+        // Each lock is taken once, by its own task.
+        let mut out = panels[panel].lock().unwrap_or_else(PoisonError::into_inner);
+        shape.pack_panel(panel, &row, &mut out);
+    });
+    drop(panels);
+    bytes
+}

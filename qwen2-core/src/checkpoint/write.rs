@@ -1,0 +1,154 @@
+//! A checkpoint directory written whole or not at all.
+
+use std::fs::{self, File};
+use std::io::{BufWriter, Write};
+use std::path::{Path, PathBuf};
+
+use serde_json::{Map, Value, json};
+
+use super::shards::SINGLE;
+use super::{CONFIG, Checkpoint, Encoding, GENERATION_CONFIG};
+use crate::error::{Error, ErrorKind, Result};
+
+/// The weights start at a multiple of this, so that packed panels begin with a cache line.
+const ALIGNMENT: usize = 64;
+/// What lies beside the weights and is copied where it is there.
+const COMPANIONS: [&str; 9] = [
+    GENERATION_CONFIG,
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "LICENSE",
+];
+
+/// A tensor that is to be written.
+#[derive(Debug)]
+pub(crate) struct Planned {
+    pub(crate) name: String,
+    pub(crate) encoding: Encoding,
+    pub(crate) shape: Vec<usize>,
+}
+
+impl Planned {
+    fn len(&self) -> usize {
+        self.shape.iter().product::<usize>() * self.encoding.size_in_bytes()
+    }
+}
+
+/// Writes a directory like that of `checkpoint` with the tensors of `plan`, in this order;
+/// `quantization` becomes `quantization_config` of its `config.json`. Everything is written beside
+/// `destination` first and renamed at the end.
+///
+/// # Errors
+/// `InvalidArgument` if `destination` exists, what `bytes` returns, and what writing says.
+pub(crate) fn write(
+    checkpoint: &Checkpoint,
+    destination: &Path,
+    quantization: Value,
+    plan: &[Planned],
+    bytes: &mut dyn FnMut(&Planned) -> Result<Vec<u8>>,
+) -> Result<()> {
+    if fs::symlink_metadata(destination).is_ok() {
+        return Err(Error::new(ErrorKind::InvalidArgument, "destination exists")
+            .with_path(destination)
+            .with_help("choose another one, or remove it first"));
+    }
+    let partial = Partial::new(destination)?;
+    for name in COMPANIONS {
+        if let Some(from) = checkpoint.directory.file(name)? {
+            let to = partial.0.join(name);
+            fs::copy(from, &to).map_err(|error| Error::io("file cannot be written", &to, error))?;
+        }
+    }
+    let config = partial.0.join(CONFIG);
+    fs::write(&config, with_quantization(checkpoint, quantization)?)
+        .map_err(|error| Error::io("file cannot be written", &config, error))?;
+    let weights = partial.0.join(SINGLE);
+    let failed = |error| Error::io("file cannot be written", &weights, error);
+    let file = File::create(&weights).map_err(failed)?;
+    let mut file = BufWriter::with_capacity(1 << 20, file);
+    file.write_all(&header(plan)).map_err(failed)?;
+    for tensor in plan {
+        let bytes = bytes(tensor)?;
+        assert_eq!(bytes.len(), tensor.len(), "bytes of {}", tensor.name);
+        file.write_all(&bytes).map_err(failed)?;
+    }
+    let file = file
+        .into_inner()
+        .map_err(|error| failed(error.into_error()))?;
+    file.sync_all().map_err(failed)?;
+    drop(file);
+    fs::rename(&partial.0, destination)
+        .map_err(|error| Error::io("directory cannot be renamed into place", destination, error))
+}
+
+/// `config.json` with the key `quantization_config`.
+fn with_quantization(checkpoint: &Checkpoint, quantization: Value) -> Result<String> {
+    let bytes = checkpoint.directory.read(CONFIG, super::MAX_CONFIG)?;
+    let config: Option<Map<String, Value>> =
+        bytes.and_then(|bytes| serde_json::from_slice(&bytes).ok());
+    let Some(mut config) = config else {
+        return Err(
+            Error::new(ErrorKind::InvalidFile, "file changed while it was read")
+                .with_path(checkpoint.config_path())
+                .with_help("try again"),
+        );
+    };
+    config.insert("quantization_config".to_owned(), quantization);
+    Ok(format!("{:#}\n", Value::Object(config)))
+}
+
+/// Length and header of the safetensors format; spaces bring the numbers behind it into line.
+fn header(plan: &[Planned]) -> Vec<u8> {
+    let mut tensors = Map::new();
+    let mut at = 0;
+    for tensor in plan {
+        let end = at + tensor.len();
+        let entry = json!({
+            "dtype": tensor.encoding.to_string().to_uppercase(),
+            "shape": tensor.shape,
+            "data_offsets": [at, end],
+        });
+        tensors.insert(tensor.name.clone(), entry);
+        at = end;
+    }
+    let mut json = Value::Object(tensors).to_string();
+    let padded = (8 + json.len()).next_multiple_of(ALIGNMENT) - 8;
+    json.push_str(&" ".repeat(padded - json.len()));
+    let mut bytes = (json.len() as u64).to_le_bytes().to_vec();
+    bytes.extend(json.into_bytes());
+    bytes
+}
+
+/// A directory that is removed again unless it was renamed.
+struct Partial(PathBuf);
+
+impl Partial {
+    fn new(destination: &Path) -> Result<Self> {
+        let Some(name) = destination.file_name() else {
+            return Err(
+                Error::new(ErrorKind::InvalidArgument, "destination has no name")
+                    .with_path(destination)
+                    .with_help("give the path of the directory that is to be made"),
+            );
+        };
+        let partial = format!(".{}.partial-{}", name.to_string_lossy(), std::process::id());
+        let path = destination.with_file_name(partial);
+        fs::create_dir(&path).map_err(|error| {
+            Error::io("directory cannot be made", &path, error)
+                .with_help("give a path inside a directory that is there and may be written to")
+        })?;
+        Ok(Self(path))
+    }
+}
+
+impl Drop for Partial {
+    fn drop(&mut self) {
+        // Renamed: nothing is there. Else what remains is in a directory of our own name.
+        let _ = fs::remove_dir_all(&self.0);
+    }
+}
