@@ -275,6 +275,20 @@ void qwen2_load_options_set_progress(qwen2_load_options *options,
                                      qwen2_progress_fn progress,
                                      void *user_data);
 
+// Packs the checkpoint `source`, a directory or an id, into the new directory `destination`, which
+// loads at once and takes less room; `quantize` is "q8" or "q4". `destination` must not exist, and is
+// there whole or not at all. `progress` may be NULL; it is called on this thread, and never after
+// the return.
+qwen2_status qwen2_quantize(const char *source,
+                            size_t source_len,
+                            const char *destination,
+                            size_t destination_len,
+                            const char *quantize,
+                            size_t quantize_len,
+                            qwen2_progress_fn progress,
+                            void *user_data,
+                            qwen2_error **error);
+
 // Loads a checkpoint: a directory with `config.json`, `tokenizer.json` and safetensors, or, where
 // the library was built with `hub`, an id such as "Qwen/Qwen2-0.5B-Instruct". `options` may be NULL
 // for the defaults. `*out` is freed with `qwen2_model_free`.

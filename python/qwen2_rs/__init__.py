@@ -35,6 +35,7 @@ from qwen2_rs._qwen2 import (
     Usage,
     __version__,
     devices,
+    quantize,
 )
 from qwen2_rs._types import Message, MessageDict, Prompt
 
@@ -70,4 +71,5 @@ __all__ = [
     "Usage",
     "__version__",
     "devices",
+    "quantize",
 ]

@@ -40,6 +40,7 @@ __all__ = [
     "Usage",
     "__version__",
     "devices",
+    "quantize",
     "run_cli",
 ]
 
@@ -47,6 +48,22 @@ __version__: Final[str]
 
 def devices() -> list[str]:
     """The devices that this build can compute on."""
+
+def quantize(
+    source: str | os.PathLike[str],
+    destination: str | os.PathLike[str],
+    precision: str = "q8",
+    *,
+    progress: bool | Callable[[int, int], object] | None = False,
+) -> None:
+    """Packs the checkpoint source into the new directory destination, which loads at once and takes
+    less room.
+
+    source: a directory with a checkpoint, or the id of one on the Hugging Face hub.
+    destination: must not exist; it is there whole or not at all.
+    precision: q8 or q4.
+    progress: as of Model.load.
+    """
 
 def run_cli(argv: Sequence[str]) -> int:
     """Runs the command `qwen2` and returns its exit code. For a process that is this command and

@@ -15,7 +15,15 @@ import numpy as np
 import pytest
 import qwen2_rs
 from conftest import COUNTING, DEMO, QUESTION, fixture_directory
-from qwen2_rs import ContextOverflowError, Generation, InvalidArgumentError, Model, Prompt, TokenStream
+from qwen2_rs import (
+    ContextOverflowError,
+    Generation,
+    InvalidArgumentError,
+    Model,
+    Prompt,
+    TokenStream,
+    quantize,
+)
 
 
 def test_a_question_is_answered(demo: Model) -> None:
@@ -283,6 +291,20 @@ def test_settings_of_loading() -> None:
     assert packed.memory.weights < Model.load(DEMO).memory.weights
     wide = Model.load(DEMO, kv_cache="f32", activations="bf16").memory.cache_per_token
     assert wide == 2 * Model.load(DEMO, kv_cache="f16").memory.cache_per_token
+
+
+def test_a_packed_directory_is_a_model_like_others(tmp_path: Path) -> None:
+    steps: list[tuple[int, int]] = []
+    quantize(DEMO, tmp_path / "packed", "q8", progress=lambda done, total: steps.append((done, total)))
+    assert steps
+    assert steps[-1][0] == steps[-1][1]
+    answer = Model.load(tmp_path / "packed").chat(QUESTION, temperature=0)
+    assert "42" in answer.text
+    with pytest.raises(InvalidArgumentError, match="destination exists"):
+        quantize(DEMO, tmp_path / "packed")
+    with pytest.raises(InvalidArgumentError, match="unknown quantization"):
+        quantize(DEMO, tmp_path / "other", "q3")
+    assert [path.name for path in tmp_path.iterdir()] == ["packed"]
 
 
 @pytest.mark.parametrize(

@@ -206,6 +206,36 @@ pub unsafe extern "C" fn qwen2_load_options_set_progress(
     });
 }
 
+/// Packs the checkpoint `source`, a directory or an id, into the new directory `destination`, which
+/// loads at once and takes less room; `quantize` is "q8" or "q4". `destination` must not exist, and is
+/// there whole or not at all. `progress` may be NULL; it is called on this thread, and never after
+/// the return.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn qwen2_quantize(
+    source: *const c_char,
+    source_len: usize,
+    destination: *const c_char,
+    destination_len: usize,
+    quantize: *const c_char,
+    quantize_len: usize,
+    progress: qwen2_progress_fn,
+    user_data: *mut c_void,
+    error: *mut *mut qwen2_error,
+) -> qwen2_status {
+    fence::entry(error, || {
+        let source = fence::path(source, source_len)?;
+        let destination = fence::path(destination, destination_len)?;
+        let quantize = parse::<Quantization>(quantize, quantize_len, "quantize")?;
+        let callback = progress.map(|call| Callback { call, user_data });
+        let report = |progress| match &callback {
+            Some(callback) => callback.run(progress),
+            None => ControlFlow::Continue(()),
+        };
+        qwen2_core::quantize(source, destination, quantize, report)?;
+        Ok(QWEN2_OK)
+    })
+}
+
 unsafe fn parse<T>(text: *const c_char, len: usize, name: &'static str) -> Outcome<T>
 where
     T: std::str::FromStr<Err = qwen2_core::Error>,

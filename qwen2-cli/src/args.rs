@@ -1,6 +1,7 @@
 //! The arguments, which are also their own help.
 
 use std::ffi::OsString;
+use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
 use qwen2_core::GenerateOptions;
@@ -23,6 +24,8 @@ pub(crate) enum Command {
     Info(InfoArgs),
     /// The tokens of a text, or the text of tokens.
     Tokenize(TokenizeArgs),
+    /// Pack a checkpoint into a new directory, which loads at once and takes less room.
+    Quantize(QuantizeArgs),
     /// Measure speed, next to what the memory allows.
     Bench(BenchArgs),
 }
@@ -171,6 +174,17 @@ pub(crate) struct TokenizeArgs {
     /// One JSON object instead of lines.
     #[arg(long)]
     pub(crate) json: bool,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct QuantizeArgs {
+    /// A directory, or an id of the hub.
+    pub(crate) model: OsString,
+    /// Where to put the packed checkpoint; must not exist.
+    pub(crate) directory: PathBuf,
+    /// q8 (8.5 bits a weight) or q4 (4.5 bits; embedding and head q8).
+    #[arg(long, default_value = "q8")]
+    pub(crate) precision: String,
 }
 
 #[derive(Args, Debug)]

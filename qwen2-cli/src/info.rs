@@ -128,13 +128,19 @@ fn of_loaded(model: &OsStr) -> Result<Facts, Failure> {
 
 impl Facts {
     fn weight_bytes(&self) -> Option<u64> {
+        if self.config.packed {
+            return self.stored_bytes;
+        }
         self.dtype
             .map(|dtype| self.config.parameter_count() * dtype.size_in_bytes() as u64)
     }
 
     fn cache_bytes_per_token(&self) -> u64 {
-        let weights = self.dtype.unwrap_or(DType::F32);
-        self.config.kv_bytes_per_token(weights.default_kv_cache())
+        let cache = match self.config.packed {
+            true => DType::F16,
+            false => self.dtype.unwrap_or(DType::F32).default_kv_cache(),
+        };
+        self.config.kv_bytes_per_token(cache)
     }
 
     fn cache_bytes(&self) -> u64 {

@@ -11,6 +11,7 @@ mod info;
 mod interrupt;
 mod load;
 mod output;
+mod quantize;
 mod tokenize;
 
 use std::ffi::OsString;
@@ -39,6 +40,7 @@ pub fn run<I: IntoIterator<Item = OsString>>(args: I) -> i32 {
         Command::Generate(args) => generate::run(args),
         Command::Info(args) => info::run(args),
         Command::Tokenize(args) => tokenize::run(args),
+        Command::Quantize(args) => quantize::run(args),
         Command::Bench(args) => bench::run(args),
     };
     outcome.map_or_else(Failure::report, |()| 0)

@@ -6,7 +6,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use indicatif::{ProgressBar, ProgressStyle};
-use qwen2_core::{Model, ModelBuilder, Source};
+use qwen2_core::{Model, ModelBuilder, Progress, Source};
 
 use crate::args::LoadArgs;
 use crate::failure::Failure;
@@ -54,25 +54,33 @@ pub(crate) fn apply(mut builder: ModelBuilder, args: &LoadArgs) -> Result<ModelB
 
 /// Loads, with a bar where a person looks on.
 pub(crate) fn finish(builder: ModelBuilder) -> Result<Model, Failure> {
+    Ok(with_bar("loading", |progress| {
+        builder.progress(progress).load()
+    })?)
+}
+
+/// What is called while work goes on.
+type Report = Box<dyn FnMut(Progress) -> ControlFlow<()> + Send>;
+
+/// Does `work` with a bar where a person looks on.
+pub(crate) fn with_bar<R>(verb: &'static str, work: impl FnOnce(Report) -> R) -> R {
     if !output::stderr_is_terminal() {
-        return Ok(builder.load()?);
+        return work(Box::new(|_| ControlFlow::Continue(())));
     }
-    let bar = ProgressBar::new(0).with_style(style());
-    // A small model is there before a bar could be read.
+    let bar = ProgressBar::new(0).with_style(style()).with_message(verb);
+    // What is done at once is over before a bar could be read.
     bar.enable_steady_tick(Duration::from_millis(200));
     let moving = bar.clone();
-    let model = builder
-        .progress(move |progress| {
-            moving.set_length(progress.bytes_total);
-            moving.set_position(progress.bytes_done);
-            ControlFlow::Continue(())
-        })
-        .load();
+    let result = work(Box::new(move |progress| {
+        moving.set_length(progress.bytes_total);
+        moving.set_position(progress.bytes_done);
+        ControlFlow::Continue(())
+    }));
     bar.finish_and_clear();
-    Ok(model?)
+    result
 }
 
 fn style() -> ProgressStyle {
-    ProgressStyle::with_template("loading {bar:30} {bytes}/{total_bytes}")
+    ProgressStyle::with_template("{msg} {bar:30} {bytes}/{total_bytes}")
         .unwrap_or_else(|_| ProgressStyle::default_bar())
 }

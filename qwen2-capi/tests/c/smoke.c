@@ -147,6 +147,12 @@ static void load_errors(const char *directory) {
           "unknown dtype: dtype: f8");
     FAILS(qwen2_load_options_set_quantize(options, "q3", NUL, &error), QWEN2_ERROR_INVALID_ARGUMENT,
           "unknown quantization: quantize: `q3`");
+    CHECK(qwen2_quantize(directory, NUL, directory, NUL, "q8", 2, NULL, NULL, NULL) ==
+          QWEN2_ERROR_INVALID_ARGUMENT); /* it exists */
+    FAILS(qwen2_quantize(directory, NUL, "/nowhere", NUL, "q3", NUL, NULL, NULL, &error), QWEN2_ERROR_INVALID_ARGUMENT,
+          "unknown quantization: quantize: `q3`");
+    FAILS(qwen2_quantize(directory, NUL, NULL, 4, "q8", NUL, NULL, NULL, &error), QWEN2_ERROR_INVALID_ARGUMENT,
+          "argument is NULL: path");
     FAILS(qwen2_load_options_set_kv_cache(options, "f8", NUL, &error), QWEN2_ERROR_INVALID_ARGUMENT,
           "unknown dtype: dtype: f8");
     OK(qwen2_load_options_set_kv_cache(options, "bf16", NUL, &error));

@@ -34,6 +34,16 @@ pub(super) struct TokenizerConfig {
     pub(super) added_tokens: Vec<(u32, AddedToken)>,
 }
 
+/// The crate's tokenizer with its model named. Where any model may come, it holds the whole file as
+/// values first, which takes longer than all the rest.
+type BpeTokenizer = tokenizers::TokenizerImpl<
+    tokenizers::models::bpe::BPE,
+    tokenizers::NormalizerWrapper,
+    tokenizers::PreTokenizerWrapper,
+    tokenizers::PostProcessorWrapper,
+    tokenizers::DecoderWrapper,
+>;
+
 /// The parts of `tokenizer.json` that we check ourselves; the crate reads the rest.
 #[derive(Deserialize)]
 struct Header {
@@ -100,9 +110,10 @@ pub(super) fn parse_tokenizer(bytes: &[u8], path: &Path) -> Result<tokenizers::T
     let header: Header = serde_json::from_str(text).map_err(|error| invalid_json(error, path))?;
     check_kind(&header, path)?;
     // The crate's own indexing may panic on a hostile file; that is a bad file, not our bug.
-    let mut tokenizer = fenced(|| tokenizers::Tokenizer::from_bytes(bytes))
+    let mut tokenizer = fenced(|| serde_json::from_slice::<BpeTokenizer>(bytes))
         .map_err(|_| invalid(path).with_why("the tokenizers crate panicked on it"))?
-        .map_err(|error| invalid(path).with_why(error.to_string()).with_source(error))?;
+        .map_err(|error| invalid(path).with_why(error.to_string()).with_source(error))
+        .map(tokenizers::Tokenizer::from)?;
     tokenizer
         .with_padding(None)
         .with_truncation(None)
