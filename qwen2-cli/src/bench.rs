@@ -136,17 +136,6 @@ impl Precision {
             Self::Packed(quantization) => quantization.name(),
         }
     }
-
-    /// Bytes of an embedding table of this precision: what decode does not read if it is not the
-    /// head as well.
-    fn table_bytes(self, config: &ModelConfig) -> u64 {
-        let weights = config.vocab_size as u64 * config.hidden_size as u64;
-        match self {
-            Self::Dense(dtype) => weights * dtype.size_in_bytes() as u64,
-            // 32 weights of 8 bits and a scale of 16; q4 keeps its tables in 8 bits, too.
-            Self::Packed(_) => weights / 32 * 34,
-        }
-    }
 }
 
 /// A published shape, checked as its file would be.
@@ -279,14 +268,10 @@ fn report(
 ) -> Value {
     let of = |value: &dyn Fn(&Run) -> f64| median(runs.iter().map(value).collect());
     let precision = precision.unwrap_or(Precision::Dense(model.dtype()));
-    let weights = model.memory().weights;
-    let per_token = match model.config().tie_word_embeddings {
-        true => weights,
-        false => weights.saturating_sub(precision.table_bytes(model.config())),
-    };
+    let per_token = model.memory().weights_per_token;
     json!({
         "model": name,
-        "precision": precision.name(),
+        "precision": if model.config().packed { "packed" } else { precision.name() },
         "activations": args.activations.as_deref().unwrap_or(DType::F32.name()),
         "device": model.device().to_string(),
         "threads": model.threads(),

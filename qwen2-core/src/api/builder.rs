@@ -213,7 +213,7 @@ impl ModelBuilder {
         let dtype = kept.or(stored).unwrap_or(DType::F32);
         let packed = checkpoint.config.packed || self.quantize.is_some();
         let mut done = 0;
-        let mut weight_bytes = 0;
+        let mut weights = WeightBytes::new(tied);
         let total = checkpoint.total_bytes();
         let cache_dtype = burn_dtype(self.cache_dtype(&device, dtype, packed));
         let qwen2 = model::load(
@@ -231,7 +231,7 @@ impl ModelBuilder {
                         keep(name, data, self.quantize, &threads)
                     }
                 };
-                weight_bytes += bytes_of(&data);
+                weights.count(name, &data);
                 if progress(Progress::new(done, total)).is_break() {
                     return Err(cancelled(checkpoint.directory()));
                 }
@@ -255,7 +255,7 @@ impl ModelBuilder {
             threads,
             device,
             dtype,
-            weight_bytes,
+            weights,
         )
     }
 
@@ -285,9 +285,9 @@ impl ModelBuilder {
         config.require_dense(std::path::Path::new("config.json"))?;
         let threads = start_threads(self.threads, self.activations == DType::BF16)?;
         let dtype = self.dtype.or(config.dtype).unwrap_or(DType::BF16);
-        let mut weight_bytes = 0;
         let mut seed = 0;
         let tied = config.tie_word_embeddings;
+        let mut weights = WeightBytes::new(tied);
         let shapes: HashMap<_, _> = names::expected(&config, tied).into_iter().collect();
         let cache_dtype = burn_dtype(self.cache_dtype(&device, dtype, self.quantize.is_some()));
         let qwen2 = model::load(&config, burn_device, tied, cache_dtype, &mut |name| {
@@ -301,7 +301,7 @@ impl ModelBuilder {
             seed += 1;
             let data = random_tensor(name, shape, dtype, seed);
             let data = keep(name, data, self.quantize, &threads);
-            weight_bytes += bytes_of(&data);
+            weights.count(name, &data);
             Ok(data)
         })?;
         let tokenizer = Tokenizer::byte_level()?;
@@ -315,7 +315,7 @@ impl ModelBuilder {
             threads,
             device,
             dtype,
-            weight_bytes,
+            weights,
         )
     }
 
@@ -330,12 +330,12 @@ impl ModelBuilder {
         threads: Threads,
         device: Device,
         dtype: DType,
-        weight_bytes: u64,
+        weights: WeightBytes,
     ) -> Result<Model> {
         let context_length = self.resolve_context(&config)?;
         let packed = config.packed || self.quantize.is_some();
         let cache_per_token = config.kv_bytes_per_token(self.cache_dtype(&device, dtype, packed));
-        tracing::info!(name, %device, threads = threads.count(), weight_bytes, "loaded");
+        tracing::info!(name, %device, threads = threads.count(), bytes = weights.all, "loaded");
         Ok(Model {
             inner: Arc::new(Inner {
                 name,
@@ -349,7 +349,7 @@ impl ModelBuilder {
                 config,
                 device,
                 dtype,
-                weight_bytes,
+                weights,
                 cache_per_token,
                 context_length,
             }),
@@ -459,10 +459,34 @@ fn burn_dtype(dtype: DType) -> BurnDType {
     }
 }
 
-fn bytes_of(kept: &Kept) -> u64 {
-    match kept {
-        Kept::Dense(data) => data.as_bytes().len() as u64,
-        Kept::Packed(shape, _) => shape.bytes() as u64,
+/// Bytes of the weights.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct WeightBytes {
+    pub(crate) all: u64,
+    /// Of those that every token reads whole.
+    pub(crate) per_token: u64,
+    tied: bool,
+}
+
+impl WeightBytes {
+    fn new(tied: bool) -> Self {
+        Self {
+            all: 0,
+            per_token: 0,
+            tied,
+        }
+    }
+
+    fn count(&mut self, name: &str, kept: &Kept) {
+        let bytes = match kept {
+            Kept::Dense(data) => data.as_bytes().len() as u64,
+            Kept::Packed(shape, _) => shape.bytes() as u64,
+        };
+        self.all += bytes;
+        // Of a table that is not the head as well, a token reads one row.
+        if self.tied || name != "model.embed_tokens.weight" {
+            self.per_token += bytes;
+        }
     }
 }
 

@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::sync::Arc;
 
-use super::builder::ModelBuilder;
+use super::builder::{ModelBuilder, WeightBytes};
 use super::session::Session;
 use crate::checkpoint::Source;
 use crate::config::{DType, GenerationConfig, ModelConfig};
@@ -29,7 +29,7 @@ pub(crate) struct Inner {
     pub(crate) host: Host,
     pub(crate) device: Device,
     pub(crate) dtype: DType,
-    pub(crate) weight_bytes: u64,
+    pub(crate) weights: WeightBytes,
     pub(crate) cache_per_token: u64,
     pub(crate) context_length: usize,
 }
@@ -64,6 +64,8 @@ pub struct Logits {
 pub struct Memory {
     /// Weights, once for all sessions.
     pub weights: u64,
+    /// What a decode step reads of them: all but the embedding table, where that is not the head too.
+    pub weights_per_token: u64,
     /// Keys and values of one token of one session.
     pub cache_per_token: u64,
     /// Keys and values of one session that fills the context.
@@ -238,7 +240,8 @@ impl Model {
     pub fn memory(&self) -> Memory {
         let per_token = self.inner.cache_per_token;
         Memory {
-            weights: self.inner.weight_bytes,
+            weights: self.inner.weights.all,
+            weights_per_token: self.inner.weights.per_token,
             cache_per_token: per_token,
             cache_full: per_token * self.inner.context_length as u64,
         }
