@@ -230,6 +230,7 @@ private:
 struct LoadOptions {
     std::string device = "auto", dtype, quantize;                    ///< empty: as stored
     std::string kv_cache, activations;                               ///< empty: the default
+    bool preload = false;                                            ///< copy the weights into memory
     std::optional<std::size_t> context_length, threads;
     std::function<bool(std::uint64_t done, std::uint64_t total)> progress; ///< false stops; must not throw
 };
@@ -251,6 +252,7 @@ public:
         if (!options.quantize.empty()) set(qwen2_load_options_set_quantize, options.quantize);
         if (!options.kv_cache.empty()) set(qwen2_load_options_set_kv_cache, options.kv_cache);
         if (!options.activations.empty()) set(qwen2_load_options_set_activations, options.activations);
+        qwen2_load_options_set_preload(raw.get(), options.preload);
         if (options.context_length) qwen2_load_options_set_context_length(raw.get(), *options.context_length);
         if (options.threads) qwen2_load_options_set_threads(raw.get(), *options.threads);
         if (options.progress) qwen2_load_options_set_progress(raw.get(), on_progress, const_cast<LoadOptions *>(&options));

@@ -83,6 +83,7 @@ class Model:
         quantize: str | None = None,
         kv_cache: str | None = None,
         activations: str = "f32",
+        preload: bool = False,
         context_length: int | None = None,
         threads: int | None = None,
         progress: bool | Callable[[int, int], object] | None = False,
@@ -96,6 +97,8 @@ class Model:
         kv_cache: f32, f16 or bf16, the precision of keys and values; by default f32 for f32 weights,
             else f16.
         activations: f32, or bf16 for a faster prefill of bf16 weights that rounds them.
+        preload: True copies the weights into memory of this process, in huge pages where the system
+            has them, instead of using them from the file: a slower start, a faster decode.
         context_length: tokens that prompt and answer may have together, at most the model's.
         threads: on the processor; by default as many as the system allows.
         progress: True for a bar on stderr, or a function that gets the bytes done and in all; what

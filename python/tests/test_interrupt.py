@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -12,7 +13,11 @@ import pytest
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="sends SIGINT")
 
+# Who starts the tests in the background has them ignore SIGINT, and children inherit that.
+HEED = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+
 PROGRAM = """
+{heed}
 import sys, time
 from qwen2_rs import Model
 model = Model.load(sys.argv[1], threads=2)
@@ -50,9 +55,11 @@ LAST = {"stream": "cancelled\n", "a session": "kept\n"}
 @pytest.mark.parametrize("what", LONG)
 def test_ctrl_c_ends(what: str, long_directory: Path) -> None:
     work, after = LONG[what]
-    command = [sys.executable, "-c", PROGRAM.format(work=work, after=after), str(long_directory)]
+    command = [sys.executable, "-c", PROGRAM.format(heed=HEED, work=work, after=after), str(long_directory)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as child:
         assert child.stdout is not None
+        watchdog = threading.Timer(60, child.kill)  # the end of the block waits for the child
+        watchdog.start()
         assert child.stdout.readline() == "ready\n"
         time.sleep(1)
         assert child.poll() is None
@@ -60,7 +67,8 @@ def test_ctrl_c_ends(what: str, long_directory: Path) -> None:
         child.send_signal(signal.SIGINT)
         line = child.stdout.readline()
         took = time.perf_counter() - sent
-        out, err = child.communicate(timeout=60)
+        out, err = child.communicate()
+        watchdog.cancel()
     assert line == "interrupted\n", err
     # One chunk of a prompt or one token, and 50 ms between two looks at the signals.
     assert took < 10
@@ -74,6 +82,7 @@ def test_ctrl_c_stops_the_loading() -> None:
     code = """
 import os, signal, sys
 from qwen2_rs import Model
+signal.signal(signal.SIGINT, signal.default_int_handler)
 seen = []
 def progress(done, total):
     seen.append((done, total))

@@ -291,6 +291,10 @@ def test_settings_of_loading() -> None:
     assert packed.memory.weights < Model.load(DEMO).memory.weights
     wide = Model.load(DEMO, kv_cache="f32", activations="bf16").memory.cache_per_token
     assert wide == 2 * Model.load(DEMO, kv_cache="f16").memory.cache_per_token
+    answers = [
+        Model.load(DEMO, preload=preload).generate("2 plus 3?", temperature=0) for preload in (False, True)
+    ]
+    assert answers[0].tokens == answers[1].tokens
 
 
 def test_a_packed_directory_is_a_model_like_others(tmp_path: Path) -> None:

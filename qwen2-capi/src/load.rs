@@ -16,6 +16,7 @@ pub struct qwen2_load_options {
     quantize: Option<Quantization>,
     kv_cache: Option<DType>,
     activations: Option<DType>,
+    preload: bool,
     context_length: Option<usize>,
     threads: Option<usize>,
     progress: Option<Callback>,
@@ -68,6 +69,7 @@ impl qwen2_load_options {
         if let Some(dtype) = self.activations {
             builder = builder.activations(dtype);
         }
+        builder = builder.preload(self.preload);
         if let Some(n_tokens) = self.context_length {
             builder = builder.context_length(n_tokens);
         }
@@ -171,6 +173,16 @@ pub unsafe extern "C" fn qwen2_load_options_set_activations(
         options.activations = Some(parse(activations, len, "activations")?);
         Ok(QWEN2_OK)
     })
+}
+
+/// Whether to copy the weights into memory of this process, in huge pages where the system has them,
+/// instead of using them from the file: a slower start, a faster decode. Default: false.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn qwen2_load_options_set_preload(
+    options: *mut qwen2_load_options,
+    preload: bool,
+) {
+    fence::change(options, |options| options.preload = preload);
 }
 
 /// Tokens that prompt and answer may have together, at most what the model was made for; default:

@@ -48,6 +48,9 @@ pub(crate) struct LoadArgs {
     /// Precision of keys and values in the cache, f32, f16 or bf16 [default: f16, beside f32 f32].
     #[arg(long)]
     pub(crate) kv_cache: Option<String>,
+    /// Copy the weights into memory instead of using them from the file: slower start, faster decode.
+    #[arg(long)]
+    pub(crate) preload: bool,
     /// Tokens of prompt and answer together [default: all the model can].
     #[arg(long)]
     pub(crate) context_length: Option<usize>,
@@ -204,6 +207,9 @@ pub(crate) struct BenchArgs {
     /// Precision of keys and values in the cache, f32, f16 or bf16 [default: f16, beside f32 f32].
     #[arg(long)]
     pub(crate) kv_cache: Option<String>,
+    /// Copy the weights into memory instead of using them from the file: slower start, faster decode.
+    #[arg(long)]
+    pub(crate) preload: bool,
     /// Tokens of the prompt.
     #[arg(long, default_value_t = 512)]
     pub(crate) prompt: usize,

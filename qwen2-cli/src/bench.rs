@@ -66,6 +66,7 @@ pub(crate) fn run(args: &BenchArgs) -> Result<(), Failure> {
             .map(|q| q.name().to_owned()),
         activations: args.activations.clone(),
         kv_cache: args.kv_cache.clone(),
+        preload: args.preload,
         context_length: None,
         threads: args.threads,
     };
@@ -216,11 +217,11 @@ fn measure(model: &Model, args: &BenchArgs) -> Result<Run, Failure> {
     let mut stream = generate(model, args.prompt, args.new)?;
     stream.next().transpose()?;
     let first_token_s = start.elapsed().as_secs_f64();
-    let before = read_bytes_per_s(threads);
+    let before = read_bytes_per_s(threads)?;
     for piece in stream.by_ref() {
         piece?;
     }
-    let after = read_bytes_per_s(threads);
+    let after = read_bytes_per_s(threads)?;
     let timings = stream.into_generation().timings;
     Ok(Run {
         first_token_s,

@@ -43,6 +43,7 @@ pub(crate) fn apply(mut builder: ModelBuilder, args: &LoadArgs) -> Result<ModelB
     if let Some(dtype) = &args.kv_cache {
         builder = builder.kv_cache(dtype.parse()?);
     }
+    builder = builder.preload(args.preload);
     if let Some(n_tokens) = args.context_length {
         builder = builder.context_length(n_tokens);
     }

@@ -248,7 +248,7 @@ fn loading_options_reach_the_library() {
         qwen2(&[&["generate", &tied, "hello", "--max-new-tokens", "4"], args].concat())
     };
     for args in [
-        &["--device", "cpu", "--threads", "1"][..],
+        &["--device", "cpu", "--threads", "1", "--preload"][..],
         &[
             "--dtype",
             "bf16",

@@ -30,23 +30,34 @@ fn a_packed_directory_is_what_packing_while_loading_gives() {
                 .join(format!("{name}-{}", quantization.name()));
             pack(fixture(name), &to, quantization).unwrap();
             let tokens = ids(&json(fixture(name).join("reference.json"))["tokens"]);
-            let stored = builder(to).load().unwrap();
+            let stored = builder(to.clone()).load().unwrap();
             let packed = builder(fixture(name))
                 .quantize(quantization)
                 .load()
                 .unwrap();
-            let (stored_logits, want) = (stored.logits(&tokens), packed.logits(&tokens));
-            assert_eq!(
-                stored_logits.unwrap().values,
-                want.unwrap().values,
-                "{name}"
-            );
+            let copied = builder(to).preload(true).load().unwrap();
+            let want = packed.logits(&tokens).unwrap().values;
+            for model in [&stored, &copied] {
+                assert_eq!(model.logits(&tokens).unwrap().values, want, "{name}");
+            }
             let per_token = [&stored, &packed].map(|model| model.memory().cache_per_token);
             assert_eq!(per_token[0], per_token[1], "{name}");
         }
     }
     let left: Vec<_> = fs::read_dir(directory.path()).unwrap().collect();
     assert_eq!(left.len(), 8, "nothing but the directories: {left:?}");
+}
+
+#[test]
+fn preloading_changes_no_number() {
+    for name in ["tied", "f16", "bf16_shards"] {
+        let tokens = ids(&json(fixture(name).join("reference.json"))["tokens"]);
+        let [mapped, copied] = [false, true].map(|preload| {
+            let model = builder(fixture(name)).preload(preload).load().unwrap();
+            model.logits(&tokens).unwrap().values
+        });
+        assert_eq!(mapped, copied, "{name}");
+    }
 }
 
 #[test]

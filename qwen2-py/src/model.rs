@@ -70,14 +70,16 @@ impl Model {
     /// kv_cache: f32, f16 or bf16, the precision of keys and values; by default f32 for f32 weights,
     ///     else f16.
     /// activations: f32, or bf16 for a faster prefill of bf16 weights that rounds them.
+    /// preload: True copies the weights into memory of this process, in huge pages where the system
+    ///     has them, instead of using them from the file: a slower start, a faster decode.
     /// context_length: tokens that prompt and answer may have together, at most the model's.
     /// threads: on the processor; by default as many as the system allows.
     /// progress: True for a bar on stderr, or a function that gets the bytes done and in all; what
     ///     it raises stops the loading.
     #[staticmethod]
     #[pyo3(
-        signature = (source, *, device="auto", dtype="auto", quantize=None, kv_cache=None, activations="f32", context_length=None, threads=None, progress=None),
-        text_signature = "(source, *, device='auto', dtype='auto', quantize=None, kv_cache=None, activations='f32', context_length=None, threads=None, progress=False)"
+        signature = (source, *, device="auto", dtype="auto", quantize=None, kv_cache=None, activations="f32", preload=false, context_length=None, threads=None, progress=None),
+        text_signature = "(source, *, device='auto', dtype='auto', quantize=None, kv_cache=None, activations='f32', preload=False, context_length=None, threads=None, progress=False)"
     )]
     #[allow(clippy::too_many_arguments)] // the settings, by name
     fn load(
@@ -88,6 +90,7 @@ impl Model {
         quantize: Option<&str>,
         kv_cache: Option<&str>,
         activations: &str,
+        preload: bool,
         context_length: Option<Whole>,
         threads: Option<Whole>,
         progress: Option<Bound<'_, PyAny>>,
@@ -108,7 +111,9 @@ impl Model {
         if let Some(dtype) = kv_cache {
             builder = builder.kv_cache(dtype.parse::<DType>().map_err(Failure::from)?);
         }
-        builder = builder.activations(activations.parse::<DType>().map_err(Failure::from)?);
+        builder = builder
+            .activations(activations.parse::<DType>().map_err(Failure::from)?)
+            .preload(preload);
         if let Some(context_length) = context_length {
             builder = builder.context_length(context_length.setting("context_length")?);
         }

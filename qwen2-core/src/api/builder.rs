@@ -7,7 +7,8 @@ use std::sync::Arc;
 use burn::tensor::{Bytes, DType as BurnDType, Device as BurnDevice, TensorData};
 
 use super::model::{Inner, Model, display_name};
-use super::quantize::{Quantization, keep, keep_packed, refuse_packed};
+use super::quantize::{Quantization, copy, keep, keep_packed, refuse_packed};
+use crate::checkpoint::arena::Arena;
 use crate::checkpoint::{Checkpoint, Encoding, Progress, Source, StoredTensor, cancelled, names};
 use crate::config::{DType, GenerationConfig, ModelConfig};
 use crate::device::Device;
@@ -35,6 +36,7 @@ pub struct ModelBuilder {
     prefill_chunk: usize,
     activations: DType,
     kv_cache: Option<DType>,
+    preload: bool,
     progress: Option<ProgressFn>,
 }
 
@@ -63,6 +65,7 @@ impl ModelBuilder {
             prefill_chunk: PREFILL_CHUNK,
             activations: DType::F32,
             kv_cache: None,
+            preload: false,
             progress: None,
         }
     }
@@ -82,6 +85,16 @@ impl ModelBuilder {
     /// Packs the matrices into fewer bits while loading; default: as stored.
     pub fn quantize(mut self, quantization: Quantization) -> Self {
         self.quantize = Some(quantization);
+        self
+    }
+
+    /// Copies the weights into memory of this process, in huge pages where the system has them,
+    /// instead of using them from the file. Decoding is up to a quarter faster then, on systems whose
+    /// file cache has no huge pages; loading reads the whole file first, and processes do not share
+    /// the memory. Default: false. Weights that are packed or converted while loading are such copies
+    /// anyway.
+    pub fn preload(mut self, preload: bool) -> Self {
+        self.preload = preload;
         self
     }
 
@@ -216,6 +229,7 @@ impl ModelBuilder {
         let mut weights = WeightBytes::new(tied);
         let total = checkpoint.total_bytes();
         let cache_dtype = burn_dtype(self.cache_dtype(&device, dtype, packed));
+        let mut arena = Arena::default();
         let qwen2 = model::load(
             &checkpoint.config,
             burn_device,
@@ -223,15 +237,22 @@ impl ModelBuilder {
             cache_dtype,
             &mut |name| {
                 let stored = checkpoint.tensor(name)?;
+                let in_file = stored.bytes.as_ptr_range();
                 done += stored.bytes.len() as u64;
-                let data = match stored.encoding {
+                let mut data = match stored.encoding {
                     Encoding::Packed => keep_packed(name, stored, &shapes, checkpoint.directory())?,
                     Encoding::Numbers(_) => {
                         let data = convert(stored, self.kept_dtype(&device));
-                        keep(name, data, self.quantize, &threads)
+                        keep(name, data, self.quantize, &threads, &mut arena)?
                     }
                 };
                 weights.count(name, &data);
+                if self.preload && in_file.contains(&data.bytes().as_ptr()) {
+                    data = copy(name, data, &threads, &mut arena)?;
+                }
+                if !in_file.contains(&data.bytes().as_ptr()) {
+                    checkpoint.release(name);
+                }
                 if progress(Progress::new(done, total)).is_break() {
                     return Err(cancelled(checkpoint.directory()));
                 }
@@ -290,6 +311,7 @@ impl ModelBuilder {
         let mut weights = WeightBytes::new(tied);
         let shapes: HashMap<_, _> = names::expected(&config, tied).into_iter().collect();
         let cache_dtype = burn_dtype(self.cache_dtype(&device, dtype, self.quantize.is_some()));
+        let mut arena = Arena::default();
         let qwen2 = model::load(&config, burn_device, tied, cache_dtype, &mut |name| {
             let shape = shapes.get(name).ok_or_else(|| {
                 Error::new(
@@ -300,9 +322,12 @@ impl ModelBuilder {
             })?;
             seed += 1;
             let data = random_tensor(name, shape, dtype, seed);
-            let data = keep(name, data, self.quantize, &threads);
+            let data = keep(name, data, self.quantize, &threads, &mut arena)?;
             weights.count(name, &data);
-            Ok(data)
+            match data {
+                Kept::Dense(_) => copy(name, data, &threads, &mut arena), // as preloaded
+                Kept::Packed(..) => Ok(data),
+            }
         })?;
         let tokenizer = Tokenizer::byte_level()?;
         let name = format!("random {}", config.hidden_size);
@@ -478,10 +503,7 @@ impl WeightBytes {
     }
 
     fn count(&mut self, name: &str, kept: &Kept) {
-        let bytes = match kept {
-            Kept::Dense(data) => data.as_bytes().len() as u64,
-            Kept::Packed(shape, _) => shape.bytes() as u64,
-        };
+        let bytes = kept.bytes().len() as u64;
         self.all += bytes;
         // Of a table that is not the head as well, a token reads one row.
         if self.tied || name != "model.embed_tokens.weight" {

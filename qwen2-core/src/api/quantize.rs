@@ -10,6 +10,7 @@ use burn::tensor::{Bytes, DType as BurnDType, TensorData};
 use serde_json::json;
 
 use super::builder::{convert, start_threads};
+use crate::checkpoint::arena::{Arena, Piece};
 use crate::checkpoint::write::{self, Planned};
 use crate::checkpoint::{Checkpoint, Encoding, Progress, Source, StoredTensor, cancelled, names};
 use crate::config::{DType, PACKED, PACKED_VERSION};
@@ -125,14 +126,14 @@ pub fn quantize(
             let bytes = match (tensor.encoding, stored.shape.as_slice()) {
                 (Encoding::Packed, &[rows, cols]) => {
                     let format = quantization.format(&tensor.name);
-                    pack(
-                        packed::Shape { format, rows, cols },
-                        &convert(stored, None),
-                        &threads,
-                    )
+                    let shape = packed::Shape { format, rows, cols };
+                    let mut bytes = vec![0; shape.bytes()];
+                    pack(shape, &convert(stored, None), &threads, &mut bytes);
+                    bytes
                 }
                 _ => convert(stored, Some(DType::F32)).as_bytes().to_vec(),
             };
+            checkpoint.release(&tensor.name);
             match progress(Progress::new(done, total)) {
                 ControlFlow::Continue(()) => Ok(bytes),
                 ControlFlow::Break(()) => Err(cancelled(checkpoint.directory())),
@@ -154,19 +155,71 @@ pub(super) fn refuse_packed(checkpoint: &Checkpoint, key: &str) -> Result<()> {
     )
 }
 
-/// A tensor as this model keeps it: matrices packed, if it was asked for.
+/// A tensor packed, if it is a matrix and that was asked for, else as it is.
+///
+/// # Errors
+/// `OutOfMemory` where there is no room.
 pub(super) fn keep(
     name: &str,
     data: TensorData,
     quantization: Option<Quantization>,
     threads: &Threads,
-) -> Kept {
+    arena: &mut Arena,
+) -> Result<Kept> {
     let (Some(quantization), &[rows, cols]) = (quantization, data.shape().as_slice()) else {
-        return Kept::Dense(data); // not asked for, or a vector
+        return Ok(Kept::Dense(data)); // not asked for, or a vector
     };
     let format = quantization.format(name);
     let shape = packed::Shape { format, rows, cols };
-    Kept::Packed(shape, Bytes::from_bytes_vec(pack(shape, &data, threads)))
+    let mut piece = take(arena, name, shape.bytes())?;
+    pack(shape, &data, threads, &mut piece);
+    Ok(Kept::Packed(shape, shared(piece.into_bytes())))
+}
+
+/// A copy outside of the file, made on all threads.
+///
+/// # Errors
+/// `OutOfMemory` where there is no room.
+pub(super) fn copy(name: &str, kept: Kept, threads: &Threads, arena: &mut Arena) -> Result<Kept> {
+    let mut copied = |bytes: &[u8]| {
+        const PART: usize = 1 << 20;
+        let mut piece = take(arena, name, bytes.len())?;
+        let parts: Vec<_> = piece.chunks_mut(PART).map(Mutex::new).collect();
+        threads.each(parts.len(), &|part| {
+            // Each lock is taken once, by its own task.
+            let mut to = parts[part].lock().unwrap_or_else(PoisonError::into_inner);
+            let from = &bytes[part * PART..];
+            let len = to.len();
+            to.copy_from_slice(&from[..len]);
+        });
+        drop(parts);
+        Ok(shared(piece.into_bytes()))
+    };
+    Ok(match kept {
+        Kept::Dense(data) => {
+            let (shape, dtype) = (data.shape().clone(), data.dtype());
+            Kept::Dense(TensorData::from_bytes(
+                copied(data.as_bytes())?,
+                shape,
+                dtype,
+            ))
+        }
+        Kept::Packed(shape, bytes) => Kept::Packed(shape, copied(&bytes)?),
+    })
+}
+
+fn take(arena: &mut Arena, name: &str, len: usize) -> Result<Piece> {
+    arena.take(len).map_err(|error| {
+        Error::new(ErrorKind::OutOfMemory, "no memory for the weights")
+            .with_key(name)
+            .with_why(error.to_string())
+            .with_help("choose a smaller model, or fewer bits with quantize")
+            .with_source(error)
+    })
+}
+
+fn shared(bytes: bytes::Bytes) -> Bytes {
+    Bytes::from_shared(bytes, burn::tensor::AllocationProperty::File)
 }
 
 /// A stored packed matrix; `shapes` are those of the config.
@@ -199,13 +252,11 @@ pub(super) fn keep_packed(
                 .with_help("do config.json and the weights belong to one checkpoint?"),
         );
     };
-    let bytes = Bytes::from_shared(stored.bytes, burn::tensor::AllocationProperty::File);
-    Ok(Kept::Packed(shape, bytes))
+    Ok(Kept::Packed(shape, shared(stored.bytes)))
 }
 
 /// Packs a matrix panel by panel, on all threads.
-fn pack(shape: packed::Shape, data: &TensorData, threads: &Threads) -> Vec<u8> {
-    let mut bytes = vec![0; shape.bytes()];
+fn pack(shape: packed::Shape, data: &TensorData, threads: &Threads, bytes: &mut [u8]) {
     let panels: Vec<_> = bytes
         .chunks_mut(shape.panel_bytes())
         .map(Mutex::new)
@@ -227,6 +278,4 @@ fn pack(shape: packed::Shape, data: &TensorData, threads: &Threads) -> Vec<u8> {
         let mut out = panels[panel].lock().unwrap_or_else(PoisonError::into_inner);
         shape.pack_panel(panel, &row, &mut out);
     });
-    drop(panels);
-    bytes
 }

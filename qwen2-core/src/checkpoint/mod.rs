@@ -1,5 +1,6 @@
 //! A checkpoint on disk: its config, its tensors by name, and where its other files are.
 
+pub(crate) mod arena;
 mod directory;
 #[cfg(feature = "hub")]
 mod hub;
@@ -152,6 +153,11 @@ impl Checkpoint {
                 .with_path(self.directory())
                 .with_help("do config.json and the weights belong to one checkpoint?")
         })
+    }
+
+    /// Says that the tensor's bytes in the file are done with: the system may take their memory back.
+    pub(crate) fn release(&self, name: &str) {
+        self.weights.release(name);
     }
 
     /// The names of all stored tensors, sorted.

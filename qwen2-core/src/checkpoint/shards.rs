@@ -8,8 +8,9 @@ use bytes::Bytes;
 use serde::Deserialize;
 
 use super::directory::Directory;
+use super::mmap::{self, Mapped};
+use super::safetensors;
 use super::{Encoding, StoredTensor};
-use super::{mmap, safetensors};
 use crate::config::{DType, json_why, one_line};
 use crate::error::{Error, ErrorKind, Result};
 
@@ -30,7 +31,7 @@ pub(super) struct Weights {
 #[derive(Debug)]
 struct Shard {
     path: PathBuf,
-    bytes: Bytes,
+    mapped: Mapped,
 }
 
 #[derive(Debug)]
@@ -75,9 +76,9 @@ impl Weights {
 
     fn add(&mut self, directory: &Directory, name: &str, real: &Path, packed: bool) -> Result<()> {
         let path = directory.path().join(name);
-        let bytes = mmap::map(real, &path)?;
+        let mapped = mmap::map(real, &path)?;
         let shard = self.files.len();
-        for entry in safetensors::entries(&bytes, &path, packed)? {
+        for entry in safetensors::entries(&mapped.bytes, &path, packed)? {
             let safetensors::Entry {
                 name,
                 encoding,
@@ -102,7 +103,7 @@ impl Weights {
                 },
             );
         }
-        self.files.push(Shard { path, bytes });
+        self.files.push(Shard { path, mapped });
         Ok(())
     }
 
@@ -135,10 +136,17 @@ impl Weights {
             encoding: place.encoding,
             shape: place.shape.clone(),
             bytes: aligned(
-                shard.bytes.slice(place.range.clone()),
+                shard.mapped.bytes.slice(place.range.clone()),
                 place.encoding.size_in_bytes(),
             ),
         })
+    }
+
+    /// The tensor's bytes in the file are done with.
+    pub(super) fn release(&self, name: &str) {
+        if let Some(place) = self.tensors.get(name) {
+            self.files[place.shard].mapped.release(place.range.clone());
+        }
     }
 
     /// Names, encodings and shapes, with the file of each, in the order of the names.

@@ -1,7 +1,7 @@
 //! A checkpoint directory written whole or not at all.
 
 use std::fs::{self, File};
-use std::io::{BufWriter, Write};
+use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value, json};
@@ -12,6 +12,9 @@ use crate::error::{Error, ErrorKind, Result};
 
 /// The weights start at a multiple of this, so that packed panels begin with a cache line.
 const ALIGNMENT: usize = 64;
+/// Bytes of one write, each at a multiple of it: file systems that cache files in huge pages do so
+/// then, and a model that is loaded from the cache decodes faster.
+const WRITE: usize = 2 << 20;
 /// What lies beside the weights and is copied where it is there.
 const COMPANIONS: [&str; 9] = [
     GENERATION_CONFIG,
@@ -69,21 +72,32 @@ pub(crate) fn write(
         .map_err(|error| Error::io("file cannot be written", &config, error))?;
     let weights = partial.0.join(SINGLE);
     let failed = |error| Error::io("file cannot be written", &weights, error);
-    let file = File::create(&weights).map_err(failed)?;
-    let mut file = BufWriter::with_capacity(1 << 20, file);
-    file.write_all(&header(plan)).map_err(failed)?;
+    let mut file = File::create(&weights).map_err(failed)?;
+    let mut waiting = Vec::with_capacity(WRITE);
+    write_whole(&mut file, &mut waiting, &header(plan)).map_err(failed)?;
     for tensor in plan {
         let bytes = bytes(tensor)?;
         assert_eq!(bytes.len(), tensor.len(), "bytes of {}", tensor.name);
-        file.write_all(&bytes).map_err(failed)?;
+        write_whole(&mut file, &mut waiting, &bytes).map_err(failed)?;
     }
-    let file = file
-        .into_inner()
-        .map_err(|error| failed(error.into_error()))?;
+    file.write_all(&waiting).map_err(failed)?;
     file.sync_all().map_err(failed)?;
     drop(file);
     fs::rename(&partial.0, destination)
         .map_err(|error| Error::io("directory cannot be renamed into place", destination, error))
+}
+
+/// Writes `bytes` as far as they make whole writes with those that wait; the rest waits.
+fn write_whole(file: &mut impl Write, waiting: &mut Vec<u8>, mut bytes: &[u8]) -> io::Result<()> {
+    while waiting.len() + bytes.len() >= WRITE {
+        let (now, later) = bytes.split_at(WRITE - waiting.len());
+        waiting.extend_from_slice(now);
+        file.write_all(waiting)?;
+        waiting.clear();
+        bytes = later;
+    }
+    waiting.extend_from_slice(bytes);
+    Ok(())
 }
 
 /// `config.json` with the key `quantization_config`.
@@ -150,5 +164,32 @@ impl Drop for Partial {
     fn drop(&mut self) {
         // Renamed: nothing is there. Else what remains is in a directory of our own name.
         let _ = fs::remove_dir_all(&self.0);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn writes_are_whole_and_lose_nothing() {
+        struct Sizes(Vec<usize>, Vec<u8>);
+        impl Write for Sizes {
+            fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+                self.0.push(bytes.len());
+                self.1.extend_from_slice(bytes);
+                Ok(bytes.len())
+            }
+            fn flush(&mut self) -> io::Result<()> {
+                Ok(())
+            }
+        }
+        let bytes: Vec<u8> = (0..5 * WRITE / 2).map(|i| (i % 251) as u8).collect();
+        let (mut file, mut waiting) = (Sizes(Vec::new(), Vec::new()), Vec::new());
+        for piece in [&bytes[..100], &bytes[100..WRITE], &bytes[WRITE..]] {
+            write_whole(&mut file, &mut waiting, piece).expect("written");
+        }
+        assert_eq!(file.0, [WRITE, WRITE]);
+        assert!([file.1, waiting].concat() == bytes);
     }
 }

@@ -84,6 +84,16 @@ pub(crate) enum Kept {
     Packed(packed::Shape, Bytes),
 }
 
+impl Kept {
+    /// All of it.
+    pub(crate) fn bytes(&self) -> &[u8] {
+        match self {
+            Self::Dense(data) => data.as_bytes(),
+            Self::Packed(_, bytes) => bytes,
+        }
+    }
+}
+
 struct Source<'a> {
     device: &'a Device,
     get: &'a mut dyn FnMut(&str) -> Result<Kept>,

@@ -100,15 +100,24 @@ pub(crate) fn attention<W: Stored>(isa: Isa, args: Attention<'_, W>, out: &mut [
     ];
     let whole = Out::Whole(out.as_mut_ptr());
     let part = Out::Part(parts.as_mut_ptr());
-    pool::parallel(kv_heads * blocks * shares, &|index| {
+    let task = |index: usize| {
         let (share, index) = (index % shares, index / shares);
         // The last blocks of a prompt have the most keys: first come, first done.
         let (block, kv_head) = (blocks - 1 - index / kv_heads, index % kv_heads);
-        let task = Task {
+        Task {
             kv_head,
             tokens: (block * TOKENS, ((block + 1) * TOKENS).min(n)),
             keys: (first + share * span, (first + (share + 1) * span).min(end)),
-        };
+        }
+    };
+    let streams = |index| {
+        let Task { kv_head, keys, .. } = task(index);
+        let start = (kv_head * capacity + keys.0) * head_dim;
+        let end = (kv_head * capacity + keys.1) * head_dim;
+        pool::streams(&args.keys[start..end], &args.values[start..end])
+    };
+    pool::parallel_streams(kv_heads * blocks * shares, &streams, &|index| {
+        let (share, task) = (index % shares, task(index));
         let target = match part {
             Out::Part(parts) if shares > 1 => {
                 // SAFETY: the buffer has `shares` parts of this size.

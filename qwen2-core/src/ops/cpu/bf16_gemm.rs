@@ -69,6 +69,12 @@ impl Product for Blocks<'_> {
         self.args.outer.div_ceil(ROWS)
     }
 
+    fn weights(&self, task: usize) -> pool::Streams {
+        let Linear { inner, outer, .. } = self.args;
+        let rows = task * ROWS..((task + 1) * ROWS).min(outer);
+        pool::streams(&self.args.weight[rows.start * inner..rows.end * inner], &[])
+    }
+
     fn run(&self, task: usize) {
         let Linear { inner, outer, .. } = self.args;
         let (row, n) = (task * ROWS, self.x.n);

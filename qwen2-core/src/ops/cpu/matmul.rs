@@ -70,6 +70,15 @@ impl<W: Stored> Product for Rows<'_, W> {
         self.args.outer.div_ceil(self.per_task)
     }
 
+    fn weights(&self, task: usize) -> pool::Streams {
+        let start = task * self.per_task;
+        let end = (start + self.per_task).min(self.args.outer);
+        pool::streams(
+            &self.args.weight[start * self.args.inner..end * self.args.inner],
+            &[],
+        )
+    }
+
     fn run(&self, task: usize) {
         let start = task * self.per_task;
         let rows = self.per_task.min(self.args.outer - start);

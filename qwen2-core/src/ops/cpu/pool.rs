@@ -1,16 +1,23 @@
 //! The threads of one model: handed work within microseconds, parked when there is none.
 
 use std::cell::RefCell;
+use std::collections::HashMap;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle, Thread};
 
+use super::simd::prefetch;
 use crate::fence::silence_thread;
 
 /// How often a worker looks for work before it parks; some tens of microseconds, which is longer
 /// than the gap between two operations of a token and shorter than anybody would notice.
 const SPINS: u32 = 4_000;
+/// Most bytes of one stream that a thread asks for ahead of a job: they are to stay in its
+/// second-level cache.
+const AHEAD: usize = 128 << 10;
+/// Bytes that an idle thread asks for between two looks for work.
+const STEP: usize = 512;
 /// Set in `Shared::state` while workers may join the job; the bits below count those that did.
 const OPEN: usize = 1 << (usize::BITS - 1);
 
@@ -23,27 +30,49 @@ struct Shared {
     /// machine gave its core to somebody else, finds the job closed and is not waited for.
     state: AtomicUsize,
     /// Valid while a worker is in the job; written only by the thread that holds `Pool::door`.
-    job: Mutex<Option<JobPointer>>,
+    job: Mutex<Option<CurrentJob>>,
+    /// The next task that is no thread's first.
     next: AtomicUsize,
-    n_tasks: AtomicUsize,
+    /// Per thread, the caller's first.
+    threads: Vec<PerThread>,
     panicked: AtomicBool,
     stop: AtomicBool,
-    parked: Vec<AtomicBool>,
+}
+
+#[derive(Default)]
+struct PerThread {
+    parked: AtomicBool,
+    /// The last job whose task of this thread's number somebody took.
+    claimed: AtomicU64,
+    /// What this thread will read in the next job, as addresses and lengths.
+    ahead: [(AtomicUsize, AtomicUsize); 2],
 }
 
 #[derive(Clone, Copy)]
-struct JobPointer(Job);
+struct CurrentJob {
+    task: Job,
+    n_tasks: usize,
+    number: u64,
+}
 
 // SAFETY: the pointee is Sync and outlives the job, because `Pool::run` does not return before
 // every worker that joined has left it.
-unsafe impl Send for JobPointer {}
+unsafe impl Send for CurrentJob {}
+
+/// Which streams followed which: decode reads the same for every token.
+#[derive(Default)]
+struct Trail {
+    /// By the address of a job's first stream: those of each thread's first task in the job after.
+    next: HashMap<usize, Vec<Streams>>,
+    last: usize,
+}
 
 /// A fixed set of threads that run the tasks of one job at a time.
 pub(crate) struct Pool {
     shared: Arc<Shared>,
     workers: Vec<(Thread, Option<JoinHandle<()>>)>,
     /// One job at a time: sessions of one model take turns rather than oversubscribe the cores.
-    door: Mutex<()>,
+    door: Mutex<Trail>,
     process: u32,
     /// Whether products of many tokens with bf16 weights may round the activations to bf16.
     pub(crate) bf16_products: bool,
@@ -70,15 +99,14 @@ impl Pool {
             state: AtomicUsize::new(0),
             job: Mutex::new(None),
             next: AtomicUsize::new(0),
-            n_tasks: AtomicUsize::new(0),
+            threads: (0..=n_workers).map(|_| PerThread::default()).collect(),
             panicked: AtomicBool::new(false),
             stop: AtomicBool::new(false),
-            parked: (0..n_workers).map(|_| AtomicBool::new(false)).collect(),
         });
         let mut pool = Self {
             shared,
             workers: Vec::with_capacity(n_workers),
-            door: Mutex::new(()),
+            door: Mutex::default(),
             process: std::process::id(),
             bf16_products: false,
         };
@@ -86,7 +114,7 @@ impl Pool {
             let shared = Arc::clone(&pool.shared);
             let handle = thread::Builder::new()
                 .name(format!("qwen2-{index}"))
-                .spawn(move || work(&shared, index))?;
+                .spawn(move || work(&shared, index + 1))?;
             pool.workers.push((handle.thread().clone(), Some(handle)));
         }
         Ok(pool)
@@ -104,25 +132,44 @@ impl Pool {
 
     /// Calls `task(i)` for every `i` below `n_tasks`, on all threads, and returns when all are done.
     pub(crate) fn run(&self, n_tasks: usize, task: &(dyn Fn(usize) + Sync)) {
+        self.run_streams(n_tasks, None, task);
+    }
+
+    /// As [`Self::run`] for tasks that read much memory, which `streams` tells: a thread that waits
+    /// for the job after this one asks for what its first task there reads, if the same jobs
+    /// followed each other before.
+    pub(crate) fn run_streams(
+        &self,
+        n_tasks: usize,
+        streams: Option<&dyn Fn(usize) -> Streams>,
+        task: &(dyn Fn(usize) + Sync),
+    ) {
         if n_tasks <= 1 || self.workers.is_empty() {
             return (0..n_tasks).for_each(task);
         }
-        let _turn = self.door.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut trail = self.door.lock().unwrap_or_else(PoisonError::into_inner);
         let shared = &*self.shared;
+        if let Some(streams) = streams {
+            trail.follow(n_tasks, streams, &shared.threads);
+        }
         // SAFETY: only the lifetime changes; `finish` below waits until every worker that joined
         // has left, before this frame, and with it `task`, ends.
-        let job = unsafe { std::mem::transmute::<&(dyn Fn(usize) + Sync), Job>(task) };
-        *shared.job.lock().unwrap_or_else(PoisonError::into_inner) = Some(JobPointer(job));
-        shared.next.store(0, Ordering::Relaxed);
-        shared.n_tasks.store(n_tasks, Ordering::Relaxed);
+        let pointer = unsafe { std::mem::transmute::<&(dyn Fn(usize) + Sync), Job>(task) };
+        let job = CurrentJob {
+            task: pointer,
+            n_tasks,
+            number: shared.epoch.load(Ordering::Relaxed) + 1,
+        };
+        *shared.job.lock().unwrap_or_else(PoisonError::into_inner) = Some(job);
+        shared.next.store(shared.threads.len(), Ordering::Relaxed);
         shared.state.store(OPEN, Ordering::Release);
         shared.epoch.fetch_add(1, Ordering::SeqCst);
-        for (index, (worker, _)) in self.workers.iter().enumerate() {
-            if shared.parked[index].load(Ordering::SeqCst) {
+        for ((worker, _), thread) in self.workers.iter().zip(&shared.threads[1..]) {
+            if thread.parked.load(Ordering::SeqCst) {
                 worker.unpark();
             }
         }
-        let own = catch_unwind(AssertUnwindSafe(|| take_tasks(shared, task)));
+        let own = catch_unwind(AssertUnwindSafe(|| take_tasks(shared, 0, job, task)));
         self.finish();
         if let Err(panic) = own {
             resume_unwind(panic);
@@ -136,11 +183,12 @@ impl Pool {
     /// Closes the job and waits until no worker is in it.
     fn finish(&self) {
         let mut spins = 0u32;
+        let mut ahead = Ahead::of(&self.shared.threads[0]);
         self.shared.state.fetch_and(!OPEN, Ordering::AcqRel);
         while self.shared.state.load(Ordering::Acquire) > 0 {
             spins += 1;
             if spins < SPINS {
-                std::hint::spin_loop();
+                ahead.step();
             } else {
                 // A worker lost its core to somebody else: give it ours.
                 thread::yield_now();
@@ -151,6 +199,63 @@ impl Pool {
             .job
             .lock()
             .unwrap_or_else(PoisonError::into_inner) = None;
+    }
+}
+
+/// Two stretches of memory by address and length: they are asked for, never read.
+pub(crate) type Streams = [(usize, usize); 2];
+
+/// Where two slices lie.
+pub(crate) fn streams<T>(first: &[T], second: &[T]) -> Streams {
+    [first, second].map(|slice| (slice.as_ptr().addr(), size_of_val(slice)))
+}
+
+impl Trail {
+    /// Notes what a job reads, and tells the threads what the next one should.
+    fn follow(
+        &mut self,
+        n_tasks: usize,
+        streams: &dyn Fn(usize) -> Streams,
+        threads: &[PerThread],
+    ) {
+        let firsts = (0..threads.len().min(n_tasks)).map(streams);
+        let known = self.next.entry(self.last).or_default();
+        if !firsts.clone().eq(known.iter().copied()) {
+            known.clear();
+            known.extend(firsts);
+        }
+        self.last = known[0][0].0;
+        let next = self.next.get(&self.last).map_or(&[][..], Vec::as_slice);
+        for (index, thread) in threads.iter().enumerate() {
+            let streams = next.get(index).copied().unwrap_or_default();
+            for (ahead, (start, bytes)) in thread.ahead.iter().zip(streams) {
+                ahead.0.store(start, Ordering::Relaxed);
+                ahead.1.store(bytes.min(AHEAD), Ordering::Relaxed);
+            }
+        }
+    }
+}
+
+/// What a thread asks for while it has nothing to do.
+struct Ahead([std::ops::Range<usize>; 2]);
+
+impl Ahead {
+    /// What the thread was told, once.
+    fn of(thread: &PerThread) -> Self {
+        Self(thread.ahead.each_ref().map(|(start, bytes)| {
+            let start = start.load(Ordering::Relaxed);
+            start..start + bytes.swap(0, Ordering::Relaxed)
+        }))
+    }
+
+    /// A moment's work or rest.
+    fn step(&mut self) {
+        let Some(left) = self.0.iter_mut().find(|left| left.start < left.end) else {
+            return std::hint::spin_loop();
+        };
+        let end = left.end.min(left.start + STEP);
+        (left.start..end).step_by(64).for_each(prefetch);
+        left.start = end;
     }
 }
 
@@ -192,6 +297,19 @@ pub(crate) fn parallel(n_tasks: usize, task: &(dyn Fn(usize) + Sync)) {
     }
 }
 
+/// As [`parallel`], for tasks that read much memory; see [`Pool::run_streams`].
+pub(crate) fn parallel_streams(
+    n_tasks: usize,
+    streams: &dyn Fn(usize) -> Streams,
+    task: &(dyn Fn(usize) + Sync),
+) {
+    let pool = CURRENT.with_borrow(Clone::clone);
+    match pool {
+        Some(pool) => pool.run_streams(n_tasks, Some(streams), task),
+        None => (0..n_tasks).for_each(task),
+    }
+}
+
 /// Threads that `parallel` uses on this thread.
 pub(crate) fn current_threads() -> usize {
     CURRENT.with_borrow(|pool| pool.as_ref().map_or(1, |pool| pool.threads()))
@@ -210,22 +328,38 @@ pub(crate) fn takes_bf16_products() -> bool {
     CURRENT.with_borrow(|pool| pool.as_ref().is_some_and(|pool| pool.bf16_products))
 }
 
-fn take_tasks(shared: &Shared, task: &(dyn Fn(usize) + Sync)) {
-    let n_tasks = shared.n_tasks.load(Ordering::Relaxed);
+/// Does tasks on thread `own` until none is left. Each thread begins with the task of its number,
+/// whose weights it may have asked for; a thread that does not come loses it to the others.
+fn take_tasks(shared: &Shared, own: usize, job: CurrentJob, task: &(dyn Fn(usize) + Sync)) {
+    let claim = |index: usize| {
+        index < job.n_tasks
+            && shared.threads[index]
+                .claimed
+                .swap(job.number, Ordering::Relaxed)
+                != job.number
+    };
+    if claim(own) {
+        task(own);
+    }
     loop {
         let index = shared.next.fetch_add(1, Ordering::Relaxed);
-        if index >= n_tasks {
-            return;
+        if index >= job.n_tasks {
+            break;
         }
         task(index);
     }
+    for index in 0..shared.threads.len() {
+        if claim(index) {
+            task(index);
+        }
+    }
 }
 
-fn work(shared: &Shared, index: usize) {
+fn work(shared: &Shared, own: usize) {
     silence_thread(); // the caller of `run` reports
     let mut seen = 0;
     loop {
-        seen = wait(shared, index, seen);
+        seen = wait(shared, own, seen);
         if shared.stop.load(Ordering::SeqCst) {
             return;
         }
@@ -233,11 +367,12 @@ fn work(shared: &Shared, index: usize) {
             continue;
         }
         let job = *shared.job.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(JobPointer(job)) = job {
+        if let Some(job) = job {
             // SAFETY: `Pool::run` keeps the closure alive until every worker that joined has left,
             // and this one has not left yet.
-            let task = unsafe { &*job };
-            if catch_unwind(AssertUnwindSafe(|| take_tasks(shared, task))).is_err() {
+            let task = unsafe { &*job.task };
+            let tasks = AssertUnwindSafe(|| take_tasks(shared, own, job, task));
+            if catch_unwind(tasks).is_err() {
                 shared.panicked.store(true, Ordering::Relaxed);
             }
         }
@@ -254,20 +389,23 @@ fn join(shared: &Shared) -> bool {
         .is_ok()
 }
 
-/// Returns the first epoch that is not `seen`: spins a while, then parks.
-fn wait(shared: &Shared, index: usize, seen: u64) -> u64 {
+/// Returns the first epoch that is not `seen`: asks for the next job's weights, spins a while, then
+/// parks.
+fn wait(shared: &Shared, own: usize, seen: u64) -> u64 {
+    let thread = &shared.threads[own];
+    let mut ahead = Ahead::of(thread);
     for _ in 0..SPINS {
         let epoch = shared.epoch.load(Ordering::Acquire);
         if epoch != seen {
             return epoch;
         }
-        std::hint::spin_loop();
+        ahead.step();
     }
-    shared.parked[index].store(true, Ordering::SeqCst);
+    thread.parked.store(true, Ordering::SeqCst);
     loop {
         let epoch = shared.epoch.load(Ordering::SeqCst);
         if epoch != seen {
-            shared.parked[index].store(false, Ordering::SeqCst);
+            thread.parked.store(false, Ordering::SeqCst);
             return epoch;
         }
         thread::park();

@@ -8,6 +8,8 @@ use super::simd::{Isa, Simd, exp, per_isa};
 pub(crate) trait Product: Sync {
     /// How many tasks it is.
     fn tasks(&self) -> usize;
+    /// The weights that one of them reads.
+    fn weights(&self, task: usize) -> pool::Streams;
     /// Does one of them.
     fn run(&self, task: usize);
 }
@@ -17,6 +19,10 @@ impl Product for Box<dyn Product + '_> {
         (**self).tasks()
     }
 
+    fn weights(&self, task: usize) -> pool::Streams {
+        (**self).weights(task)
+    }
+
     fn run(&self, task: usize) {
         (**self).run(task);
     }
@@ -24,15 +30,24 @@ impl Product for Box<dyn Product + '_> {
 
 /// Does all tasks of all products on the threads of the current pool.
 pub(crate) fn run_all(products: &[&dyn Product]) {
-    pool::parallel(
-        products.iter().map(|product| product.tasks()).sum(),
-        &|mut task| {
-            for product in products {
-                match task.checked_sub(product.tasks()) {
-                    None => return product.run(task),
-                    Some(left) => task = left,
-                }
+    let find = |mut task: usize| {
+        for product in products {
+            match task.checked_sub(product.tasks()) {
+                None => return (*product, task),
+                Some(left) => task = left,
             }
+        }
+        unreachable!("tasks are numbered below their sum")
+    };
+    pool::parallel_streams(
+        products.iter().map(|product| product.tasks()).sum(),
+        &|task| {
+            let (product, task) = find(task);
+            product.weights(task)
+        },
+        &|task| {
+            let (product, task) = find(task);
+            product.run(task);
         },
     );
 }
@@ -45,6 +60,10 @@ impl<A: Product, B: Product> Product for Pair<A, B> {
     fn tasks(&self) -> usize {
         debug_assert_eq!(self.0.tasks(), self.1.tasks(), "equal shapes");
         self.0.tasks()
+    }
+
+    fn weights(&self, task: usize) -> pool::Streams {
+        [self.0.weights(task)[0], self.1.weights(task)[0]]
     }
 
     fn run(&self, task: usize) {
@@ -203,6 +222,9 @@ mod tests {
     impl Product for Count<'_> {
         fn tasks(&self) -> usize {
             self.1
+        }
+        fn weights(&self, _: usize) -> pool::Streams {
+            pool::streams::<u8>(&[], &[])
         }
         fn run(&self, task: usize) {
             for token in 0..self.0.tokens() {

@@ -159,6 +159,16 @@ impl Product for Panels<'_> {
         self.args.shape.panels().div_ceil(self.per_task)
     }
 
+    fn weights(&self, task: usize) -> pool::Streams {
+        let shape = self.args.shape;
+        let first = task * self.per_task;
+        let end = (first + self.per_task).min(shape.panels());
+        pool::streams(
+            &self.args.bytes[first * shape.panel_bytes()..end * shape.panel_bytes()],
+            &[],
+        )
+    }
+
     fn run(&self, task: usize) {
         let first = task * self.per_task;
         let end = (first + self.per_task).min(self.args.shape.panels());

@@ -104,6 +104,18 @@ pub(crate) trait Simd: Copy {
     fn prefetch<T>(address: *const T);
 }
 
+/// Asks for a cache line into the second level, by an address that need not be valid.
+pub(crate) fn prefetch(address: usize) {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: a hint; it never faults.
+    unsafe {
+        use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
+        _mm_prefetch::<_MM_HINT_T1>(std::ptr::without_provenance(address));
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = address;
+}
+
 /// An element type that weights and caches are stored in.
 pub(crate) trait Stored: Copy + Send + Sync + 'static {
     fn to_f32(self) -> f32;
