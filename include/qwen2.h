@@ -262,8 +262,8 @@ qwen2_status qwen2_load_options_set_activations(qwen2_load_options *options,
                                                 qwen2_error **error);
 
 // Whether to copy the weights into memory of this process, in huge pages where the system has them,
-// instead of using them from the file: a slower start, a faster decode. Default: false.
-void qwen2_load_options_set_preload(qwen2_load_options *options, bool preload);
+// instead of using them from the file: a slower start, a faster decode; 0 or 1, default 0.
+void qwen2_load_options_set_preload(qwen2_load_options *options, int32_t preload);
 
 // Tokens that prompt and answer may have together, at most what the model was made for; default:
 // all of it. Checked when a model is loaded.

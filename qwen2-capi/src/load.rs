@@ -176,13 +176,13 @@ pub unsafe extern "C" fn qwen2_load_options_set_activations(
 }
 
 /// Whether to copy the weights into memory of this process, in huge pages where the system has them,
-/// instead of using them from the file: a slower start, a faster decode. Default: false.
+/// instead of using them from the file: a slower start, a faster decode; 0 or 1, default 0.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn qwen2_load_options_set_preload(
     options: *mut qwen2_load_options,
-    preload: bool,
+    preload: i32,
 ) {
-    fence::change(options, |options| options.preload = preload);
+    fence::change(options, |options| options.preload = preload != 0);
 }
 
 /// Tokens that prompt and answer may have together, at most what the model was made for; default:
