@@ -12,8 +12,6 @@ const TILE: usize = 4;
 const PANEL: usize = 64;
 /// Most rows of a task: its sums stay in the second-level cache.
 const MOST_ROWS: usize = 512;
-/// How far ahead of its use a weight is asked for, in elements.
-const AHEAD: usize = 2048;
 /// Widest stretch of the inner dimension that a tile sums at once.
 const DEPTH: usize = 2048;
 
@@ -45,6 +43,8 @@ pub(crate) struct Rows<'a, W> {
     args: Linear<'a, W>,
     target: Target<'a>,
     per_task: usize,
+    /// The activations of one token in the order that its products take them, where that is another.
+    split: Option<Vec<f32>>,
 }
 
 impl<'a, W: Stored> Rows<'a, W> {
@@ -61,8 +61,22 @@ impl<'a, W: Stored> Rows<'a, W> {
             args,
             target,
             per_task,
+            split: (W::SPLITS && target.tokens() == 1).then(|| split(args.x, isa.lanes())),
         }
     }
+}
+
+/// `x` with every `2 · lanes` elements as those at even places, then those at odd ones; what makes no
+/// whole stretch stays.
+fn split(x: &[f32], lanes: usize) -> Vec<f32> {
+    let mut out = x.to_vec();
+    let stretches = out.chunks_exact_mut(2 * lanes);
+    for (out, x) in stretches.zip(x.chunks_exact(2 * lanes)) {
+        for (i, pair) in x.as_chunks::<2>().0.iter().enumerate() {
+            (out[i], out[lanes + i]) = (pair[0], pair[1]);
+        }
+    }
+    out
 }
 
 impl<W: Stored> Product for Rows<'_, W> {
@@ -88,9 +102,10 @@ impl<W: Stored> Product for Rows<'_, W> {
             let tokens = PANEL.min(n - first);
             sums.clear();
             sums.resize(tokens * rows, 0.0);
+            let x = self.split.as_deref().unwrap_or(self.args.x);
             panel(
                 self.isa,
-                self.args,
+                Linear { x, ..self.args },
                 (first, tokens),
                 (start, rows),
                 &mut sums,
@@ -136,7 +151,7 @@ unsafe fn panel_kernel<S: Simd, W: Stored>(
         let w = args.weight.as_ptr().add(rows.0 * inner);
         if tokens.1 == 1 {
             for (row, sum) in sums.iter_mut().enumerate() {
-                *sum = dot::<S, W>(x, w.add(row * inner), inner);
+                *sum = stream::<S, W>(x, w.add(row * inner), inner);
             }
             return;
         }
@@ -228,6 +243,39 @@ unsafe fn edge<S: Simd, W: Stored>(
     out
 }
 
+/// Dot product of `n` elements with `x` in the order of [`Stored::load_pair`].
+///
+/// # Safety
+/// The instruction set of `S` is present; both pointers have `n` elements.
+#[inline(always)]
+unsafe fn stream<S: Simd, W: Stored>(x: *const f32, w: *const W, n: usize) -> f32 {
+    // Two pairs of sums hide the latency of the multiply-add.
+    // SAFETY: the caller's promise.
+    unsafe {
+        let mut sums = [S::zero(); 4];
+        let mut k = 0;
+        let pair = |k: usize, sums: &mut [S]| {
+            let (first, second) = W::load_pair::<S>(w.add(k));
+            sums[0] = first.mul_add(S::load(x.add(k)), sums[0]);
+            sums[1] = second.mul_add(S::load(x.add(k + S::LANES)), sums[1]);
+        };
+        while k + 4 * S::LANES <= n {
+            pair(k, &mut sums[..2]);
+            pair(k + 2 * S::LANES, &mut sums[2..]);
+            k += 4 * S::LANES;
+        }
+        if k + 2 * S::LANES <= n {
+            pair(k, &mut sums[..2]);
+            k += 2 * S::LANES;
+        }
+        let mut sum = sums[0].add(sums[1]).add(sums[2].add(sums[3])).sum();
+        for k in k..n {
+            sum += *x.add(k) * (*w.add(k)).to_f32();
+        }
+        sum
+    }
+}
+
 /// Dot product of `n` elements.
 ///
 /// # Safety
@@ -241,9 +289,6 @@ pub(crate) unsafe fn dot<S: Simd, W: Stored>(x: *const f32, w: *const W, n: usiz
         let mut sums = [S::zero(); UNROLL];
         let mut k = 0;
         while k + UNROLL * S::LANES <= n {
-            // Two lines, far ahead: rows follow each other.
-            S::prefetch(w.wrapping_add(k + AHEAD));
-            S::prefetch(w.wrapping_add(k + AHEAD + 2 * S::LANES));
             for (u, sum) in sums.iter_mut().enumerate() {
                 let at = k + u * S::LANES;
                 *sum = W::load::<S>(w.add(at)).mul_add(S::load(x.add(at)), *sum);

@@ -24,6 +24,14 @@ impl Isa {
         }
     }
 
+    /// `LANES` of its vectors.
+    pub(crate) fn lanes(self) -> usize {
+        match self {
+            Self::Portable | Self::Avx2 => 8,
+            Self::Avx512 | Self::Avx512Vnni => 16,
+        }
+    }
+
     /// Every instruction set that this machine can run, the plainest first.
     pub(crate) fn available() -> Vec<Self> {
         [Self::Portable, Self::Avx2, Self::Avx512, Self::Avx512Vnni]
@@ -94,6 +102,8 @@ pub(crate) trait Simd: Copy {
     unsafe fn splat(value: f32) -> Self;
     unsafe fn load(pointer: *const f32) -> Self;
     unsafe fn load_bf16(pointer: *const bf16) -> Self;
+    /// Of `2 · LANES` elements those at even places and those at odd ones.
+    unsafe fn load_bf16_pair(pointer: *const bf16) -> (Self, Self);
     unsafe fn load_f16(pointer: *const f16) -> Self;
     unsafe fn store(self, pointer: *mut f32);
     /// `self · b + c`.
@@ -124,6 +134,17 @@ pub(crate) trait Stored: Copy + Send + Sync + 'static {
     /// # Safety
     /// As [`Simd::load`].
     unsafe fn load<S: Simd>(pointer: *const Self) -> S;
+    /// Whether [`Self::load_pair`] tells even places from odd ones, which takes half the work.
+    const SPLITS: bool = false;
+    /// `2 · LANES` elements: the first and the second `LANES`, or those at even and at odd places.
+    ///
+    /// # Safety
+    /// As [`Simd::load`], for twice as many.
+    #[inline(always)]
+    unsafe fn load_pair<S: Simd>(pointer: *const Self) -> (S, S) {
+        // SAFETY: the caller's promise.
+        unsafe { (Self::load(pointer), Self::load(pointer.add(S::LANES))) }
+    }
 }
 
 impl Stored for f32 {
@@ -155,6 +176,12 @@ impl Stored for bf16 {
     unsafe fn load<S: Simd>(pointer: *const Self) -> S {
         // SAFETY: the caller's promise.
         unsafe { S::load_bf16(pointer) }
+    }
+    const SPLITS: bool = true;
+    #[inline(always)]
+    unsafe fn load_pair<S: Simd>(pointer: *const Self) -> (S, S) {
+        // SAFETY: the caller's promise.
+        unsafe { S::load_bf16_pair(pointer) }
     }
 }
 
@@ -199,6 +226,16 @@ impl Simd for Portable {
         Self(std::array::from_fn(|i| unsafe {
             Stored::to_f32(*pointer.add(i))
         }))
+    }
+    #[inline(always)]
+    unsafe fn load_bf16_pair(pointer: *const bf16) -> (Self, Self) {
+        // SAFETY: the caller's promise.
+        let at = |i: usize| unsafe { Stored::to_f32(*pointer.add(i)) };
+        let (even, odd) = (
+            std::array::from_fn(|i| at(2 * i)),
+            std::array::from_fn(|i| at(2 * i + 1)),
+        );
+        (Self(even), Self(odd))
     }
     #[inline(always)]
     unsafe fn load_f16(pointer: *const f16) -> Self {
@@ -270,6 +307,18 @@ mod x86 {
             }
         }
         #[inline(always)]
+        unsafe fn load_bf16_pair(pointer: *const bf16) -> (Self, Self) {
+            unsafe {
+                // The upper half of an f32 is its bf16.
+                let both = _mm256_loadu_si256(pointer.cast());
+                let odd = _mm256_and_si256(both, _mm256_set1_epi32(-0x1_0000));
+                (
+                    Self(_mm256_castsi256_ps(_mm256_slli_epi32::<16>(both))),
+                    Self(_mm256_castsi256_ps(odd)),
+                )
+            }
+        }
+        #[inline(always)]
         unsafe fn load_f16(pointer: *const f16) -> Self {
             unsafe { Self(_mm256_cvtph_ps(_mm_loadu_si128(pointer.cast()))) }
         }
@@ -326,6 +375,18 @@ mod x86 {
             unsafe {
                 let bits = _mm512_cvtepu16_epi32(_mm256_loadu_si256(pointer.cast()));
                 Self(_mm512_castsi512_ps(_mm512_slli_epi32::<16>(bits)))
+            }
+        }
+        #[inline(always)]
+        unsafe fn load_bf16_pair(pointer: *const bf16) -> (Self, Self) {
+            unsafe {
+                // The upper half of an f32 is its bf16.
+                let both = _mm512_loadu_si512(pointer.cast());
+                let odd = _mm512_and_si512(both, _mm512_set1_epi32(-0x1_0000));
+                (
+                    Self(_mm512_castsi512_ps(_mm512_slli_epi32::<16>(both))),
+                    Self(_mm512_castsi512_ps(odd)),
+                )
             }
         }
         #[inline(always)]
