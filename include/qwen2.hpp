@@ -231,6 +231,7 @@ struct LoadOptions {
     std::string device = "auto", dtype, quantize;                    ///< empty: as stored
     std::string kv_cache, activations;                               ///< empty: the default
     bool preload = false;                                            ///< copy the weights into memory
+    bool screened_head = false;                                      ///< rank tokens in four bits first
     std::optional<std::size_t> context_length, threads;
     std::function<bool(std::uint64_t done, std::uint64_t total)> progress; ///< false stops; must not throw
 };
@@ -253,6 +254,7 @@ public:
         if (!options.kv_cache.empty()) set(qwen2_load_options_set_kv_cache, options.kv_cache);
         if (!options.activations.empty()) set(qwen2_load_options_set_activations, options.activations);
         qwen2_load_options_set_preload(raw.get(), options.preload);
+        qwen2_load_options_set_screened_head(raw.get(), options.screened_head);
         if (options.context_length) qwen2_load_options_set_context_length(raw.get(), *options.context_length);
         if (options.threads) qwen2_load_options_set_threads(raw.get(), *options.threads);
         if (options.progress) qwen2_load_options_set_progress(raw.get(), on_progress, const_cast<LoadOptions *>(&options));

@@ -84,6 +84,7 @@ class Model:
         kv_cache: str | None = None,
         activations: str = "f32",
         preload: bool = False,
+        screened_head: bool = False,
         context_length: int | None = None,
         threads: int | None = None,
         progress: bool | Callable[[int, int], object] | None = False,
@@ -99,6 +100,8 @@ class Model:
         activations: f32, or bf16 for a faster prefill of bf16 weights that rounds them.
         preload: True copies the weights into memory of this process, in huge pages where the system
             has them, instead of using them from the file: a slower start, a faster decode.
+        screened_head: True ranks the tokens by a copy of the packed head in four bits, and computes only
+            the best by the head itself; for greedy choice and top_k up to 64.
         context_length: tokens that prompt and answer may have together, at most the model's.
         threads: on the processor; by default as many as the system allows.
         progress: True for a bar on stderr, or a function that gets the bytes done and in all; what

@@ -17,6 +17,7 @@ pub struct qwen2_load_options {
     kv_cache: Option<DType>,
     activations: Option<DType>,
     preload: bool,
+    screened_head: bool,
     context_length: Option<usize>,
     threads: Option<usize>,
     progress: Option<Callback>,
@@ -69,7 +70,9 @@ impl qwen2_load_options {
         if let Some(dtype) = self.activations {
             builder = builder.activations(dtype);
         }
-        builder = builder.preload(self.preload);
+        builder = builder
+            .preload(self.preload)
+            .screened_head(self.screened_head);
         if let Some(n_tokens) = self.context_length {
             builder = builder.context_length(n_tokens);
         }
@@ -183,6 +186,19 @@ pub unsafe extern "C" fn qwen2_load_options_set_preload(
     preload: i32,
 ) {
     fence::change(options, |options| options.preload = preload != 0);
+}
+
+/// Whether a copy of the packed head in four bits ranks the tokens, so that only the best are computed
+/// by the head itself, for greedy choice and top_k up to 64; 0 or 1, default 0. Checked when a model is
+/// loaded: it is for packed weights on the CPU.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn qwen2_load_options_set_screened_head(
+    options: *mut qwen2_load_options,
+    screened_head: i32,
+) {
+    fence::change(options, |options| {
+        options.screened_head = screened_head != 0
+    });
 }
 
 /// Tokens that prompt and answer may have together, at most what the model was made for; default:

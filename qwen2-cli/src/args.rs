@@ -51,6 +51,9 @@ pub(crate) struct LoadArgs {
     /// Copy the weights into memory instead of using them from the file: slower start, faster decode.
     #[arg(long)]
     pub(crate) preload: bool,
+    /// Rank tokens by a copy of the packed head in four bits, and compute only the best by the head.
+    #[arg(long)]
+    pub(crate) screened_head: bool,
     /// Tokens of prompt and answer together [default: all the model can].
     #[arg(long)]
     pub(crate) context_length: Option<usize>,
@@ -210,6 +213,9 @@ pub(crate) struct BenchArgs {
     /// Copy the weights into memory instead of using them from the file: slower start, faster decode.
     #[arg(long)]
     pub(crate) preload: bool,
+    /// Rank tokens by a copy of the packed head in four bits, and compute only the best by the head.
+    #[arg(long)]
+    pub(crate) screened_head: bool,
     /// Tokens of the prompt.
     #[arg(long, default_value_t = 512)]
     pub(crate) prompt: usize,

@@ -67,6 +67,7 @@ pub(crate) fn run(args: &BenchArgs) -> Result<(), Failure> {
         activations: args.activations.clone(),
         kv_cache: args.kv_cache.clone(),
         preload: args.preload,
+        screened_head: args.screened_head,
         context_length: None,
         threads: args.threads,
     };

@@ -43,7 +43,9 @@ pub(crate) fn apply(mut builder: ModelBuilder, args: &LoadArgs) -> Result<ModelB
     if let Some(dtype) = &args.kv_cache {
         builder = builder.kv_cache(dtype.parse()?);
     }
-    builder = builder.preload(args.preload);
+    builder = builder
+        .preload(args.preload)
+        .screened_head(args.screened_head);
     if let Some(n_tokens) = args.context_length {
         builder = builder.context_length(n_tokens);
     }

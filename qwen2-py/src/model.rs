@@ -72,14 +72,16 @@ impl Model {
     /// activations: f32, or bf16 for a faster prefill of bf16 weights that rounds them.
     /// preload: True copies the weights into memory of this process, in huge pages where the system
     ///     has them, instead of using them from the file: a slower start, a faster decode.
+    /// screened_head: True ranks the tokens by a copy of the packed head in four bits, and computes only
+    ///     the best by the head itself; for greedy choice and top_k up to 64.
     /// context_length: tokens that prompt and answer may have together, at most the model's.
     /// threads: on the processor; by default as many as the system allows.
     /// progress: True for a bar on stderr, or a function that gets the bytes done and in all; what
     ///     it raises stops the loading.
     #[staticmethod]
     #[pyo3(
-        signature = (source, *, device="auto", dtype="auto", quantize=None, kv_cache=None, activations="f32", preload=false, context_length=None, threads=None, progress=None),
-        text_signature = "(source, *, device='auto', dtype='auto', quantize=None, kv_cache=None, activations='f32', preload=False, context_length=None, threads=None, progress=False)"
+        signature = (source, *, device="auto", dtype="auto", quantize=None, kv_cache=None, activations="f32", preload=false, screened_head=false, context_length=None, threads=None, progress=None),
+        text_signature = "(source, *, device='auto', dtype='auto', quantize=None, kv_cache=None, activations='f32', preload=False, screened_head=False, context_length=None, threads=None, progress=False)"
     )]
     #[allow(clippy::too_many_arguments)] // the settings, by name
     fn load(
@@ -91,6 +93,7 @@ impl Model {
         kv_cache: Option<&str>,
         activations: &str,
         preload: bool,
+        screened_head: bool,
         context_length: Option<Whole>,
         threads: Option<Whole>,
         progress: Option<Bound<'_, PyAny>>,
@@ -113,7 +116,8 @@ impl Model {
         }
         builder = builder
             .activations(activations.parse::<DType>().map_err(Failure::from)?)
-            .preload(preload);
+            .preload(preload)
+            .screened_head(screened_head);
         if let Some(context_length) = context_length {
             builder = builder.context_length(context_length.setting("context_length")?);
         }

@@ -157,6 +157,7 @@ static void load_errors(const char *directory) {
           "unknown dtype: dtype: f8");
     OK(qwen2_load_options_set_kv_cache(options, "bf16", NUL, &error));
     qwen2_load_options_set_preload(options, 1);
+    qwen2_load_options_set_screened_head(options, 0);
     FAILS(qwen2_load_options_set_activations(options, "f8", NUL, &error), QWEN2_ERROR_INVALID_ARGUMENT,
           "unknown dtype: dtype: f8");
     OK(qwen2_load_options_set_activations(options, "bf16", NUL, &error));

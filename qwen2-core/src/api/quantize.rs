@@ -15,7 +15,7 @@ use crate::checkpoint::write::{self, Planned};
 use crate::checkpoint::{Checkpoint, Encoding, Progress, Source, StoredTensor, cancelled, names};
 use crate::config::{DType, PACKED, PACKED_VERSION};
 use crate::error::{Error, ErrorKind, Result};
-use crate::model::Kept;
+use crate::model::{Kept, SCREEN};
 use crate::ops::{Threads, packed};
 
 /// Fewer bits for the matrices: blocks of 32 weights with one scale.
@@ -176,6 +176,24 @@ pub(super) fn keep(
     Ok(Kept::Packed(shape, shared(piece.into_bytes())))
 }
 
+/// A copy of a packed head in four bits that ranks tokens; nothing for another head.
+///
+/// # Errors
+/// `OutOfMemory` where there is no room.
+pub(super) fn screen(head: &Kept, threads: &Threads, arena: &mut Arena) -> Result<Option<Kept>> {
+    let Kept::Packed(from, bytes) = head else {
+        return Ok(None);
+    };
+    let shape = packed::Shape {
+        format: packed::Format::Q4,
+        ..*from
+    };
+    let mut piece = take(arena, SCREEN, shape.bytes())?;
+    let row = |index: usize, out: &mut [f32]| from.unpack_row(bytes, index, out);
+    pack_rows(shape, packed::Effort::Rank, &row, threads, &mut piece);
+    Ok(Some(Kept::Packed(shape, shared(piece.into_bytes()))))
+}
+
 /// A copy outside of the file, made on all threads.
 ///
 /// # Errors
@@ -257,10 +275,6 @@ pub(super) fn keep_packed(
 
 /// Packs a matrix panel by panel, on all threads.
 fn pack(shape: packed::Shape, data: &TensorData, threads: &Threads, bytes: &mut [u8]) {
-    let panels: Vec<_> = bytes
-        .chunks_mut(shape.panel_bytes())
-        .map(Mutex::new)
-        .collect();
     let stored = data.as_bytes();
     let size = data.dtype().size();
     let row = |index: usize, out: &mut [f32]| {
@@ -273,9 +287,24 @@ fn pack(shape: packed::Shape, data: &TensorData, threads: &Threads, bytes: &mut 
             };
         }
     };
+    pack_rows(shape, packed::Effort::Search, &row, threads, bytes);
+}
+
+/// Packs rows, which `row` writes as f32, panel by panel on all threads.
+fn pack_rows(
+    shape: packed::Shape,
+    effort: packed::Effort,
+    row: &(dyn Fn(usize, &mut [f32]) + Sync),
+    threads: &Threads,
+    bytes: &mut [u8],
+) {
+    let panels: Vec<_> = bytes
+        .chunks_mut(shape.panel_bytes())
+        .map(Mutex::new)
+        .collect();
     threads.each(panels.len(), &|panel| {
         // Each lock is taken once, by its own task.
         let mut out = panels[panel].lock().unwrap_or_else(PoisonError::into_inner);
-        shape.pack_panel(panel, &row, &mut out);
+        shape.pack_panel(panel, effort, &|index, out| row(index, out), &mut out);
     });
 }

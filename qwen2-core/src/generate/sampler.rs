@@ -56,6 +56,15 @@ impl Sampler {
         }
     }
 
+    /// Of how many of the highest logits the choice depends.
+    pub(crate) fn looks_at(&self) -> usize {
+        match self.filters.top_k {
+            _ if self.filters.greedy => 1,
+            Some(top_k) => top_k,
+            None => usize::MAX,
+        }
+    }
+
     /// The next token; `tokens` are those of the prompt and of the output so far. The logits are
     /// changed in place. Greedy takes the lowest of the ids that share the highest logit.
     ///

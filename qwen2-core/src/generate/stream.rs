@@ -10,6 +10,7 @@ use super::{
 use crate::error::{Error, ErrorKind, Result};
 use crate::model::Rows;
 use crate::model::cache::Cache;
+use crate::ops::SCREENED_TOKENS;
 use crate::profile::part;
 use crate::text::{TextDecoder, Tokenizer};
 
@@ -144,16 +145,22 @@ impl Run {
             }
             let pending = &self.tokens[cache.n_tokens()..];
             let chunk = &pending[..pending.len().min(self.host.prefill_chunk)];
-            let rows = if chunk.len() == pending.len() {
-                Rows::Last
-            } else {
-                Rows::None
+            let rows = match chunk.len() == pending.len() {
+                false => Rows::None,
+                true if self.screens() => Rows::Screened,
+                true => Rows::Last,
             };
             let logits = self.host.network.forward(chunk, cache, rows)?;
-            if rows == Rows::Last {
+            if rows != Rows::None {
                 return Ok(Some(logits));
             }
         }
+    }
+
+    /// Whether the choice of a token depends on few of the highest logits. Twice as many are exact, so
+    /// that a repetition penalty finds others to go on with.
+    fn screens(&self) -> bool {
+        self.processor.is_none() && self.sampler.looks_at() <= SCREENED_TOKENS / 2
     }
 
     /// Text that became whole with `token`; ends the generation where it must.

@@ -11,10 +11,14 @@ use crate::config::ModelConfig;
 use crate::error::{Error, ErrorKind, Result};
 use crate::ops::{Linear, RmsNorm, Weight, packed};
 
+/// The head in few bits, made of the head when that was loaded.
+pub(crate) const SCREEN: &str = "lm_head.screen";
+
 /// Builds the network of `config` on `device`.
 ///
 /// `get` gives a tensor by its checkpoint name, in its checked shape and as it is to be kept;
-/// `tied` says that the embedding table is the head as well; `cache_dtype` is what keys and values are kept in.
+/// `tied` says that the embedding table is the head as well, `screened` that a copy of the head in few
+/// bits is to be had by the name [`SCREEN`]; `cache_dtype` is what keys and values are kept in.
 ///
 /// # Errors
 /// What `get` returns.
@@ -22,6 +26,7 @@ pub(crate) fn load(
     config: &ModelConfig,
     device: &Device,
     tied: bool,
+    screened: bool,
     cache_dtype: DType,
     get: &mut dyn FnMut(&str) -> Result<Kept>,
 ) -> Result<Qwen2> {
@@ -39,11 +44,13 @@ pub(crate) fn load(
     } else {
         source.linear("lm_head", false)?
     };
+    let screen = screened.then(|| source.matrix(SCREEN)).transpose()?;
     Ok(Qwen2 {
         embed_tokens,
         layers,
         norm,
         lm_head,
+        screen,
         rope: Rope::new(config),
         cache_shape: CacheShape {
             num_hidden_layers: config.num_hidden_layers,

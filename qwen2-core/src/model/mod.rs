@@ -20,7 +20,7 @@ use cache::{Cache, CacheShape};
 use mlp::Mlp;
 use rope::Rope;
 
-pub(crate) use load::{Kept, load};
+pub(crate) use load::{Kept, SCREEN, load};
 
 /// Qwen2 (arXiv:2407.10671), dense.
 #[derive(Debug)]
@@ -30,6 +30,8 @@ pub(crate) struct Qwen2 {
     norm: RmsNorm,
     /// Shares the embedding table's memory where they are tied.
     lm_head: Linear,
+    /// A copy of the head in few bits; see [`ops::screened_head`].
+    screen: Option<Weight>,
     rope: Rope,
     cache_shape: CacheShape,
 }
@@ -49,6 +51,8 @@ pub(crate) enum Rows {
     None,
     /// The last token's.
     Last,
+    /// The last token's, exact where they are highest and near elsewhere, if the head is screened.
+    Screened,
     /// Every token's.
     All,
 }
@@ -83,6 +87,7 @@ impl Qwen2 {
         Ok(match rows {
             Rows::All => Some(self.head(h)),
             Rows::Last => Some(self.head(h.narrow(0, n - 1, 1))),
+            Rows::Screened => Some(self.screened_head(h.narrow(0, n - 1, 1))),
             Rows::None => None,
         })
     }
@@ -91,6 +96,16 @@ impl Qwen2 {
     fn head(&self, h: Tensor<2>) -> Tensor<2> {
         part("norm, head", || {
             ops::project(&h, &self.norm, [&self.lm_head])
+        })
+    }
+
+    /// As [`Self::head`], for one row.
+    fn screened_head(&self, h: Tensor<2>) -> Tensor<2> {
+        let Some(screen) = &self.screen else {
+            return self.head(h);
+        };
+        part("norm, head", || {
+            ops::screened_head(&h, &self.norm, &self.lm_head, screen)
         })
     }
 

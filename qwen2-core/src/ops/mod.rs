@@ -44,6 +44,27 @@ pub(crate) fn project<const N: usize>(
     portable::project(x, norm, matrices)
 }
 
+/// The panels of the head whose logits [`screened_head`] computes exactly: 2,048 tokens.
+const SCREENED_PANELS: usize = 128;
+/// As many of the highest logits are exact at least, if the screen ranks them there.
+pub(crate) const SCREENED_TOKENS: usize = SCREENED_PANELS;
+
+/// As [`project`] of one token with a head of which `screen` is a copy in few bits: logits by the copy,
+/// but where those are highest by the head itself. It reads half the bytes.
+pub(crate) fn screened_head(
+    x: &Tensor<2>,
+    norm: &RmsNorm,
+    head: &Linear,
+    screen: &Weight,
+) -> Tensor<2> {
+    #[cfg(feature = "cpu")]
+    if cpu::takes(x) {
+        return cpu::screened_head(x, norm, head, screen);
+    }
+    let _ = screen; // elsewhere all are exact
+    project(x, norm, [head])
+}
+
 /// `h + x Wᵀ (+ b)`: `h` `[n, out]`, `x` `[n, in]`, f32.
 pub(crate) fn add_project(h: Tensor<2>, x: Tensor<2>, matrix: &Linear) -> Tensor<2> {
     #[cfg(feature = "cpu")]

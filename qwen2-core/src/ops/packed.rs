@@ -59,6 +59,15 @@ impl Format {
     }
 }
 
+/// How the scale of a block in `q4` is found.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Effort {
+    /// The best of many.
+    Search,
+    /// By the largest weight, a tenth of the work: for what only ranks.
+    Rank,
+}
+
 /// The shape of a packed matrix.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Shape {
@@ -89,7 +98,13 @@ impl Shape {
     }
 
     /// Packs the rows of one panel; `row(i, out)` writes row `i` of the matrix as f32.
-    pub(crate) fn pack_panel(self, panel: usize, row: &dyn Fn(usize, &mut [f32]), out: &mut [u8]) {
+    pub(crate) fn pack_panel(
+        self,
+        panel: usize,
+        effort: Effort,
+        row: &dyn Fn(usize, &mut [f32]),
+        out: &mut [u8],
+    ) {
         assert_eq!(out.len(), self.panel_bytes(), "panel length");
         out.fill(0);
         let mut values = vec![0.0; self.blocks() * BLOCK];
@@ -100,7 +115,7 @@ impl Shape {
                 row(index, &mut values[..self.cols]);
             }
             for (b, block) in values.as_chunks::<BLOCK>().0.iter().enumerate() {
-                let (scale, q) = quantize(self.format, block);
+                let (scale, q) = quantize(self.format, effort, block);
                 out[self.format.scale_at(b, r)..][..2].copy_from_slice(&scale.to_le_bytes());
                 self.store(&mut out[self.format.quants_at(b)..], r, &q);
             }
@@ -155,25 +170,25 @@ impl Shape {
 }
 
 /// Scale and quants of a block.
-fn quantize(format: Format, x: &[f32; BLOCK]) -> (f16, [i8; BLOCK]) {
+fn quantize(format: Format, effort: Effort, x: &[f32; BLOCK]) -> (f16, [i8; BLOCK]) {
     #[cfg(target_arch = "x86_64")]
     {
         #[target_feature(enable = "avx2")]
-        fn avx2(format: Format, x: &[f32; BLOCK]) -> (f16, [i8; BLOCK]) {
-            quantize_kernel(format, x)
+        fn avx2(format: Format, effort: Effort, x: &[f32; BLOCK]) -> (f16, [i8; BLOCK]) {
+            quantize_kernel(format, effort, x)
         }
         if is_x86_feature_detected!("avx2") {
             // SAFETY: the instruction set is there.
-            return unsafe { avx2(format, x) };
+            return unsafe { avx2(format, effort, x) };
         }
     }
-    quantize_kernel(format, x)
+    quantize_kernel(format, effort, x)
 }
 
 /// In `q8` -127..=127 by the largest weight; in `q4` -8..=7, where the largest weight gets about -8,
 /// and the best of the scales around that.
 #[inline(always)]
-fn quantize_kernel(format: Format, x: &[f32; BLOCK]) -> (f16, [i8; BLOCK]) {
+fn quantize_kernel(format: Format, effort: Effort, x: &[f32; BLOCK]) -> (f16, [i8; BLOCK]) {
     let (mut most, mut least) = ([0.0_f32; LANES], [0.0_f32; LANES]);
     for x in x.as_chunks::<LANES>().0 {
         for lane in 0..LANES {
@@ -194,6 +209,7 @@ fn quantize_kernel(format: Format, x: &[f32; BLOCK]) -> (f16, [i8; BLOCK]) {
     let largest = if most >= -least { most } else { least };
     match format {
         Format::Q8 => fit(x, &[largest.abs() / 127.0], -127.0, 127.0),
+        Format::Q4 if effort == Effort::Rank => fit(x, &[largest / -8.0], -8.0, 7.0),
         Format::Q4 => {
             let scales: [f32; 21] =
                 std::array::from_fn(|step| largest / (-9.0 + 0.1 * step as f32));
@@ -286,7 +302,7 @@ mod tests {
         for (panel, out) in bytes.chunks_mut(shape.panel_bytes()).enumerate() {
             let row =
                 |i: usize, out: &mut [f32]| out.copy_from_slice(&w[i * shape.cols..][..shape.cols]);
-            shape.pack_panel(panel, &row, out);
+            shape.pack_panel(panel, Effort::Search, &row, out);
         }
         bytes
     }
@@ -321,15 +337,15 @@ mod tests {
         };
         let plain = largest / 7.0;
         let plain_error = error(plain, &|x| (x / plain).round().clamp(-8.0, 7.0));
-        let (scale, quants) = quantize(Format::Q4, &x);
+        let (scale, quants) = quantize(Format::Q4, Effort::Search, &x);
         let scale = scale.to_f32();
         let found: f32 = (x.iter().zip(quants))
             .map(|(x, q)| x * x * (x - scale * f32::from(q)).powi(2))
             .sum();
         assert!(found < plain_error, "{found} {plain_error}");
         assert_eq!(
-            quantize(Format::Q4, &x),
-            quantize_kernel(Format::Q4, &x),
+            quantize(Format::Q4, Effort::Search, &x),
+            quantize_kernel(Format::Q4, Effort::Search, &x),
             "on any machine"
         );
     }

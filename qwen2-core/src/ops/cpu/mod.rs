@@ -47,6 +47,13 @@ pub(crate) trait Qwen2Ops: Backend {
         #[extension_type] second: Matrix<Self>,
         #[extension_type] third: Matrix<Self>,
     ) -> FloatTensor<Self>;
+    fn qwen2_screened_head(
+        x: FloatTensor<Self>,
+        norm: FloatTensor<Self>,
+        eps: f64,
+        #[extension_type] head: Matrix<Self>,
+        #[extension_type] screen: Matrix<Self>,
+    ) -> FloatTensor<Self>;
     fn qwen2_add_project(
         h: FloatTensor<Self>,
         x: FloatTensor<Self>,
@@ -95,6 +102,31 @@ impl Qwen2Ops for Flex {
         third: Matrix<Self>,
     ) -> FlexTensor {
         flex_project(&x, &norm, eps, &[first, second, third])
+    }
+
+    fn qwen2_screened_head(
+        x: FlexTensor,
+        norm: FlexTensor,
+        eps: f64,
+        head: Matrix<Self>,
+        screen: Matrix<Self>,
+    ) -> FlexTensor {
+        let mut logits = flex_project(&x, &norm, eps, &[screen]);
+        let (Matrix::Packed(bytes, shape), [1, width]) = (head, dims(&logits)) else {
+            unreachable!("one token, and a screened head is packed");
+        };
+        let x = normed(&x, &norm, eps);
+        let isa = Isa::selected();
+        let args = quantized::Packed {
+            x: &quantized::Activations::new(isa, &x, shape.cols),
+            shape,
+            bytes: bytes.bytes(),
+        };
+        let logits_out = &mut logits.storage_mut::<f32>()[..width];
+        let panels = quantized::best_panels(logits_out, super::SCREENED_PANELS);
+        let target = Target::new(logits_out, width, 0..width, Finish::Store, None);
+        quantized::some_panels(isa, args, &panels, target);
+        logits
     }
 
     fn qwen2_add_project(h: FlexTensor, x: FlexTensor, matrix: Matrix<Self>) -> FlexTensor {
@@ -201,6 +233,27 @@ pub(crate) fn project<const N: usize>(
         [a, b, c] => Dispatch::qwen2_project_three(x, norm, eps, matrix(a), matrix(b), matrix(c)),
         _ => unreachable!("one matrix or three"),
     })
+}
+
+pub(crate) fn screened_head(
+    x: &Tensor<2>,
+    norm: &RmsNorm,
+    head: &Linear,
+    screen: &Weight,
+) -> Tensor<2> {
+    let (x, eps) = (x.clone().into_dispatch(), norm.eps);
+    let norm = norm.weight.clone().into_dispatch();
+    let screen = matrix(&Linear {
+        weight: screen.clone(),
+        bias: None,
+    });
+    Tensor::from_dispatch(Dispatch::qwen2_screened_head(
+        x,
+        norm,
+        eps,
+        matrix(head),
+        screen,
+    ))
 }
 
 pub(crate) fn add_project(h: Tensor<2>, x: Tensor<2>, linear: &Linear) -> Tensor<2> {

@@ -187,6 +187,49 @@ impl Product for Panels<'_> {
     }
 }
 
+/// The products of one token with some panels of a matrix, the others' left out.
+///
+/// # Panics
+/// If a length does not fit the shape, there is no such panel, or one is named twice.
+pub(crate) fn some_panels(isa: Isa, args: Packed<'_>, panels: &[usize], target: Target<'_>) {
+    const PER_TASK: usize = 8;
+    let all = Panels::new(isa, args, target, args.shape.rows);
+    let mut seen = vec![false; args.shape.panels()];
+    for panel in panels {
+        assert!(!std::mem::replace(&mut seen[*panel], true), "named once");
+    }
+    pool::parallel(panels.len().div_ceil(PER_TASK), &|task| {
+        for panel in panels[task * PER_TASK..].iter().take(PER_TASK) {
+            // SAFETY: the lengths were checked, and each panel is one task's.
+            unsafe { run_panels(isa, all.args, *panel, 1, &all.target) };
+        }
+    });
+}
+
+/// The panels with the largest results, at most `most`, in no order. NaN is above all numbers.
+pub(crate) fn best_panels(results: &[f32], most: usize) -> Vec<usize> {
+    let panels = results.len().div_ceil(ROWS);
+    let key = |panel: usize| {
+        let results = &results[panel * ROWS..((panel + 1) * ROWS).min(results.len())];
+        let ordered = results.iter().map(|x| {
+            // Negative numbers are ordered backwards by their bits.
+            let bits = x.to_bits() as i32;
+            if x.is_nan() {
+                i32::MAX
+            } else {
+                bits ^ (bits >> 31 & i32::MAX)
+            }
+        });
+        ordered.fold(i32::MIN, i32::max)
+    };
+    let mut best: Vec<_> = (0..panels).map(|panel| (key(panel), panel)).collect();
+    if most < best.len() {
+        best.select_nth_unstable_by_key(most, |(key, _)| std::cmp::Reverse(*key));
+        best.truncate(most);
+    }
+    best.into_iter().map(|(_, panel)| panel).collect()
+}
+
 /// Tokens of one register tile.
 const TOKENS: usize = 4;
 /// Rows of one register tile: two panels.
@@ -462,6 +505,7 @@ mod tests {
 
     use super::super::product::{Finish, run_all};
     use super::*;
+    use crate::ops::packed::Effort;
 
     fn wave(len: usize, f: f32) -> Vec<f32> {
         (0..len).map(|i| (i as f32 * f).sin()).collect()
@@ -472,7 +516,7 @@ mod tests {
         for (panel, out) in bytes.chunks_mut(shape.panel_bytes()).enumerate() {
             let row =
                 |i: usize, out: &mut [f32]| out.copy_from_slice(&w[i * shape.cols..][..shape.cols]);
-            shape.pack_panel(panel, &row, out);
+            shape.pack_panel(panel, Effort::Search, &row, out);
         }
         bytes
     }
@@ -535,6 +579,47 @@ mod tests {
                 }
             }
         }
+    }
+
+    #[test]
+    fn some_panels_are_those_of_the_whole_product() {
+        let shape = Shape {
+            format: Format::Q8,
+            rows: 90,
+            cols: 70,
+        };
+        let bytes = pack(shape, &wave(90 * 70, 0.37));
+        let x = Activations::new(Isa::Portable, &wave(70, 0.73), 70);
+        for isa in Isa::available() {
+            let whole = product(isa, &x, shape, &bytes, &[0.0; 90]);
+            let mut out = [f32::NAN; 90];
+            let target = Target::new(&mut out, 90, 0..90, Finish::Store, None);
+            let args = Packed {
+                x: &x,
+                shape,
+                bytes: &bytes,
+            };
+            some_panels(isa, args, &[5, 1], target);
+            for (row, (out, whole)) in out.iter().zip(&whole).enumerate() {
+                match row / ROWS {
+                    1 | 5 => assert_eq!(out, whole, "{isa:?}"),
+                    _ => assert!(out.is_nan()),
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn the_best_panels_have_the_largest_results() {
+        let mut results = wave(16 * 20 + 3, 0.01);
+        results.iter_mut().for_each(|x| *x -= 3.0);
+        (results[40], results[16 * 20 + 1], results[100]) = (5.0, 4.0, -0.5);
+        let mut best = best_panels(&results, 3);
+        best.sort_unstable();
+        assert_eq!(best, [2, 6, 20]);
+        results[0] = f32::NAN;
+        assert_eq!(best_panels(&results, 1), [0]);
+        assert_eq!(best_panels(&results, 99).len(), 21);
     }
 
     #[test]
