@@ -265,6 +265,11 @@ qwen2_status qwen2_load_options_set_activations(qwen2_load_options *options,
 // instead of using them from the file: a slower start, a faster decode; 0 or 1, default 0.
 void qwen2_load_options_set_preload(qwen2_load_options *options, int32_t preload);
 
+// Whether a copy of the packed head in four bits ranks the tokens, so that only the best are computed
+// by the head itself, for greedy choice and top_k up to 64; 0 or 1, default 0. Checked when a model is
+// loaded: it is for packed weights on the CPU.
+void qwen2_load_options_set_screened_head(qwen2_load_options *options, int32_t screened_head);
+
 // Tokens that prompt and answer may have together, at most what the model was made for; default:
 // all of it. Checked when a model is loaded.
 void qwen2_load_options_set_context_length(qwen2_load_options *options, size_t n_tokens);

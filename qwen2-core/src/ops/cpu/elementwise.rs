@@ -8,7 +8,7 @@ use super::simd::{Isa, Simd, Stored, per_isa};
 const WORTH_SHARING: usize = 1 << 15;
 
 /// Calls `body(row, out_row)` for every row of `out`, shared among threads when it pays.
-fn by_row(out: &mut [f32], width: usize, body: &(dyn Fn(usize, &mut [f32]) + Sync)) {
+pub(crate) fn by_row(out: &mut [f32], width: usize, body: &(dyn Fn(usize, &mut [f32]) + Sync)) {
     let rows = out.len() / width.max(1);
     if out.len() < WORTH_SHARING {
         for (row, out) in out.chunks_exact_mut(width).enumerate() {

@@ -149,7 +149,8 @@ unsafe fn panel_kernel<S: Simd, W: Stored>(
     unsafe {
         let x = args.x.as_ptr().add(tokens.0 * inner);
         let w = args.weight.as_ptr().add(rows.0 * inner);
-        if tokens.1 == 1 {
+        if args.x.len() == inner {
+            // One token in all: its activations are in the order of `stream`.
             for (row, sum) in sums.iter_mut().enumerate() {
                 *sum = stream::<S, W>(x, w.add(row * inner), inner);
             }
@@ -395,8 +396,11 @@ mod tests {
         let w: Vec<f32> = (0..outer * inner)
             .map(|i| (i as f32 * 0.11).cos() * 0.1)
             .collect();
-        check(&x, &w, &vec![0.5; outer], inner);
-        check(&x[..inner], &w, &vec![0.5; outer], inner); // one token, wide
+        let halves: Vec<_> = w.iter().map(|w| bf16::from_f32(*w)).collect();
+        for n in [1, PANEL + 1, n] {
+            check(&x[..n * inner], &w, &vec![0.5; outer], inner);
+            check(&x[..n * inner], &halves, &vec![0.5; outer], inner);
+        }
     }
 
     #[test]

@@ -311,9 +311,10 @@ pub(crate) fn packed_embed(
         unreachable!("the caller checked the device");
     };
     let mut rows = vec![0.0; tokens.len() * shape.cols];
-    for (token, row) in tokens.iter().zip(rows.chunks_exact_mut(shape.cols)) {
-        shape.unpack_row(table.bytes(), *token as usize, row);
-    }
+    let bytes = table.bytes();
+    elementwise::by_row(&mut rows, shape.cols, &|i, row| {
+        shape.unpack_row(bytes, tokens[i] as usize, row);
+    });
     Tensor::from_data(
         TensorData::new(rows, [tokens.len(), shape.cols]),
         (&device, DType::F32),
