@@ -261,8 +261,8 @@ qwen2_status qwen2_load_options_set_activations(qwen2_load_options *options,
                                                 size_t len,
                                                 qwen2_error **error);
 
-// Whether to copy the weights into memory of this process, in huge pages where the system has them,
-// instead of using them from the file: a slower start, a faster decode; 0 or 1, default 0.
+// Whether to copy the weights into memory of this process instead of using them from the file, which
+// may then change or lie on a slow disk; 0 or 1, default 0.
 void qwen2_load_options_set_preload(qwen2_load_options *options, int32_t preload);
 
 // Whether a copy of the packed head in four bits ranks the tokens, so that only the best are computed

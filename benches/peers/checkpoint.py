@@ -31,7 +31,7 @@ tokenizer = {
     "version": "1.0",
     "added_tokens": [
         {
-            "id": id,
+            "id": number,
             "content": content,
             "single_word": False,
             "lstrip": False,
@@ -39,7 +39,7 @@ tokenizer = {
             "normalized": False,
             "special": True,
         }
-        for id, content in [(256, "<|endoftext|>"), (257, "<|im_start|>"), (258, "<|im_end|>")]
+        for number, content in [(256, "<|endoftext|>"), (257, "<|im_start|>"), (258, "<|im_end|>")]
     ],
     "normalizer": None,
     "pre_tokenizer": {

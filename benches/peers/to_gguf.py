@@ -23,10 +23,11 @@ writer.add_file_type(gguf.LlamaFileType.MOSTLY_BF16)
 writer.add_tokenizer_model("gpt2")
 writer.add_tokenizer_pre("qwen2")
 vocab = json.loads((directory / "tokenizer.json").read_text())["model"]["vocab"]
-texts = {id: text for text, id in vocab.items()}
-writer.add_token_list([texts.get(id, f"[{id}]") for id in range(config["vocab_size"])])
+texts = {token: text for text, token in vocab.items()}
+writer.add_token_list([texts.get(token, f"[{token}]") for token in range(config["vocab_size"])])
 kinds = [
-    gguf.TokenType.NORMAL if id in texts else gguf.TokenType.UNUSED for id in range(config["vocab_size"])
+    gguf.TokenType.NORMAL if token in texts else gguf.TokenType.UNUSED
+    for token in range(config["vocab_size"])
 ]
 writer.add_token_types(kinds)
 writer.add_token_merges(["! !"])

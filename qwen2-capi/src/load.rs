@@ -178,8 +178,8 @@ pub unsafe extern "C" fn qwen2_load_options_set_activations(
     })
 }
 
-/// Whether to copy the weights into memory of this process, in huge pages where the system has them,
-/// instead of using them from the file: a slower start, a faster decode; 0 or 1, default 0.
+/// Whether to copy the weights into memory of this process instead of using them from the file, which
+/// may then change or lie on a slow disk; 0 or 1, default 0.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn qwen2_load_options_set_preload(
     options: *mut qwen2_load_options,

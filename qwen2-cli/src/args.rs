@@ -48,7 +48,7 @@ pub(crate) struct LoadArgs {
     /// Precision of keys and values in the cache, f32, f16 or bf16 [default: f16, beside f32 f32].
     #[arg(long)]
     pub(crate) kv_cache: Option<String>,
-    /// Copy the weights into memory instead of using them from the file: slower start, faster decode.
+    /// Copy the weights into memory instead of using them from the file.
     #[arg(long)]
     pub(crate) preload: bool,
     /// Rank tokens by a copy of the packed head in four bits, and compute only the best by the head.
@@ -210,7 +210,7 @@ pub(crate) struct BenchArgs {
     /// Precision of keys and values in the cache, f32, f16 or bf16 [default: f16, beside f32 f32].
     #[arg(long)]
     pub(crate) kv_cache: Option<String>,
-    /// Copy the weights into memory instead of using them from the file: slower start, faster decode.
+    /// Copy the weights into memory instead of using them from the file.
     #[arg(long)]
     pub(crate) preload: bool,
     /// Rank tokens by a copy of the packed head in four bits, and compute only the best by the head.

@@ -70,8 +70,8 @@ impl Model {
     /// kv_cache: f32, f16 or bf16, the precision of keys and values; by default f32 for f32 weights,
     ///     else f16.
     /// activations: f32, or bf16 for a faster prefill of bf16 weights that rounds them.
-    /// preload: True copies the weights into memory of this process, in huge pages where the system
-    ///     has them, instead of using them from the file: a slower start, a faster decode.
+    /// preload: True copies the weights into memory of this process instead of using them from the
+    ///     file, which may then change or lie on a slow disk.
     /// screened_head: True ranks the tokens by a copy of the packed head in four bits, and computes only
     ///     the best by the head itself; for greedy choice and top_k up to 64.
     /// context_length: tokens that prompt and answer may have together, at most the model's.

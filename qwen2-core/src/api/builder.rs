@@ -91,10 +91,9 @@ impl ModelBuilder {
     }
 
     /// Copies the weights into memory of this process, in huge pages where the system has them,
-    /// instead of using them from the file. Decoding is up to a quarter faster then, on systems whose
-    /// file cache has no huge pages; loading reads the whole file first, and processes do not share
-    /// the memory. Default: false. Weights that are packed or converted while loading are such copies
-    /// anyway.
+    /// instead of using them from the file: for files that may change or lie on a slow disk. Loading
+    /// reads the whole file first, and processes do not share the memory. Default: false. Weights that
+    /// are packed or converted while loading are such copies anyway.
     pub fn preload(mut self, preload: bool) -> Self {
         self.preload = preload;
         self

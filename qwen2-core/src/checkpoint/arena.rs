@@ -1,5 +1,5 @@
 //! Memory for weights that are not used from the file: a few large mappings, in huge pages where the
-//! system has them, which a decode step reads up to a quarter faster.
+//! system has them, which are read some percent faster.
 #![allow(unsafe_code)]
 
 use std::io;
