@@ -8,7 +8,7 @@ use burn::tensor::{Bytes, DType as BurnDType, Device as BurnDevice, TensorData};
 
 use super::model::{Inner, Model, display_name};
 use super::quantize::{Quantization, copy, keep, keep_packed, refuse_packed, screen};
-use crate::checkpoint::arena::Arena;
+use crate::checkpoint::mmap::arena::Arena;
 use crate::checkpoint::{Checkpoint, Encoding, Progress, Source, StoredTensor, cancelled, names};
 use crate::config::{DType, GenerationConfig, ModelConfig};
 use crate::device::Device;

@@ -10,7 +10,7 @@ use burn::tensor::{Bytes, DType as BurnDType, TensorData};
 use serde_json::json;
 
 use super::builder::{convert, start_threads};
-use crate::checkpoint::arena::{Arena, Piece};
+use crate::checkpoint::mmap::arena::{Arena, Piece};
 use crate::checkpoint::write::{self, Planned};
 use crate::checkpoint::{Checkpoint, Encoding, Progress, Source, StoredTensor, cancelled, names};
 use crate::config::{DType, PACKED, PACKED_VERSION};

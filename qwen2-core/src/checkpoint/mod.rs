@@ -1,10 +1,9 @@
 //! A checkpoint on disk: its config, its tensors by name, and where its other files are.
 
-pub(crate) mod arena;
 mod directory;
 #[cfg(feature = "hub")]
 mod hub;
-mod mmap;
+pub(crate) mod mmap;
 pub(crate) mod names;
 mod safetensors;
 mod shards;

@@ -1,6 +1,8 @@
-//! The unsafe code of `qwen2-core/src/ops` with its unit tests, as a crate of its own.
+//! The unsafe code of `qwen2-core/src/ops`, and the loader's memory, with their unit tests.
 #![allow(dead_code)]
 
+#[path = "../../../qwen2-core/src/checkpoint/mmap/arena.rs"]
+mod arena;
 #[path = "../../../qwen2-core/src/fence.rs"]
 mod fence;
 mod ops;
