@@ -7,6 +7,7 @@ use serde::Deserialize;
 use serde_json::{Map, Value};
 use tokenizers::AddedToken;
 
+use super::bpe::Bpe;
 use crate::error::{Error, ErrorKind, Result};
 use crate::fence::fenced;
 
@@ -34,10 +35,10 @@ pub(super) struct TokenizerConfig {
     pub(super) added_tokens: Vec<(u32, AddedToken)>,
 }
 
-/// The crate's tokenizer with its model named. Where any model may come, it holds the whole file as
-/// values first, which takes longer than all the rest.
+/// The crate's tokenizer with its model named: where any model may come, it holds the whole file as
+/// values first.
 type BpeTokenizer = tokenizers::TokenizerImpl<
-    tokenizers::models::bpe::BPE,
+    Bpe,
     tokenizers::NormalizerWrapper,
     tokenizers::PreTokenizerWrapper,
     tokenizers::PostProcessorWrapper,

@@ -1,6 +1,7 @@
 //! Text to tokens and back.
 
 mod added;
+mod bpe;
 mod byte_level;
 mod chat;
 mod decode;

@@ -319,10 +319,18 @@ const NO_TOKEN: (u32, u32) = (u32::MAX, u32::MAX);
 impl TokenBytes {
     /// `file_len` bounds the table: each token takes at least a byte of the file.
     fn new(tokenizer: &tokenizers::Tokenizer, file_len: usize, path: &Path) -> Result<Self> {
-        let alphabet = byte_alphabet();
-        let vocabulary = tokenizer.get_vocab(false);
+        let letters = byte_alphabet();
+        let last = letters
+            .keys()
+            .next_back()
+            .map_or(0, |letter| *letter as usize);
+        let mut alphabet = vec![None; last + 1];
+        for (letter, byte) in letters {
+            alphabet[letter as usize] = Some(byte);
+        }
+        let vocabulary = vocabulary(tokenizer);
         let added = tokenizer.get_added_vocabulary().get_added_tokens_decoder();
-        let ids = vocabulary.values().chain(added.keys());
+        let ids = vocabulary.iter().map(|(_, id)| id).chain(added.keys());
         let highest = ids.copied().max().unwrap_or(0);
         if highest as usize > file_len {
             return Err(files::invalid(path)
@@ -336,12 +344,16 @@ impl TokenBytes {
             bytes: Vec::with_capacity(8 * vocabulary.len()),
             spans: vec![NO_TOKEN; highest as usize + 1],
         };
-        for (token, &id) in &vocabulary {
-            if !added.contains_key(&id) {
-                let decoded: Option<Vec<u8>> =
-                    token.chars().map(|c| alphabet.get(&c).copied()).collect();
+        let mut decoded = Vec::new();
+        for (token, id) in &vocabulary {
+            if !added.contains_key(id) {
+                decoded.clear();
+                let byte = |c: char| alphabet.get(c as usize).copied().flatten();
+                decoded.extend(token.chars().map_while(byte));
                 // Like transformers, a token outside of the alphabet stands for itself.
-                table.set(id, decoded.as_deref().unwrap_or(token.as_bytes()), path)?;
+                let whole = decoded.len() == token.chars().count();
+                let bytes = if whole { &decoded } else { token.as_bytes() };
+                table.set(*id, bytes, path)?;
             }
         }
         for (&id, token) in added {
@@ -371,6 +383,17 @@ impl TokenBytes {
         let &(start, end) = self.spans.get(id as usize)?;
         self.bytes.get(start as usize..end as usize)
     }
+}
+
+/// The tokens of the model with their ids.
+fn vocabulary(tokenizer: &tokenizers::Tokenizer) -> Vec<(String, u32)> {
+    let model = tokenizer.get_model();
+    // Ids from 0 without a gap, as they should be, are found without a copy of the crate's map.
+    let size = model.get_vocab_size() as u32;
+    let tokens = (0..size).map(|id| Some((model.id_to_token(id)?, id)));
+    tokens
+        .collect::<Option<Vec<_>>>()
+        .unwrap_or_else(|| tokenizer.get_vocab(false).into_iter().collect())
 }
 
 /// GPT-2's alphabet: printable bytes stand for themselves, the others are the characters from
