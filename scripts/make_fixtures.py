@@ -196,6 +196,26 @@ def june_2024_moe(**changes: Any) -> dict[str, Any]:
     return dict(sorted((config | changes).items()))
 
 
+def transformers_5_moe(**changes: Any) -> dict[str, Any]:
+    """config.json of a mixture-of-experts model in the form that transformers 5 writes."""
+    config = transformers_5() | {
+        "architectures": ["Qwen2MoeForCausalLM"],
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+        "model_type": "qwen2_moe",
+        "moe_intermediate_size": 16,
+        "norm_topk_prob": False,
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "output_router_logits": False,
+        "qkv_bias": True,
+        "router_aux_loss_coef": 0.001,
+        "shared_expert_intermediate_size": 40,
+    }
+    assert set(changes) <= set(config)
+    return dict(sorted((config | changes).items()))
+
+
 def transformers_5(**changes: Any) -> dict[str, Any]:
     """config.json in the form that transformers 5 writes."""
     layers = changes.get("num_hidden_layers", 2)
@@ -326,9 +346,50 @@ FIXTURES = [
         differs_from={"layer_types": ["full_attention", "full_attention", "sliding_attention"]},
     ),
     Fixture("moe", june_2024_moe(), n_tokens=24),
+    Fixture(
+        "moe_normed_mixed",  # dense and sparse layers, weights that sum to 1
+        june_2024_moe(
+            num_hidden_layers=4,
+            intermediate_size=24,
+            moe_intermediate_size=16,
+            decoder_sparse_step=2,
+            mlp_only_layers=[3],
+            norm_topk_prob=True,
+            num_experts=6,
+            num_experts_per_tok=3,
+            shared_expert_intermediate_size=24,
+        ),
+        n_tokens=24,
+        differs_from={"norm_topk_prob": False},
+    ),
+    Fixture(
+        "moe5",  # many small experts, as transformers 5 stores them
+        transformers_5_moe(
+            dtype="bfloat16",
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            num_experts=16,
+            num_experts_per_tok=5,
+            moe_intermediate_size=10,
+            shared_expert_intermediate_size=20,
+        ),
+        n_tokens=20,
+        dtype=torch.bfloat16,
+        shards=2,
+        differs_from={"num_experts_per_tok": 4},
+    ),
 ]
 
 # ---------------------------------------------------------------------------------------------- weights
+
+
+def is_sparse(config: dict[str, Any], layer: int) -> bool:
+    """Whether a layer has experts, as Qwen2MoeDecoderLayer decides."""
+    return (
+        config["model_type"] == "qwen2_moe"
+        and layer not in config.get("mlp_only_layers", [])
+        and (layer + 1) % config["decoder_sparse_step"] == 0
+    )
 
 
 def random_weights(fixture: Fixture, seed: int) -> dict[str, torch.Tensor]:
@@ -363,7 +424,7 @@ def random_weights(fixture: Fixture, seed: int) -> dict[str, torch.Tensor]:
             linear(f"{layer}.self_attn.{proj}_proj", rows, hidden, 1.4)
             normal(f"{layer}.self_attn.{proj}_proj.bias", rows, std=0.4)
         linear(f"{layer}.self_attn.o_proj", hidden, q_rows, 1.5)
-        if c["model_type"] == "qwen2_moe":
+        if is_sparse(c, i):
             linear(f"{layer}.mlp.gate", c["num_experts"], hidden, 1.5)
             for expert in range(c["num_experts"]):
                 mlp(f"{layer}.mlp.experts.{expert}", c["moe_intermediate_size"])
@@ -405,7 +466,12 @@ def write_weights(directory: Path, fixture: Fixture, weights: dict[str, torch.Te
 def load(directory: Path, dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
     """The checkpoint as transformers loads it, every tensor accounted for."""
     model, info = AutoModelForCausalLM.from_pretrained(
-        directory, dtype=dtype, attn_implementation="eager", output_loading_info=True, **changes
+        directory,
+        dtype=dtype,
+        attn_implementation="eager",
+        experts_implementation="eager",
+        output_loading_info=True,
+        **changes,
     )
     problems = {
         k: v for k, v in info.items() if v and k in ("missing_keys", "unexpected_keys", "mismatched_keys")

@@ -8,16 +8,16 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import CONFORMANCE, DEMO, fixture_directory
-from qwen2_rs import Model, UnsupportedError
+from qwen2_rs import Model
 
-DENSE = sorted(path.name for path in (CONFORMANCE / "models").iterdir() if path.name != "moe")
+MODELS = sorted(path.name for path in (CONFORMANCE / "models").iterdir())
 
 
 def reference(name: str) -> Any:
     return json.loads((fixture_directory(name) / "reference.json").read_text())
 
 
-@pytest.mark.parametrize("name", DENSE)
+@pytest.mark.parametrize("name", MODELS)
 def test_logits_and_greedy_tokens_equal_the_reference(name: str) -> None:
     vectors = reference(name)
     model = Model.load(fixture_directory(name), device="cpu", kv_cache="f32")
@@ -42,12 +42,6 @@ def test_a_prompt_of_several_chunks_is_read_as_one(long_model: Model) -> None:
     assert long_model.generate(tokens, temperature=0, repetition_penalty=1, max_new_tokens=1).tokens == [
         likeliest
     ]
-
-
-def test_mixture_of_experts_is_refused_by_name() -> None:
-    with pytest.raises(UnsupportedError, match="qwen2_moe") as caught:
-        Model.load(fixture_directory("moe"))
-    assert isinstance(caught.value, NotImplementedError)
 
 
 def test_the_demo_model_gives_transformers_tokens(demo: Model) -> None:

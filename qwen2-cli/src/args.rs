@@ -201,6 +201,9 @@ pub(crate) struct BenchArgs {
     /// Random weights of a published shape: 0.5b, 1.5b, 7b, 57b-a14b or 72b [default: 0.5b].
     #[arg(long)]
     pub(crate) shape: Option<String>,
+    /// So many layers of the shape instead of all, to measure what does not fit whole.
+    #[arg(long, conflicts_with = "model")]
+    pub(crate) layers: Option<usize>,
     /// f32, bf16, f16, q8 or q4 [default: bf16 for a shape, as stored for a model].
     #[arg(long)]
     pub(crate) precision: Option<String>,

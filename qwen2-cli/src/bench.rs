@@ -48,11 +48,9 @@ pub(crate) fn run(args: &BenchArgs) -> Result<(), Failure> {
         ),
         None => {
             let name = args.shape.as_deref().unwrap_or("0.5b");
-            let config = shape(name)?;
+            let config = shape(name, args.layers)?;
             let precision = precision.unwrap_or(Precision::Dense(DType::BF16));
-            if config.moe.is_none() {
-                check_memory(&config, precision)?; // the library refuses experts by name
-            }
+            check_memory(&config, precision)?;
             (name.to_owned(), Model::random(&config), Some(precision))
         }
     };
@@ -94,6 +92,7 @@ fn check(args: &BenchArgs) -> Result<(), Failure> {
         ("prompt", args.prompt, 1),
         ("new", args.new, 2),
         ("repeat", args.repeat, 1),
+        ("layers", args.layers.unwrap_or(1), 1),
     ] {
         if value < least {
             return Err(Failure::usage(
@@ -140,8 +139,8 @@ impl Precision {
     }
 }
 
-/// A published shape, checked as its file would be.
-fn shape(name: &str) -> Result<ModelConfig, Failure> {
+/// A published shape, checked as its file would be; `layers`: with so many instead.
+fn shape(name: &str, layers: Option<usize>) -> Result<ModelConfig, Failure> {
     let Some(row) = SHAPES.iter().find(|row| row.0 == name) else {
         let names = SHAPES.map(|row| row.0).join(", ");
         return Err(Failure::usage(
@@ -149,7 +148,8 @@ fn shape(name: &str) -> Result<ModelConfig, Failure> {
             format!("one of {names}"),
         ));
     };
-    let &(name, [hidden, intermediate, layers, heads, kv_heads, vocab], tied) = row;
+    let &(name, [hidden, intermediate, published, heads, kv_heads, vocab], tied) = row;
+    let layers = layers.unwrap_or(published);
     let mut config = json!({
         "model_type": "qwen2", "hidden_act": "silu", "hidden_size": hidden, "intermediate_size": intermediate,
         "num_hidden_layers": layers, "num_attention_heads": heads, "num_key_value_heads": kv_heads,
@@ -399,7 +399,7 @@ mod tests {
             ("57b-a14b", 57.41),
             ("72b", 72.71),
         ] {
-            let count = shape(name).unwrap().parameter_count() as f64 / 1e9;
+            let count = shape(name, None).unwrap().parameter_count() as f64 / 1e9;
             assert!(
                 (count - billions).abs() / billions < 1e-3,
                 "{name}: {count}"

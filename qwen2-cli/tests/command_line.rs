@@ -712,20 +712,6 @@ fn bench_profiles_every_part_of_a_forward() {
     assert!(lines.contains("decode, µs a token\n"), "{lines}");
 }
 
-#[test]
-fn bench_refuses_by_name_what_does_not_run_yet() {
-    let outcome = qwen2(&["bench", "--shape", "57b-a14b"]);
-    assert_eq!(outcome.code, Some(1));
-    assert!(
-        outcome
-            .stderr
-            .starts_with("error: model type is not supported yet"),
-        "{}",
-        outcome.stderr
-    );
-    assert!(outcome.stderr.contains("qwen2_moe"), "{}", outcome.stderr);
-}
-
 // -------------------------------------------------------------------------------- errors
 
 #[test]

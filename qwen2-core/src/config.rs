@@ -187,23 +187,6 @@ impl ModelConfig {
         read::model_config(bytes, path)
     }
 
-    /// Refuses what the dense network cannot run; `path` is the config's, for the error.
-    ///
-    /// # Errors
-    /// `Unsupported` for `qwen2_moe`.
-    pub(crate) fn require_dense(&self, path: &Path) -> Result<()> {
-        match self.moe {
-            None => Ok(()),
-            Some(_) => Err(
-                Error::new(ErrorKind::Unsupported, "model type is not supported yet")
-                    .with_path(path)
-                    .with_key("model_type")
-                    .with_why(self.model_type.as_str())
-                    .with_help("the dense models run: 0.5B, 1.5B, 7B and 72B"),
-            ),
-        }
-    }
-
     /// Tokens that prompt and answer may have together: `max_position_embeddings`, or what YaRN
     /// stretches the trained length to, if that is more.
     pub fn context_length(&self) -> usize {

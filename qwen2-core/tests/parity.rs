@@ -4,9 +4,9 @@
 mod common;
 
 use common::{builder, device, fixture, ids, json, max_difference, rows, unrounded};
-use qwen2_core::{DType, ErrorKind, GenerateOptions, Model, Prompt};
+use qwen2_core::{DType, GenerateOptions, Prompt};
 
-const DENSE: [&str; 13] = [
+const MODELS: [&str; 16] = [
     "tied",
     "untied",
     "tied_flag_untied_weights",
@@ -20,6 +20,9 @@ const DENSE: [&str; 13] = [
     "yarn5",
     "sliding",
     "sliding5",
+    "moe",
+    "moe_normed_mixed",
+    "moe5",
 ];
 
 /// The project's bound for float32 on logits of size about 4.
@@ -27,7 +30,7 @@ const TOLERANCE: f32 = 1e-4;
 
 #[test]
 fn logits_equal_the_reference_at_every_position() {
-    for name in DENSE {
+    for name in MODELS {
         let reference = json(fixture(name).join("reference.json"));
         let model = unrounded(fixture(name)).load().unwrap();
         let logits = model.logits(&ids(&reference["tokens"])).unwrap();
@@ -48,7 +51,7 @@ fn logits_equal_the_reference_at_every_position() {
 
 #[test]
 fn greedy_tokens_equal_the_reference() {
-    for name in DENSE {
+    for name in MODELS {
         let reference = json(fixture(name).join("reference.json"));
         let want = ids(&reference["greedy"]);
         let mut options = GenerateOptions::greedy().max_new_tokens(want.len());
@@ -62,7 +65,7 @@ fn greedy_tokens_equal_the_reference() {
 
 #[test]
 fn prefill_in_chunks_equals_one_shot() {
-    for name in DENSE {
+    for name in MODELS {
         let tokens = ids(&json(fixture(name).join("reference.json"))["tokens"]);
         let whole = unrounded(fixture(name))
             .load()
@@ -154,11 +157,4 @@ fn weights_may_be_kept_in_another_precision() {
             "{dtype:?} was not applied"
         );
     }
-}
-
-#[test]
-fn mixture_of_experts_is_refused_by_name() {
-    let error = Model::load(fixture("moe")).unwrap_err();
-    assert_eq!(error.kind(), ErrorKind::Unsupported);
-    assert!(error.to_string().contains("qwen2_moe"), "{error}");
 }

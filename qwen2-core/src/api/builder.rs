@@ -214,7 +214,6 @@ impl ModelBuilder {
     ) -> Result<Model> {
         let threads = start_threads(self.threads, self.activations == DType::BF16)?;
         let checkpoint = Checkpoint::open(source, progress)?;
-        checkpoint.config.require_dense(&checkpoint.config_path())?;
         let tokenizer = Tokenizer::load(checkpoint.directory())?;
         check_vocabulary(&checkpoint, &tokenizer)?;
         for (key, is_set) in [
@@ -237,7 +236,7 @@ impl ModelBuilder {
         let dtype = kept.or(stored).unwrap_or(DType::F32);
         let packed = checkpoint.config.packed || self.quantize.is_some();
         let mut done = 0;
-        let mut weights = WeightBytes::new(tied, self.screened_head);
+        let mut weights = WeightBytes::new(tied, self.screened_head, &checkpoint.config);
         self.check_screen(&device, packed)?;
         let mut ranks = None;
         let total = checkpoint.total_bytes();
@@ -324,12 +323,11 @@ impl ModelBuilder {
         device: Device,
         burn_device: &BurnDevice,
     ) -> Result<Model> {
-        config.require_dense(std::path::Path::new("config.json"))?;
         let threads = start_threads(self.threads, self.activations == DType::BF16)?;
         let dtype = self.dtype.or(config.dtype).unwrap_or(DType::BF16);
         let mut seed = 0;
         let tied = config.tie_word_embeddings;
-        let mut weights = WeightBytes::new(tied, self.screened_head);
+        let mut weights = WeightBytes::new(tied, self.screened_head, &config);
         self.check_screen(&device, self.quantize.is_some())?;
         let mut ranks = None;
         let shapes: HashMap<_, _> = names::expected(&config, tied).into_iter().collect();
@@ -553,19 +551,25 @@ fn taken(kept: &mut Option<Kept>) -> Result<Kept> {
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct WeightBytes {
     pub(crate) all: u64,
-    /// Of those that every token reads whole.
+    /// Of those that each token reads.
     pub(crate) per_token: u64,
     tied: bool,
     screened: bool,
+    /// Of so many experts a token visits so many.
+    visits: (u64, u64),
 }
 
 impl WeightBytes {
-    fn new(tied: bool, screened: bool) -> Self {
+    fn new(tied: bool, screened: bool, config: &ModelConfig) -> Self {
+        let visits = config.moe.as_ref().map_or((1, 1), |moe| {
+            (moe.num_experts_per_tok as u64, moe.num_experts as u64)
+        });
         Self {
             all: 0,
             per_token: 0,
             tied,
             screened,
+            visits,
         }
     }
 
@@ -575,7 +579,10 @@ impl WeightBytes {
         // A token reads one row of a table that is not the head as well, and the screen for the head.
         let row_only = !self.tied && name == EMBEDDING;
         let few_only = self.screened && name == head_name(self.tied);
-        if !row_only && !few_only {
+        if name.contains(".mlp.experts.") {
+            // All of one layer are alike, so the sum has no rounding to speak of.
+            self.per_token += bytes * self.visits.0 / self.visits.1;
+        } else if !row_only && !few_only {
             self.per_token += bytes;
         }
     }

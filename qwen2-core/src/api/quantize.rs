@@ -37,14 +37,21 @@ impl Quantization {
         }
     }
 
-    /// The format of the matrix `name`.
-    fn format(self, name: &str) -> packed::Format {
+    /// The format of the matrix `name`; `None`: it stays as it is stored.
+    fn format(self, name: &str) -> Option<packed::Format> {
+        // Routers are small, and a wrong choice of experts costs more than their bytes.
+        if ["mlp.gate.weight", "mlp.shared_expert_gate.weight"]
+            .iter()
+            .any(|router| name.ends_with(router))
+        {
+            return None;
+        }
         // The head decides between tokens by small differences: it keeps eight bits.
         let outer = ["model.embed_tokens.weight", "lm_head.weight"].contains(&name);
-        match self {
+        Some(match self {
             Self::Q4 if !outer => packed::Format::Q4,
             _ => packed::Format::Q8,
-        }
+        })
     }
 }
 
@@ -80,33 +87,28 @@ pub fn quantize(
     mut progress: impl FnMut(Progress) -> ControlFlow<()>,
 ) -> Result<()> {
     let checkpoint = Checkpoint::open(&source.into(), &mut progress)?;
-    checkpoint.config.require_dense(&checkpoint.config_path())?;
     refuse_packed(&checkpoint, "quantize")?;
     let tied = names::audit(&checkpoint)?;
     let threads = start_threads(None, false)?;
     let mut plan: Vec<_> = names::expected(&checkpoint.config, tied)
         .into_iter()
-        .map(|(name, shape)| match *shape.as_slice() {
-            [rows, cols] => {
-                let shape = packed::Shape {
-                    format: quantization.format(&name),
-                    rows,
-                    cols,
-                };
-                let shape = vec![shape.panels(), shape.panel_bytes()];
-                Planned {
-                    name,
-                    encoding: Encoding::Packed,
-                    shape,
+        .map(|(name, shape)| {
+            let (encoding, shape) = match (shape.as_slice(), quantization.format(&name)) {
+                (&[rows, cols], Some(format)) => {
+                    let shape = packed::Shape { format, rows, cols };
+                    let shape = vec![shape.panels(), shape.panel_bytes()];
+                    (Encoding::Packed, shape)
                 }
-            }
-            _ => Planned {
+                ([_, _], None) => (checkpoint.tensor(&name)?.encoding, shape),
+                _ => (Encoding::Numbers(DType::F32), shape),
+            };
+            Ok(Planned {
                 name,
-                encoding: Encoding::Numbers(DType::F32),
+                encoding,
                 shape,
-            },
+            })
         })
-        .collect();
+        .collect::<Result<_>>()?;
     // Panels are whole cache lines: before the vectors, they stay in line.
     plan.sort_by_key(|tensor| tensor.encoding != Encoding::Packed);
     let (mut done, total) = (0, checkpoint.total_bytes());
@@ -123,15 +125,16 @@ pub fn quantize(
         &mut |tensor| {
             let stored = checkpoint.tensor(&tensor.name)?;
             done += stored.bytes.len() as u64;
-            let bytes = match (tensor.encoding, stored.shape.as_slice()) {
-                (Encoding::Packed, &[rows, cols]) => {
-                    let format = quantization.format(&tensor.name);
+            let format = quantization.format(&tensor.name);
+            let bytes = match (tensor.encoding, stored.shape.as_slice(), format) {
+                (Encoding::Packed, &[rows, cols], Some(format)) => {
                     let shape = packed::Shape { format, rows, cols };
                     let mut bytes = vec![0; shape.bytes()];
                     pack(shape, &convert(stored, None), &threads, &mut bytes);
                     bytes
                 }
-                _ => convert(stored, Some(DType::F32)).as_bytes().to_vec(),
+                (Encoding::Numbers(dtype), ..) => convert(stored, Some(dtype)).as_bytes().to_vec(),
+                _ => unreachable!("planned as packed for its format"),
             };
             checkpoint.release(&tensor.name);
             match progress(Progress::new(done, total)) {
@@ -166,10 +169,10 @@ pub(super) fn keep(
     threads: &Threads,
     arena: &mut Arena,
 ) -> Result<Kept> {
-    let (Some(quantization), &[rows, cols]) = (quantization, data.shape().as_slice()) else {
+    let format = quantization.and_then(|quantization| quantization.format(name));
+    let (Some(format), &[rows, cols]) = (format, data.shape().as_slice()) else {
         return Ok(Kept::Dense(data)); // not asked for, or a vector
     };
-    let format = quantization.format(name);
     let shape = packed::Shape { format, rows, cols };
     let mut piece = take(arena, name, shape.bytes())?;
     pack(shape, &data, threads, &mut piece);

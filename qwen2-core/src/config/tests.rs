@@ -113,17 +113,11 @@ fn mixture() -> Value {
 }
 
 #[test]
-fn the_mixture_is_read_whole_and_refused_by_name() {
+fn the_mixture_is_read_whole() {
     let config = parse(&with(mixture())).expect("57B");
     assert_eq!(config.parameter_count(), 57_408_658_944);
     let moe = config.moe.as_ref().expect("experts");
     assert!(moe.is_sparse(0) && !moe.norm_topk_prob);
-    let error = config.require_dense(Path::new(PATH)).expect_err("refused");
-    assert_eq!(error.kind(), ErrorKind::Unsupported);
-    assert_eq!(
-        error.to_string(),
-        "model type is not supported yet: /m/config.json: model_type: qwen2_moe"
-    );
 }
 
 #[test]

@@ -5,9 +5,10 @@ use burn::tensor::{Bytes, DType, Device, Tensor, TensorData};
 use super::attention::Attention;
 use super::cache::CacheShape;
 use super::mlp::Mlp;
+use super::moe::Moe;
 use super::rope::Rope;
-use super::{DecoderLayer, Qwen2};
-use crate::config::ModelConfig;
+use super::{DecoderLayer, FeedForward, Qwen2};
+use crate::config::{ModelConfig, MoeConfig};
 use crate::error::{Error, ErrorKind, Result};
 use crate::ops::{Linear, RmsNorm, Weight, packed};
 
@@ -75,11 +76,23 @@ fn layer(config: &ModelConfig, source: &mut Source<'_>, index: usize) -> Result<
         },
         post_attention_layernorm: source
             .norm(&at("post_attention_layernorm"), config.rms_norm_eps)?,
-        mlp: Mlp {
-            gate_proj: source.linear(&at("mlp.gate_proj"), false)?,
-            up_proj: source.linear(&at("mlp.up_proj"), false)?,
-            down_proj: source.linear(&at("mlp.down_proj"), false)?,
+        mlp: match config.moe.as_ref().filter(|moe| moe.is_sparse(index)) {
+            None => FeedForward::Dense(source.mlp(&at("mlp"))?),
+            Some(moe) => FeedForward::Sparse(Box::new(experts(moe, source, &at("mlp"))?)),
         },
+    })
+}
+
+fn experts(config: &MoeConfig, source: &mut Source<'_>, prefix: &str) -> Result<Moe> {
+    Ok(Moe {
+        router: source.linear(&format!("{prefix}.gate"), false)?,
+        experts: (0..config.num_experts)
+            .map(|expert| source.mlp(&format!("{prefix}.experts.{expert}")))
+            .collect::<Result<_>>()?,
+        shared_expert: source.mlp(&format!("{prefix}.shared_expert"))?,
+        shared_expert_gate: source.linear(&format!("{prefix}.shared_expert_gate"), false)?,
+        num_experts_per_tok: config.num_experts_per_tok,
+        norm_topk_prob: config.norm_topk_prob,
     })
 }
 
@@ -131,6 +144,14 @@ impl Source<'_> {
             None
         };
         Ok(Linear { weight, bias })
+    }
+
+    fn mlp(&mut self, name: &str) -> Result<Mlp> {
+        Ok(Mlp {
+            gate_proj: self.linear(&format!("{name}.gate_proj"), false)?,
+            up_proj: self.linear(&format!("{name}.up_proj"), false)?,
+            down_proj: self.linear(&format!("{name}.down_proj"), false)?,
+        })
     }
 
     fn norm(&mut self, name: &str, eps: f64) -> Result<RmsNorm> {

@@ -8,6 +8,7 @@ mod attention;
 pub(crate) mod cache;
 mod load;
 mod mlp;
+mod moe;
 mod rope;
 
 use burn::tensor::Tensor;
@@ -18,11 +19,12 @@ use crate::profile::part;
 use attention::Attention;
 use cache::{Cache, CacheShape};
 use mlp::Mlp;
+use moe::Moe;
 use rope::Rope;
 
 pub(crate) use load::{Kept, SCREEN, load};
 
-/// Qwen2 (arXiv:2407.10671), dense.
+/// Qwen2 (arXiv:2407.10671), dense or with experts.
 #[derive(Debug)]
 pub(crate) struct Qwen2 {
     embed_tokens: Weight,
@@ -41,7 +43,14 @@ struct DecoderLayer {
     input_layernorm: RmsNorm,
     self_attn: Attention,
     post_attention_layernorm: RmsNorm,
-    mlp: Mlp,
+    mlp: FeedForward,
+}
+
+/// The second half of a layer.
+#[derive(Debug)]
+enum FeedForward {
+    Dense(Mlp),
+    Sparse(Box<Moe>),
 }
 
 /// The rows whose logits a forward returns.
@@ -127,6 +136,10 @@ impl DecoderLayer {
         let h = self
             .self_attn
             .forward(h, &self.input_layernorm, tables, cache, n_past);
-        self.mlp.forward(h, &self.post_attention_layernorm)
+        let norm = &self.post_attention_layernorm;
+        match &self.mlp {
+            FeedForward::Dense(mlp) => mlp.forward(h, norm),
+            FeedForward::Sparse(moe) => moe.forward(h, norm),
+        }
     }
 }

@@ -83,6 +83,33 @@ pub(crate) fn swiglu(x: &Tensor<2>, norm: &RmsNorm, gate: &Linear, up: &Linear) 
     portable::swiglu(x, norm, gate, up)
 }
 
+/// The tokens that an expert is for, each once and in order, and what its result counts for each.
+#[derive(Clone, Debug, PartialEq)]
+pub(crate) struct Route {
+    pub(crate) tokens: Vec<u32>,
+    pub(crate) weights: Vec<f32>,
+}
+
+/// An expert, a SwiGLU network, and its tokens.
+#[derive(Debug)]
+pub(crate) struct Visit<'a> {
+    pub(crate) gate: &'a Linear,
+    pub(crate) up: &'a Linear,
+    pub(crate) down: &'a Linear,
+    pub(crate) route: Route,
+}
+
+/// A mixture of experts with its residual: `h[t] + Σ weight · down(silu(gate(x[t])) · up(x[t]))` with
+/// `x = norm(h)`, over the visits that token `t` is part of; `h` `[n, hidden]`. Experts without tokens
+/// are left out by the caller.
+pub(crate) fn experts(h: Tensor<2>, norm: &RmsNorm, visits: Vec<Visit<'_>>) -> Tensor<2> {
+    #[cfg(feature = "cpu")]
+    if cpu::takes(&h) {
+        return cpu::experts(h, norm, visits);
+    }
+    portable::experts(h, norm, visits)
+}
+
 /// Takes queries, keys and values apart (`qkv` `[n, (heads + 2 · kv_heads) · head_dim]`), gives
 /// queries and keys their rotary embedding (arXiv:2104.09864, half-split pairing), and writes keys
 /// and values to the cache from position `start` on. The queries: `[n, heads, head_dim]`.

@@ -1,8 +1,8 @@
 //! Every operation in plain tensors: what any backend runs, and the oracle of the kernels.
 
-use burn::tensor::{DType, Int, Tensor, TensorData, activation};
+use burn::tensor::{DType, Device, IndexingUpdateOp, Int, Tensor, TensorData, activation};
 
-use super::{KeyValues, Linear, RmsNorm, RopeTables, Visible, Weight, packed};
+use super::{KeyValues, Linear, RmsNorm, RopeTables, Visible, Visit, Weight, packed};
 
 pub(crate) fn project<const N: usize>(
     x: &Tensor<2>,
@@ -19,8 +19,25 @@ pub(crate) fn add_project(h: Tensor<2>, x: Tensor<2>, matrix: &Linear) -> Tensor
 }
 
 pub(crate) fn swiglu(x: &Tensor<2>, norm: &RmsNorm, gate: &Linear, up: &Linear) -> Tensor<2> {
-    let x = rms_norm(x.clone(), norm);
+    gated(rms_norm(x.clone(), norm), gate, up)
+}
+
+fn gated(x: Tensor<2>, gate: &Linear, up: &Linear) -> Tensor<2> {
     activation::silu(linear(x.clone(), gate)) * linear(x, up)
+}
+
+pub(crate) fn experts(h: Tensor<2>, norm: &RmsNorm, visits: Vec<Visit<'_>>) -> Tensor<2> {
+    let device = h.device();
+    let x = rms_norm(h.clone(), norm);
+    visits.into_iter().fold(h, |h, visit| {
+        let tokens = ids(&visit.route.tokens, &device);
+        let rows = x.clone().select(0, tokens.clone());
+        let y = linear(gated(rows, visit.gate, visit.up), visit.down);
+        let n = visit.route.weights.len();
+        let weights = TensorData::new(visit.route.weights, [n, 1]);
+        let y = y * Tensor::from_data(weights, &device);
+        h.select_assign(0, tokens, y, IndexingUpdateOp::Add)
+    })
 }
 
 pub(crate) fn append(
@@ -129,12 +146,15 @@ fn mask(n: usize, n_total: usize, visible: Visible, device: &burn::tensor::Devic
 }
 
 pub(crate) fn embed(table: &Tensor<2>, tokens: &[u32]) -> Tensor<2> {
-    // Ids are below 2^31: config.rs bounds vocab_size.
-    let ids: Vec<i32> = tokens.iter().map(|&token| token as i32).collect();
-    let device = table.device();
-    let n = ids.len();
-    let ids = Tensor::<1, Int>::from_data(TensorData::new(ids, [n]), (&device, DType::I32));
+    let ids = ids(tokens, &table.device());
     table.clone().select(0, ids).cast(DType::F32)
+}
+
+/// Places in a table; below 2^31, since config.rs bounds vocab_size and the context.
+fn ids(places: &[u32], device: &Device) -> Tensor<1, Int> {
+    let ids: Vec<i32> = places.iter().map(|&place| place as i32).collect();
+    let n = ids.len();
+    Tensor::from_data(TensorData::new(ids, [n]), (device, DType::I32))
 }
 
 pub(crate) fn packed_embed(

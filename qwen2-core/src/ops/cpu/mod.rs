@@ -4,31 +4,25 @@
 mod attention;
 mod bf16_gemm;
 mod elementwise;
+mod experts;
 mod matmul;
+mod matrix;
 pub(crate) mod pool;
 mod product;
 mod quantized;
 pub(crate) mod simd;
 
-use burn::backend::tensor::{FloatTensor, IntTensor};
-use burn::backend::{Backend, Dispatch, ExtensionType, backend_extension};
+use burn::backend::tensor::FloatTensor;
+use burn::backend::{Backend, Dispatch, backend_extension};
 use burn::tensor::{DType, Int, Shape, Tensor, TensorData};
 use burn_flex::{Flex, FlexTensor};
 use half::{bf16, f16};
 
-use super::{KeyValues, Linear, RmsNorm, RopeTables, Visible, Weight, packed};
+use super::{KeyValues, Linear, RmsNorm, RopeTables, Route, Visible, Visit, Weight, packed};
 use attention::{Append, Attention};
-use product::{Finish, Pair, Product, Target, run_all};
+use matrix::{Element, Input, Matrices, Matrix, elements, matrix};
+use product::{Finish, Pair, Target, run_all};
 use simd::Isa;
-
-/// A matrix in the form that the kernels take.
-#[derive(ExtensionType)]
-pub(crate) enum Matrix<B: Backend> {
-    Dense(FloatTensor<B>),
-    DenseBias(FloatTensor<B>, FloatTensor<B>),
-    Packed(IntTensor<B>, packed::Shape),
-    PackedBias(IntTensor<B>, packed::Shape, FloatTensor<B>),
-}
 
 /// The operations that burn's backends are extended by; shapes as in `ops/mod.rs`.
 #[backend_extension(Flex)]
@@ -37,15 +31,7 @@ pub(crate) trait Qwen2Ops: Backend {
         x: FloatTensor<Self>,
         norm: FloatTensor<Self>,
         eps: f64,
-        #[extension_type] matrix: Matrix<Self>,
-    ) -> FloatTensor<Self>;
-    fn qwen2_project_three(
-        x: FloatTensor<Self>,
-        norm: FloatTensor<Self>,
-        eps: f64,
-        #[extension_type] first: Matrix<Self>,
-        #[extension_type] second: Matrix<Self>,
-        #[extension_type] third: Matrix<Self>,
+        #[extension_type] matrices: Matrices<Self>,
     ) -> FloatTensor<Self>;
     fn qwen2_screened_head(
         x: FloatTensor<Self>,
@@ -65,6 +51,13 @@ pub(crate) trait Qwen2Ops: Backend {
         eps: f64,
         #[extension_type] gate: Matrix<Self>,
         #[extension_type] up: Matrix<Self>,
+    ) -> FloatTensor<Self>;
+    fn qwen2_experts(
+        h: FloatTensor<Self>,
+        norm: FloatTensor<Self>,
+        eps: f64,
+        #[extension_type] matrices: Matrices<Self>,
+        routes: Vec<Route>,
     ) -> FloatTensor<Self>;
     fn qwen2_append(
         qkv: FloatTensor<Self>,
@@ -88,20 +81,9 @@ impl Qwen2Ops for Flex {
         x: FlexTensor,
         norm: FlexTensor,
         eps: f64,
-        matrix: Matrix<Self>,
+        matrices: Matrices<Self>,
     ) -> FlexTensor {
-        flex_project(&x, &norm, eps, &[matrix])
-    }
-
-    fn qwen2_project_three(
-        x: FlexTensor,
-        norm: FlexTensor,
-        eps: f64,
-        first: Matrix<Self>,
-        second: Matrix<Self>,
-        third: Matrix<Self>,
-    ) -> FlexTensor {
-        flex_project(&x, &norm, eps, &[first, second, third])
+        flex_project(&x, &norm, eps, &matrices.0)
     }
 
     fn qwen2_screened_head(
@@ -164,6 +146,16 @@ impl Qwen2Ops for Flex {
         tensor(out, Shape::new([n, width]))
     }
 
+    fn qwen2_experts(
+        h: FlexTensor,
+        norm: FlexTensor,
+        eps: f64,
+        matrices: Matrices<Self>,
+        routes: Vec<Route>,
+    ) -> FlexTensor {
+        experts::flex_experts(h, &norm, eps, &matrices.0, &routes)
+    }
+
     fn qwen2_append(
         qkv: FlexTensor,
         cos: FlexTensor,
@@ -204,23 +196,6 @@ pub(crate) fn takes<const D: usize>(x: &Tensor<D>) -> bool {
     x.device() == burn::tensor::Device::flex()
 }
 
-/// The parameters as the extension's types.
-fn matrix(linear: &Linear) -> Matrix<Dispatch> {
-    let bias = linear.bias.clone().map(Tensor::into_dispatch);
-    match (&linear.weight, bias) {
-        (Weight::Dense(weight), None) => Matrix::Dense(weight.clone().into_dispatch()),
-        (Weight::Dense(weight), Some(bias)) => {
-            Matrix::DenseBias(weight.clone().into_dispatch(), bias)
-        }
-        (Weight::Packed { shape, bytes }, None) => {
-            Matrix::Packed(bytes.clone().into_dispatch(), *shape)
-        }
-        (Weight::Packed { shape, bytes }, Some(bias)) => {
-            Matrix::PackedBias(bytes.clone().into_dispatch(), *shape, bias)
-        }
-    }
-}
-
 pub(crate) fn project<const N: usize>(
     x: &Tensor<2>,
     norm: &RmsNorm,
@@ -228,11 +203,8 @@ pub(crate) fn project<const N: usize>(
 ) -> Tensor<2> {
     let (x, eps) = (x.clone().into_dispatch(), norm.eps);
     let norm = norm.weight.clone().into_dispatch();
-    Tensor::from_dispatch(match *matrices.as_slice() {
-        [one] => Dispatch::qwen2_project(x, norm, eps, matrix(one)),
-        [a, b, c] => Dispatch::qwen2_project_three(x, norm, eps, matrix(a), matrix(b), matrix(c)),
-        _ => unreachable!("one matrix or three"),
-    })
+    let matrices = Matrices(matrices.map(matrix).into());
+    Tensor::from_dispatch(Dispatch::qwen2_project(x, norm, eps, matrices))
 }
 
 pub(crate) fn screened_head(
@@ -267,6 +239,18 @@ pub(crate) fn swiglu(x: &Tensor<2>, norm: &RmsNorm, gate: &Linear, up: &Linear) 
         norm.weight.clone().into_dispatch(),
     );
     let out = Dispatch::qwen2_swiglu(x, weight, norm.eps, matrix(gate), matrix(up));
+    Tensor::from_dispatch(out)
+}
+
+pub(crate) fn experts(h: Tensor<2>, norm: &RmsNorm, visits: Vec<Visit<'_>>) -> Tensor<2> {
+    let (h, eps) = (h.into_dispatch(), norm.eps);
+    let norm = norm.weight.clone().into_dispatch();
+    let matrices = visits
+        .iter()
+        .flat_map(|visit| [visit.gate, visit.up, visit.down].map(matrix))
+        .collect();
+    let routes = visits.into_iter().map(|visit| visit.route).collect();
+    let out = Dispatch::qwen2_experts(h, norm, eps, Matrices(matrices), routes);
     Tensor::from_dispatch(out)
 }
 
@@ -320,142 +304,6 @@ pub(crate) fn packed_embed(
         (&device, DType::F32),
     )
 }
-
-impl Matrix<Flex> {
-    /// `out_features`.
-    fn rows(&self) -> usize {
-        match self {
-            Self::Dense(weight) | Self::DenseBias(weight, _) => weight.layout().shape()[0],
-            Self::Packed(_, shape) | Self::PackedBias(_, shape, _) => shape.rows,
-        }
-    }
-
-    /// Biases are loaded as f32.
-    fn bias(&self) -> Option<&[f32]> {
-        match self {
-            Self::Dense(_) | Self::Packed(..) => None,
-            Self::DenseBias(_, bias) | Self::PackedBias(_, _, bias) => Some(elements(bias)),
-        }
-    }
-
-    /// The product with `input` as tasks; `total`: the rows of all the products of the job.
-    fn product<'a>(
-        &'a self,
-        input: &'a Input<'_>,
-        target: Target<'a>,
-        total: usize,
-    ) -> Box<dyn Product + 'a> {
-        match self {
-            Self::Dense(weight) | Self::DenseBias(weight, _) => input.dense(weight, target, total),
-            Self::Packed(bytes, shape) | Self::PackedBias(bytes, shape, _) => {
-                let Some(x) = &input.quantized else {
-                    unreachable!("made when the matrix is packed");
-                };
-                let args = quantized::Packed {
-                    x,
-                    shape: *shape,
-                    bytes: bytes.bytes(),
-                };
-                Box::new(quantized::Panels::new(input.isa, args, target, total))
-            }
-        }
-    }
-}
-
-/// Activations in every form that some matrices want them in.
-struct Input<'a> {
-    isa: Isa,
-    x: &'a [f32],
-    width: usize,
-    quantized: Option<quantized::Activations>,
-    #[cfg(target_arch = "x86_64")]
-    rounded: Option<bf16_gemm::Rounded>,
-}
-
-impl<'a> Input<'a> {
-    /// `x` `[n, width]`.
-    fn new(x: &'a [f32], width: usize, matrices: &[&Matrix<Flex>]) -> Self {
-        let isa = Isa::selected();
-        let packed = matrices
-            .iter()
-            .any(|m| matches!(m, Matrix::Packed(..) | Matrix::PackedBias(..)));
-        Self {
-            isa,
-            x,
-            width,
-            quantized: packed.then(|| quantized::Activations::new(isa, x, width)),
-            #[cfg(target_arch = "x86_64")]
-            rounded: {
-                let is_bf16 = |m: &&Matrix<Flex>| match m {
-                    Matrix::Dense(w) | Matrix::DenseBias(w, _) => w.dtype() == DType::BF16,
-                    _ => false,
-                };
-                // Only where it is wanted, there, and worth it.
-                (pool::takes_bf16_products()
-                    && x.len() / width >= bf16_gemm::MIN_TOKENS
-                    && isa >= Isa::Avx512
-                    && bf16_gemm::is_present()
-                    && matrices.iter().any(is_bf16))
-                .then(|| bf16_gemm::Rounded::new(x, width))
-            },
-        }
-    }
-
-    fn n(&self) -> usize {
-        self.x.len() / self.width
-    }
-
-    fn dense<'b>(
-        &'b self,
-        weight: &'b FlexTensor,
-        target: Target<'b>,
-        total: usize,
-    ) -> Box<dyn Product + 'b> {
-        match weight.dtype() {
-            DType::F32 => self.stored::<f32>(weight, target, total),
-            #[cfg(target_arch = "x86_64")]
-            DType::BF16 if let Some(x) = &self.rounded => Box::new(bf16_gemm::Blocks::new(
-                self.isa,
-                self.args(weight),
-                x,
-                target,
-            )),
-            DType::BF16 => self.stored::<bf16>(weight, target, total),
-            DType::F16 => self.stored::<f16>(weight, target, total),
-            other => unreachable!("weights are loaded as f32, bf16 or f16, not {other:?}"),
-        }
-    }
-
-    fn stored<'b, W: Element>(
-        &'b self,
-        weight: &'b FlexTensor,
-        target: Target<'b>,
-        total: usize,
-    ) -> Box<dyn Product + 'b> {
-        Box::new(matmul::Rows::new(
-            self.isa,
-            self.args::<W>(weight),
-            target,
-            total,
-        ))
-    }
-
-    fn args<'b, W: Element>(&'b self, weight: &'b FlexTensor) -> matmul::Linear<'b, W> {
-        let outer = weight.layout().shape()[0];
-        matmul::Linear {
-            x: self.x,
-            weight: elements(weight),
-            inner: self.width,
-            outer,
-        }
-    }
-}
-
-/// An element type of burn's that the kernels take.
-trait Element: simd::Stored + burn::tensor::Element + bytemuck::Pod {}
-impl Element for f32 {}
-impl Element for bf16 {}
-impl Element for f16 {}
 
 fn flex_project(
     x: &FlexTensor,
@@ -555,14 +403,6 @@ fn flex_attention<W: Element>(
 
 fn dims<const D: usize>(tensor: &FlexTensor) -> [usize; D] {
     std::array::from_fn(|i| tensor.layout().shape()[i])
-}
-
-/// The elements of a contiguous tensor.
-fn elements<E: burn::tensor::Element + bytemuck::Pod>(tensor: &FlexTensor) -> &[E] {
-    let Some((start, end)) = tensor.layout().contiguous_offsets() else {
-        unreachable!("the callers made it contiguous");
-    };
-    &tensor.storage::<E>()[start..end]
 }
 
 fn tensor(values: Vec<f32>, shape: Shape) -> FlexTensor {

@@ -1,0 +1,227 @@
+//! The matrices of a call as burn's extension takes them, and the product of activations with each.
+
+use burn::backend::tensor::{FloatTensor, IntTensor};
+use burn::backend::{
+    Backend, BackendTensor, Dispatch, DispatchAutodiffContext, DispatchTensor, DispatchTensorKind,
+    ExtensionType,
+};
+use burn::tensor::{DType, Tensor};
+use burn_flex::{Flex, FlexTensor};
+use half::{bf16, f16};
+
+use super::product::{Product, Target};
+use super::simd::{self, Isa};
+#[cfg(target_arch = "x86_64")]
+use super::{bf16_gemm, pool};
+use super::{matmul, quantized};
+use crate::ops::{Linear, Weight, packed};
+
+/// A matrix in the form that the kernels take.
+#[derive(ExtensionType)]
+pub(crate) enum Matrix<B: Backend> {
+    Dense(FloatTensor<B>),
+    DenseBias(FloatTensor<B>, FloatTensor<B>),
+    Packed(IntTensor<B>, packed::Shape),
+    PackedBias(IntTensor<B>, packed::Shape, FloatTensor<B>),
+}
+
+/// Any number of matrices.
+pub(crate) struct Matrices<B: Backend>(pub(crate) Vec<Matrix<B>>);
+
+impl<B: Backend> ExtensionType<B> for Matrices<B> {
+    type Target = Matrices<Dispatch>;
+
+    fn map_to_dispatch<F>(self, map_kind: F, autodiff: DispatchAutodiffContext) -> Self::Target
+    where
+        F: Fn(BackendTensor<B>) -> DispatchTensorKind,
+    {
+        let map = |matrix: Matrix<B>| matrix.map_to_dispatch(&map_kind, autodiff);
+        Matrices(self.0.into_iter().map(map).collect())
+    }
+
+    fn map_from_dispatch<F>(target: Self::Target, unwrap_kind: F) -> Self
+    where
+        F: Fn(DispatchTensor) -> BackendTensor<B>,
+    {
+        let map = |matrix| Matrix::map_from_dispatch(matrix, &unwrap_kind);
+        Self(target.0.into_iter().map(map).collect())
+    }
+
+    fn routing_tensor(target: &Self::Target) -> Option<&DispatchTensor> {
+        let mut matrices = target.0.iter();
+        matrices.find_map(<Matrix<Dispatch> as ExtensionType<Dispatch>>::routing_tensor)
+    }
+
+    fn routing_float_tensor(target: &Self::Target) -> Option<&DispatchTensor> {
+        let mut matrices = target.0.iter();
+        matrices.find_map(<Matrix<Dispatch> as ExtensionType<Dispatch>>::routing_float_tensor)
+    }
+
+    fn autodiff_context(target: &Self::Target) -> DispatchAutodiffContext {
+        let start = DispatchAutodiffContext::Disabled;
+        target.0.iter().fold(start, |context, matrix| {
+            context.merge(<Matrix<Dispatch> as ExtensionType<Dispatch>>::autodiff_context(matrix))
+        })
+    }
+}
+
+/// The parameters as the extension's types.
+pub(crate) fn matrix(linear: &Linear) -> Matrix<Dispatch> {
+    let bias = linear.bias.clone().map(Tensor::into_dispatch);
+    match (&linear.weight, bias) {
+        (Weight::Dense(weight), None) => Matrix::Dense(weight.clone().into_dispatch()),
+        (Weight::Dense(weight), Some(bias)) => {
+            Matrix::DenseBias(weight.clone().into_dispatch(), bias)
+        }
+        (Weight::Packed { shape, bytes }, None) => {
+            Matrix::Packed(bytes.clone().into_dispatch(), *shape)
+        }
+        (Weight::Packed { shape, bytes }, Some(bias)) => {
+            Matrix::PackedBias(bytes.clone().into_dispatch(), *shape, bias)
+        }
+    }
+}
+
+impl Matrix<Flex> {
+    /// `out_features`.
+    pub(crate) fn rows(&self) -> usize {
+        match self {
+            Self::Dense(weight) | Self::DenseBias(weight, _) => weight.layout().shape()[0],
+            Self::Packed(_, shape) | Self::PackedBias(_, shape, _) => shape.rows,
+        }
+    }
+
+    /// Biases are loaded as f32.
+    pub(crate) fn bias(&self) -> Option<&[f32]> {
+        match self {
+            Self::Dense(_) | Self::Packed(..) => None,
+            Self::DenseBias(_, bias) | Self::PackedBias(_, _, bias) => Some(elements(bias)),
+        }
+    }
+
+    /// The product with `input` as tasks; `total`: the rows of all the products of the job.
+    pub(crate) fn product<'a>(
+        &'a self,
+        input: &'a Input<'_>,
+        target: Target<'a>,
+        total: usize,
+    ) -> Box<dyn Product + 'a> {
+        match self {
+            Self::Dense(weight) | Self::DenseBias(weight, _) => input.dense(weight, target, total),
+            Self::Packed(bytes, shape) | Self::PackedBias(bytes, shape, _) => {
+                let Some(x) = &input.quantized else {
+                    unreachable!("made when the matrix is packed");
+                };
+                let args = quantized::Packed {
+                    x,
+                    shape: *shape,
+                    bytes: bytes.bytes(),
+                };
+                Box::new(quantized::Panels::new(input.isa, args, target, total))
+            }
+        }
+    }
+}
+
+/// Activations in every form that some matrices want them in.
+pub(crate) struct Input<'a> {
+    isa: Isa,
+    x: &'a [f32],
+    width: usize,
+    quantized: Option<quantized::Activations>,
+    #[cfg(target_arch = "x86_64")]
+    rounded: Option<bf16_gemm::Rounded>,
+}
+
+impl<'a> Input<'a> {
+    /// `x` `[n, width]`.
+    pub(crate) fn new(x: &'a [f32], width: usize, matrices: &[&Matrix<Flex>]) -> Self {
+        let isa = Isa::selected();
+        let packed = matrices
+            .iter()
+            .any(|m| matches!(m, Matrix::Packed(..) | Matrix::PackedBias(..)));
+        Self {
+            isa,
+            x,
+            width,
+            quantized: packed.then(|| quantized::Activations::new(isa, x, width)),
+            #[cfg(target_arch = "x86_64")]
+            rounded: {
+                let is_bf16 = |m: &&Matrix<Flex>| match m {
+                    Matrix::Dense(w) | Matrix::DenseBias(w, _) => w.dtype() == DType::BF16,
+                    _ => false,
+                };
+                // Only where it is wanted, there, and worth it.
+                (pool::takes_bf16_products()
+                    && x.len() / width >= bf16_gemm::MIN_TOKENS
+                    && isa >= Isa::Avx512
+                    && bf16_gemm::is_present()
+                    && matrices.iter().any(is_bf16))
+                .then(|| bf16_gemm::Rounded::new(x, width))
+            },
+        }
+    }
+
+    pub(crate) fn n(&self) -> usize {
+        self.x.len() / self.width
+    }
+
+    fn dense<'b>(
+        &'b self,
+        weight: &'b FlexTensor,
+        target: Target<'b>,
+        total: usize,
+    ) -> Box<dyn Product + 'b> {
+        match weight.dtype() {
+            DType::F32 => self.stored::<f32>(weight, target, total),
+            #[cfg(target_arch = "x86_64")]
+            DType::BF16 if let Some(x) = &self.rounded => Box::new(bf16_gemm::Blocks::new(
+                self.isa,
+                self.args(weight),
+                x,
+                target,
+            )),
+            DType::BF16 => self.stored::<bf16>(weight, target, total),
+            DType::F16 => self.stored::<f16>(weight, target, total),
+            other => unreachable!("weights are loaded as f32, bf16 or f16, not {other:?}"),
+        }
+    }
+
+    fn stored<'b, W: Element>(
+        &'b self,
+        weight: &'b FlexTensor,
+        target: Target<'b>,
+        total: usize,
+    ) -> Box<dyn Product + 'b> {
+        Box::new(matmul::Rows::new(
+            self.isa,
+            self.args::<W>(weight),
+            target,
+            total,
+        ))
+    }
+
+    fn args<'b, W: Element>(&'b self, weight: &'b FlexTensor) -> matmul::Linear<'b, W> {
+        let outer = weight.layout().shape()[0];
+        matmul::Linear {
+            x: self.x,
+            weight: elements(weight),
+            inner: self.width,
+            outer,
+        }
+    }
+}
+
+/// An element type of burn's that the kernels take.
+pub(crate) trait Element: simd::Stored + burn::tensor::Element + bytemuck::Pod {}
+impl Element for f32 {}
+impl Element for bf16 {}
+impl Element for f16 {}
+
+/// The elements of a contiguous tensor.
+pub(crate) fn elements<E: burn::tensor::Element + bytemuck::Pod>(tensor: &FlexTensor) -> &[E] {
+    let Some((start, end)) = tensor.layout().contiguous_offsets() else {
+        unreachable!("the callers made it contiguous");
+    };
+    &tensor.storage::<E>()[start..end]
+}
