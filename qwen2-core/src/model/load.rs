@@ -77,7 +77,7 @@ fn layer(config: &ModelConfig, source: &mut Source<'_>, index: usize) -> Result<
         post_attention_layernorm: source
             .norm(&at("post_attention_layernorm"), config.rms_norm_eps)?,
         mlp: match config.moe.as_ref().filter(|moe| moe.is_sparse(index)) {
-            None => FeedForward::Dense(source.mlp(&at("mlp"))?),
+            None => FeedForward::Dense(Box::new(source.mlp(&at("mlp"))?)),
             Some(moe) => FeedForward::Sparse(Box::new(experts(moe, source, &at("mlp"))?)),
         },
     })

@@ -49,7 +49,7 @@ struct DecoderLayer {
 /// The second half of a layer.
 #[derive(Debug)]
 enum FeedForward {
-    Dense(Mlp),
+    Dense(Box<Mlp>),
     Sparse(Box<Moe>),
 }
 
