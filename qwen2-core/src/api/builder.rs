@@ -4,12 +4,13 @@ use std::collections::HashMap;
 use std::ops::ControlFlow;
 use std::sync::Arc;
 
-use burn::tensor::{Bytes, DType as BurnDType, Device as BurnDevice, TensorData};
+use burn::tensor::{Device as BurnDevice, TensorData};
 
 use super::model::{Inner, Model, display_name};
 use super::quantize::{Quantization, copy, keep, keep_packed, refuse_packed, screen};
+use super::stored::{burn_dtype, keep_stored};
 use crate::checkpoint::mmap::arena::Arena;
-use crate::checkpoint::{Checkpoint, Encoding, Progress, Source, StoredTensor, cancelled, names};
+use crate::checkpoint::{Checkpoint, Encoding, Progress, Source, cancelled, names};
 use crate::config::{DType, GenerationConfig, ModelConfig};
 use crate::device::Device;
 use crate::error::{Error, ErrorKind, Result};
@@ -214,7 +215,7 @@ impl ModelBuilder {
     ) -> Result<Model> {
         let threads = start_threads(self.threads, self.activations == DType::BF16)?;
         let checkpoint = Checkpoint::open(source, progress)?;
-        let tokenizer = Tokenizer::load(checkpoint.directory())?;
+        let tokenizer = Tokenizer::of_checkpoint(&checkpoint)?;
         check_vocabulary(&checkpoint, &tokenizer)?;
         for (key, is_set) in [
             ("dtype", self.dtype.is_some()),
@@ -234,20 +235,21 @@ impl ModelBuilder {
             false => checkpoint.dtype(),
         };
         let dtype = kept.or(stored).unwrap_or(DType::F32);
-        let packed = checkpoint.config.packed || self.quantize.is_some();
+        let blocks = checkpoint.has_blocks() && self.kept_dtype(&device).is_none();
+        let packed = checkpoint.config.packed || self.quantize.is_some() || blocks;
         let mut done = 0;
         let mut weights = WeightBytes::new(tied, self.screened_head, &checkpoint.config);
         self.check_screen(&device, packed)?;
         let mut ranks = None;
         let total = checkpoint.total_bytes();
-        let cache_dtype = burn_dtype(self.cache_dtype(&device, dtype, packed));
+        let cache_dtype = self.cache_dtype(&device, dtype, packed);
         let mut arena = Arena::default();
         let qwen2 = model::load(
             &checkpoint.config,
             burn_device,
             tied,
             self.screened_head,
-            cache_dtype,
+            burn_dtype(cache_dtype),
             &mut |name| {
                 if name == SCREEN {
                     return taken(&mut ranks);
@@ -256,10 +258,10 @@ impl ModelBuilder {
                 let in_file = stored.bytes.as_ptr_range();
                 done += stored.bytes.len() as u64;
                 let mut data = match stored.encoding {
-                    Encoding::Packed => keep_packed(name, stored, &shapes, checkpoint.directory())?,
-                    Encoding::Numbers(_) => {
-                        let data = convert(stored, self.kept_dtype(&device));
-                        keep(name, data, self.quantize, &threads, &mut arena)?
+                    Encoding::Packed => keep_packed(name, stored, &shapes, checkpoint.path())?,
+                    Encoding::Numbers(_) | Encoding::Blocks(_) => {
+                        let (dtype, quantize) = (self.kept_dtype(&device), self.quantize);
+                        keep_stored(name, stored, dtype, quantize, &threads, &mut arena)?
                     }
                 };
                 if self.screened_head && name == head_name(tied) {
@@ -274,7 +276,7 @@ impl ModelBuilder {
                     checkpoint.release(name);
                 }
                 if progress(Progress::new(done, total)).is_break() {
-                    return Err(cancelled(checkpoint.directory()));
+                    return Err(cancelled(checkpoint.path()));
                 }
                 Ok(data)
             },
@@ -285,7 +287,7 @@ impl ModelBuilder {
             &checkpoint.config,
             tokenizer.eos_token_id(),
         );
-        let name = display_name(checkpoint.directory());
+        let name = display_name(checkpoint.path());
         let config = checkpoint.config.clone();
         self.finish(
             name,
@@ -296,6 +298,7 @@ impl ModelBuilder {
             threads,
             device,
             dtype,
+            cache_dtype,
             weights,
         )
     }
@@ -331,7 +334,7 @@ impl ModelBuilder {
         self.check_screen(&device, self.quantize.is_some())?;
         let mut ranks = None;
         let shapes: HashMap<_, _> = names::expected(&config, tied).into_iter().collect();
-        let cache_dtype = burn_dtype(self.cache_dtype(&device, dtype, self.quantize.is_some()));
+        let cache_dtype = self.cache_dtype(&device, dtype, self.quantize.is_some());
         let mut arena = Arena::default();
         let screened = self.screened_head;
         let qwen2 = model::load(
@@ -339,7 +342,7 @@ impl ModelBuilder {
             burn_device,
             tied,
             screened,
-            cache_dtype,
+            burn_dtype(cache_dtype),
             &mut |name| {
                 if name == SCREEN {
                     return taken(&mut ranks);
@@ -376,6 +379,7 @@ impl ModelBuilder {
             threads,
             device,
             dtype,
+            cache_dtype,
             weights,
         )
     }
@@ -391,11 +395,11 @@ impl ModelBuilder {
         threads: Threads,
         device: Device,
         dtype: DType,
+        cache_dtype: DType,
         weights: WeightBytes,
     ) -> Result<Model> {
         let context_length = self.resolve_context(&config)?;
-        let packed = config.packed || self.quantize.is_some();
-        let cache_per_token = config.kv_bytes_per_token(self.cache_dtype(&device, dtype, packed));
+        let cache_per_token = config.kv_bytes_per_token(cache_dtype);
         tracing::info!(name, %device, threads = threads.count(), bytes = weights.all, "loaded");
         Ok(Model {
             inner: Arc::new(Inner {
@@ -508,28 +512,6 @@ fn merge_eos(
         if !generation_config.eos_token_ids.contains(&id) {
             generation_config.eos_token_ids.push(id);
         }
-    }
-}
-
-/// The tensor's bytes as they are in the map, or converted to `dtype`.
-pub(super) fn convert(stored: StoredTensor, dtype: Option<DType>) -> TensorData {
-    let bytes = Bytes::from_shared(stored.bytes, burn::tensor::AllocationProperty::File);
-    let stored_dtype = match stored.encoding {
-        Encoding::Numbers(dtype) => burn_dtype(dtype),
-        Encoding::Packed => BurnDType::U8,
-    };
-    let data = TensorData::from_bytes(bytes, stored.shape, stored_dtype);
-    match dtype.map(burn_dtype) {
-        Some(dtype) if dtype != data.dtype() => data.convert_dtype(dtype),
-        _ => data,
-    }
-}
-
-fn burn_dtype(dtype: DType) -> BurnDType {
-    match dtype {
-        DType::F32 => BurnDType::F32,
-        DType::F16 => BurnDType::F16,
-        DType::BF16 => BurnDType::BF16,
     }
 }
 

@@ -4,6 +4,8 @@ mod builder;
 mod model;
 mod quantize;
 mod session;
+mod stored;
+mod tokenizer;
 
 /// The instruction set that the kernels of the processor use: `portable`, `avx2`, `avx512` or
 /// `avx512-vnni`; the variable `QWEN2_CPU` picks a lesser one.

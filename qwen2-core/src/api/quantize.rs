@@ -9,7 +9,8 @@ use std::sync::{Mutex, PoisonError};
 use burn::tensor::{Bytes, DType as BurnDType, TensorData};
 use serde_json::json;
 
-use super::builder::{convert, start_threads};
+use super::builder::start_threads;
+use super::stored::{convert, pack_stored};
 use crate::checkpoint::mmap::arena::{Arena, Piece};
 use crate::checkpoint::write::{self, Planned};
 use crate::checkpoint::{Checkpoint, Encoding, Progress, Source, StoredTensor, cancelled, names};
@@ -38,7 +39,7 @@ impl Quantization {
     }
 
     /// The format of the matrix `name`; `None`: it stays as it is stored.
-    fn format(self, name: &str) -> Option<packed::Format> {
+    pub(super) fn format(self, name: &str) -> Option<packed::Format> {
         // Routers are small, and a wrong choice of experts costs more than their bytes.
         if ["mlp.gate.weight", "mlp.shared_expert_gate.weight"]
             .iter()
@@ -99,7 +100,10 @@ pub fn quantize(
                     let shape = vec![shape.panels(), shape.panel_bytes()];
                     (Encoding::Packed, shape)
                 }
-                ([_, _], None) => (checkpoint.tensor(&name)?.encoding, shape),
+                ([_, _], None) => match checkpoint.tensor(&name)?.encoding {
+                    Encoding::Blocks(_) => (Encoding::Numbers(DType::F32), shape),
+                    stored => (stored, shape),
+                },
                 _ => (Encoding::Numbers(DType::F32), shape),
             };
             Ok(Planned {
@@ -130,7 +134,7 @@ pub fn quantize(
                 (Encoding::Packed, &[rows, cols], Some(format)) => {
                     let shape = packed::Shape { format, rows, cols };
                     let mut bytes = vec![0; shape.bytes()];
-                    pack(shape, &convert(stored, None), &threads, &mut bytes);
+                    pack_stored(shape, &stored, &threads, &mut bytes);
                     bytes
                 }
                 (Encoding::Numbers(dtype), ..) => convert(stored, Some(dtype)).as_bytes().to_vec(),
@@ -139,7 +143,7 @@ pub fn quantize(
             checkpoint.release(&tensor.name);
             match progress(Progress::new(done, total)) {
                 ControlFlow::Continue(()) => Ok(bytes),
-                ControlFlow::Break(()) => Err(cancelled(checkpoint.directory())),
+                ControlFlow::Break(()) => Err(cancelled(checkpoint.path())),
             }
         },
     )
@@ -152,7 +156,7 @@ pub(super) fn refuse_packed(checkpoint: &Checkpoint, key: &str) -> Result<()> {
     }
     Err(
         Error::new(ErrorKind::InvalidArgument, "checkpoint is packed already")
-            .with_path(checkpoint.directory())
+            .with_path(checkpoint.path())
             .with_key(key)
             .with_help("leave the setting out, or start from the checkpoint that it was made of"),
     )
@@ -229,7 +233,7 @@ pub(super) fn copy(name: &str, kept: Kept, threads: &Threads, arena: &mut Arena)
     })
 }
 
-fn take(arena: &mut Arena, name: &str, len: usize) -> Result<Piece> {
+pub(super) fn take(arena: &mut Arena, name: &str, len: usize) -> Result<Piece> {
     arena.take(len).map_err(|error| {
         Error::new(ErrorKind::OutOfMemory, "no memory for the weights")
             .with_key(name)
@@ -239,7 +243,7 @@ fn take(arena: &mut Arena, name: &str, len: usize) -> Result<Piece> {
     })
 }
 
-fn shared(bytes: bytes::Bytes) -> Bytes {
+pub(super) fn shared(bytes: bytes::Bytes) -> Bytes {
     Bytes::from_shared(bytes, burn::tensor::AllocationProperty::File)
 }
 
@@ -294,7 +298,7 @@ fn pack(shape: packed::Shape, data: &TensorData, threads: &Threads, bytes: &mut 
 }
 
 /// Packs rows, which `row` writes as f32, panel by panel on all threads.
-fn pack_rows(
+pub(super) fn pack_rows(
     shape: packed::Shape,
     effort: packed::Effort,
     row: &(dyn Fn(usize, &mut [f32]) + Sync),

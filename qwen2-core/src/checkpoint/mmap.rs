@@ -15,7 +15,7 @@ use memmap2::Mmap;
 use crate::error::{Error, Result};
 
 /// A mapped file.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(super) struct Mapped {
     /// Its contents, shared and never copied; an empty file has none.
     pub(super) bytes: Bytes,

@@ -1,6 +1,7 @@
 //! A checkpoint on disk: its config, its tensors by name, and where its other files are.
 
 mod directory;
+pub(crate) mod gguf;
 #[cfg(feature = "hub")]
 mod hub;
 pub(crate) mod mmap;
@@ -23,6 +24,7 @@ use crate::config::{DType, GenerationConfig, ModelConfig};
 use crate::error::{Error, ErrorKind, Result};
 use directory::Directory;
 use shards::Weights;
+use source::Place;
 
 const CONFIG: &str = "config.json";
 const GENERATION_CONFIG: &str = "generation_config.json";
@@ -53,10 +55,17 @@ impl Progress {
 /// An opened checkpoint; its weight files are mapped, not read.
 #[derive(Debug)]
 pub(crate) struct Checkpoint {
-    directory: Directory,
+    home: Home,
     pub(crate) config: ModelConfig,
     pub(crate) generation_config: GenerationConfig,
     weights: Weights,
+}
+
+/// What holds the files beside the weights.
+#[derive(Debug)]
+enum Home {
+    Directory(Directory),
+    Gguf(Box<gguf::Embedded>),
 }
 
 /// What the bytes of a tensor are.
@@ -65,14 +74,16 @@ pub(crate) enum Encoding {
     Numbers(DType),
     /// Panels of blocks of few bits, `[panels, bytes of a panel]`.
     Packed,
+    /// Blocks of a GGUF file, row by row.
+    Blocks(gguf::blocks::Kind),
 }
 
 impl Encoding {
-    /// Bytes of one element.
+    /// Bytes of one element, which its place is a multiple of.
     pub(crate) fn size_in_bytes(self) -> usize {
         match self {
             Self::Numbers(dtype) => dtype.size_in_bytes(),
-            Self::Packed => 1,
+            Self::Packed | Self::Blocks(_) => 1,
         }
     }
 }
@@ -82,6 +93,7 @@ impl std::fmt::Display for Encoding {
         match self {
             Self::Numbers(dtype) => dtype.fmt(f),
             Self::Packed => f.write_str("u8"),
+            Self::Blocks(kind) => f.write_str(kind.name()),
         }
     }
 }
@@ -106,7 +118,24 @@ impl Checkpoint {
         source: &Source,
         progress: &mut dyn FnMut(Progress) -> ControlFlow<()>,
     ) -> Result<Self> {
-        let directory = Directory::open(&source.directory(progress)?)?;
+        let (home, weights, config, generation_config) = match source.place(progress)? {
+            Place::Directory(path) => Self::of_directory(&path)?,
+            Place::Gguf(path) => Self::of_gguf(&path)?,
+        };
+        let checkpoint = Self {
+            home,
+            config,
+            generation_config,
+            weights,
+        };
+        if progress(Progress::new(0, checkpoint.total_bytes())).is_break() {
+            return Err(cancelled(checkpoint.path()));
+        }
+        Ok(checkpoint)
+    }
+
+    fn of_directory(path: &Path) -> Result<Parts> {
+        let directory = Directory::open(path)?;
         let config_path = directory.path().join(CONFIG);
         let Some(bytes) = directory.read(CONFIG, MAX_CONFIG)? else {
             return Err(Error::new(ErrorKind::NotFound, "no such file")
@@ -121,25 +150,53 @@ impl Checkpoint {
             None => GenerationConfig::default(),
         };
         let weights = Weights::open(&directory, config.packed)?;
-        if progress(Progress::new(0, weights.total_bytes())).is_break() {
-            return Err(cancelled(directory.path()));
-        }
-        Ok(Self {
-            directory,
+        Ok((
+            Home::Directory(directory),
+            weights,
             config,
             generation_config,
+        ))
+    }
+
+    fn of_gguf(path: &Path) -> Result<Parts> {
+        let (weights, embedded) = gguf::open(path)?;
+        let config = ModelConfig::from_json(&embedded.config, path)?;
+        let generation_config = GenerationConfig::from_json(&embedded.generation_config, path)?;
+        Ok((
+            Home::Gguf(Box::new(embedded)),
             weights,
-        })
+            config,
+            generation_config,
+        ))
     }
 
-    /// The directory, as the caller wrote it or where the hub's cache has it.
-    pub(crate) fn directory(&self) -> &Path {
-        self.directory.path()
+    /// The directory or the file, as the caller wrote it or where the hub's cache has it.
+    pub(crate) fn path(&self) -> &Path {
+        match &self.home {
+            Home::Directory(directory) => directory.path(),
+            Home::Gguf(embedded) => &embedded.path,
+        }
     }
 
-    /// The path of `config.json`, for errors about its values.
+    /// The file that the config is in, for errors about its values.
     pub(crate) fn config_path(&self) -> PathBuf {
-        self.directory().join(CONFIG)
+        match &self.home {
+            Home::Directory(directory) => directory.path().join(CONFIG),
+            Home::Gguf(embedded) => embedded.path.clone(),
+        }
+    }
+
+    /// What a GGUF file holds beside its weights; `None` for a directory.
+    pub(crate) fn embedded(&self) -> Option<&gguf::Embedded> {
+        match &self.home {
+            Home::Directory(_) => None,
+            Home::Gguf(embedded) => Some(embedded),
+        }
+    }
+
+    /// Whether matrices are stored in blocks of few bits that are not our own.
+    pub(crate) fn has_blocks(&self) -> bool {
+        self.weights.has_blocks()
     }
 
     /// The tensor of this name.
@@ -149,7 +206,7 @@ impl Checkpoint {
     pub(crate) fn tensor(&self, name: &str) -> Result<StoredTensor> {
         self.weights.tensor(name).ok_or_else(|| {
             Error::new(ErrorKind::InvalidFile, format!("no tensor named {name}"))
-                .with_path(self.directory())
+                .with_path(self.path())
                 .with_help("do config.json and the weights belong to one checkpoint?")
         })
     }
@@ -175,6 +232,8 @@ impl Checkpoint {
         self.weights.dtype()
     }
 }
+
+type Parts = (Home, Weights, ModelConfig, GenerationConfig);
 
 /// The error of a loading that its progress callback stopped.
 pub(crate) fn cancelled(at: &Path) -> Error {

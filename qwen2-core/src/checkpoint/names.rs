@@ -48,7 +48,7 @@ pub(crate) fn audit(checkpoint: &Checkpoint) -> Result<bool> {
         .filter(|name| !slots.contains_key(*name) && !name.ends_with(".rotary_emb.inv_freq"))
         .collect();
     if !missing.is_empty() || !unexpected.is_empty() {
-        return Err(wrong_set(checkpoint.directory(), &missing, &unexpected));
+        return Err(wrong_set(checkpoint.path(), &missing, &unexpected));
     }
     for (name, dims) in &slots {
         let (encoding, shape, path) = stored[name.as_str()];

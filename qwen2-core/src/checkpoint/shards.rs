@@ -43,16 +43,21 @@ struct Place {
 }
 
 impl Weights {
+    /// No tensors, of no file.
+    pub(super) fn empty() -> Self {
+        Self {
+            files: Vec::new(),
+            tensors: BTreeMap::new(),
+        }
+    }
+
     /// Maps the weight files of `directory` and reads their headers; `packed`: matrices may be bytes. Where both forms are there,
     /// the single file is taken, as by transformers.
     ///
     /// # Errors
     /// `NotFound` where files are missing, `InvalidFile` and `Unsupported` for what they hold.
     pub(super) fn open(directory: &Directory, packed: bool) -> Result<Self> {
-        let mut weights = Self {
-            files: Vec::new(),
-            tensors: BTreeMap::new(),
-        };
+        let mut weights = Self::empty();
         if let Some(real) = directory.file(SINGLE)? {
             weights.add(directory, SINGLE, &real, packed)?;
             return Ok(weights);
@@ -77,8 +82,22 @@ impl Weights {
     fn add(&mut self, directory: &Directory, name: &str, real: &Path, packed: bool) -> Result<()> {
         let path = directory.path().join(name);
         let mapped = mmap::map(real, &path)?;
+        let entries = safetensors::entries(&mapped.bytes, &path, packed)?;
+        self.add_entries(path, mapped, entries)
+    }
+
+    /// Adds the tensors of one file.
+    ///
+    /// # Errors
+    /// `InvalidFile` if another file has one of them.
+    pub(super) fn add_entries(
+        &mut self,
+        path: PathBuf,
+        mapped: Mapped,
+        entries: Vec<safetensors::Entry>,
+    ) -> Result<()> {
         let shard = self.files.len();
-        for entry in safetensors::entries(&mapped.bytes, &path, packed)? {
+        for entry in entries {
             let safetensors::Entry {
                 name,
                 encoding,
@@ -159,6 +178,21 @@ impl Weights {
                 self.files[place.shard].path.as_path(),
             )
         })
+    }
+
+    /// The layers that have a tensor whose name ends so.
+    pub(super) fn layers_with(&self, suffix: &str) -> Vec<usize> {
+        let layer = |name: &String| {
+            let name = name.strip_prefix("model.layers.")?.strip_suffix(suffix)?;
+            name.parse().ok()
+        };
+        self.tensors.keys().filter_map(layer).collect()
+    }
+
+    /// Whether a tensor is stored in blocks.
+    pub(super) fn has_blocks(&self) -> bool {
+        let mut places = self.tensors.values();
+        places.any(|place| matches!(place.encoding, Encoding::Blocks(_)))
     }
 
     /// Bytes of all tensors.

@@ -4,7 +4,7 @@ use std::fmt;
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 
-use super::Progress;
+use super::{Progress, gguf};
 use crate::error::{Error, ErrorKind, Result};
 
 /// Where a model comes from.
@@ -14,10 +14,19 @@ use crate::error::{Error, ErrorKind, Result};
 #[non_exhaustive]
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Source {
-    /// A directory with `config.json` and weights, or a `.safetensors` file in one.
+    /// A directory with `config.json` and weights, a `.safetensors` file in one, or a GGUF file.
     Path(PathBuf),
     /// A path or a hub id, decided when it is opened.
     Text(String),
+}
+
+/// A model on this machine.
+#[derive(Debug, PartialEq)]
+pub(super) enum Place {
+    /// Of safetensors files.
+    Directory(PathBuf),
+    /// The file, or the first of several.
+    Gguf(PathBuf),
 }
 
 impl From<&str> for Source {
@@ -66,25 +75,24 @@ impl fmt::Display for Source {
 }
 
 impl Source {
-    /// The directory of the model, downloaded first if it is an id of the hub.
+    /// Where the model is, downloaded first if it is an id of the hub.
     ///
     /// # Errors
-    /// `NotFound` for what is neither a path nor an id, `Unsupported` for other formats and for an
-    /// id without the cargo feature `hub`, `InvalidArgument` for another kind of file, and what the
-    /// download says.
-    pub(super) fn directory(
+    /// `NotFound` for what is neither a path nor an id, `Unsupported` for an id without the cargo
+    /// feature `hub`, `InvalidArgument` for another kind of file, and what the download says.
+    pub(super) fn place(
         &self,
         progress: &mut dyn FnMut(Progress) -> ControlFlow<()>,
-    ) -> Result<PathBuf> {
+    ) -> Result<Place> {
         let path = match self {
             Self::Path(path) => path.as_path(),
             Self::Text(text) => Path::new(text),
         };
         match std::fs::metadata(path) {
-            Ok(metadata) if metadata.is_dir() => Ok(path.to_owned()),
-            Ok(_) => directory_of_file(path),
+            Ok(metadata) if metadata.is_dir() => of_directory(path),
+            Ok(_) => of_file(path),
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => match self {
-                Self::Text(text) if is_hub_id(text) => from_hub(text, progress),
+                Self::Text(text) if is_hub_id(text) => of_directory(&from_hub(text, progress)?),
                 _ => Err(Error::new(ErrorKind::NotFound, "no such model")
                     .with_path(path)
                     .with_help(
@@ -97,24 +105,32 @@ impl Source {
     }
 }
 
-fn directory_of_file(path: &Path) -> Result<PathBuf> {
+/// A directory is of safetensors unless it has no config and a GGUF file.
+fn of_directory(path: &Path) -> Result<Place> {
+    if !path.join(super::CONFIG).exists()
+        && let Some(file) = gguf::only_file(path)?
+    {
+        return Ok(Place::Gguf(file));
+    }
+    Ok(Place::Directory(path.to_owned()))
+}
+
+fn of_file(path: &Path) -> Result<Place> {
     let extension = path
         .extension()
         .and_then(|extension| extension.to_str())
         .unwrap_or_default();
     match extension.to_ascii_lowercase().as_str() {
-        "safetensors" => Ok(match path.parent() {
+        "safetensors" => Ok(Place::Directory(match path.parent() {
             Some(parent) if !parent.as_os_str().is_empty() => parent.to_owned(),
             _ => PathBuf::from("."),
-        }),
-        "gguf" => Err(
-            Error::new(ErrorKind::Unsupported, "GGUF files are not supported yet")
-                .with_path(path)
-                .with_help("give the directory of the checkpoint in safetensors form"),
-        ),
+        })),
+        "gguf" => Ok(Place::Gguf(path.to_owned())),
         _ => Err(Error::new(ErrorKind::InvalidArgument, "not a model")
             .with_path(path)
-            .with_help("give the directory that holds config.json and model.safetensors")),
+            .with_help(
+                "give the directory that holds config.json and model.safetensors, or a .gguf file",
+            )),
     }
 }
 
@@ -153,8 +169,8 @@ fn from_hub(id: &str, _progress: &mut dyn FnMut(Progress) -> ControlFlow<()>) ->
 mod tests {
     use super::*;
 
-    fn open(source: impl Into<Source>) -> Result<PathBuf> {
-        source.into().directory(&mut |_| ControlFlow::Continue(()))
+    fn open(source: impl Into<Source>) -> Result<Place> {
+        source.into().place(&mut |_| ControlFlow::Continue(()))
     }
 
     #[test]
@@ -190,27 +206,41 @@ mod tests {
         let dir = tempfile::tempdir().expect("tempdir");
         let weights = dir.path().join("model.safetensors");
         std::fs::write(&weights, b"").expect("write");
-        assert_eq!(open(dir.path()).expect("directory"), dir.path());
-        assert_eq!(open(&weights).expect("file"), dir.path());
+        let directory = Place::Directory(dir.path().to_owned());
+        assert_eq!(open(dir.path()).expect("directory"), directory);
+        assert_eq!(open(&weights).expect("file"), directory);
         assert_eq!(
             open(weights.to_str().expect("text")).expect("text"),
-            dir.path()
+            directory
         );
+    }
+
+    #[test]
+    fn a_directory_with_one_gguf_model_and_no_config_is_that_model() {
+        let dir = tempfile::tempdir().expect("tempdir");
+        let file = |name: &str| dir.path().join(name);
+        std::fs::write(file("a-00001-of-00002.gguf"), b"").expect("write");
+        std::fs::write(file("a-00002-of-00002.gguf"), b"").expect("write");
+        let first = Place::Gguf(file("a-00001-of-00002.gguf"));
+        assert_eq!(open(dir.path()).expect("split"), first);
+        std::fs::write(file("b.gguf"), b"").expect("write");
+        let error = open(dir.path()).expect_err("two models");
+        assert!(
+            error.to_string().ends_with("a-00001-of-00002.gguf, b.gguf"),
+            "{error}"
+        );
+        std::fs::write(file("config.json"), b"").expect("write");
+        let directory = Place::Directory(dir.path().to_owned());
+        assert_eq!(open(dir.path()).expect("directory"), directory);
     }
 
     #[test]
     fn other_files_and_missing_paths_are_refused_with_the_way_out() {
         let dir = tempfile::tempdir().expect("tempdir");
-        for (name, kind) in [
-            ("model.gguf", ErrorKind::Unsupported),
-            ("model.bin", ErrorKind::InvalidArgument),
-        ] {
-            std::fs::write(dir.path().join(name), b"").expect("write");
-            assert_eq!(
-                open(dir.path().join(name)).expect_err("refused").kind(),
-                kind
-            );
-        }
+        let other = dir.path().join("model.bin");
+        std::fs::write(&other, b"").expect("write");
+        let error = open(other).expect_err("refused");
+        assert_eq!(error.kind(), ErrorKind::InvalidArgument);
         let error = open(dir.path().join("absent")).expect_err("absent");
         assert_eq!(error.kind(), ErrorKind::NotFound);
         assert!(error.help().is_some());

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use serde_json::{Map, Value, json};
 
 use super::shards::SINGLE;
-use super::{CONFIG, Checkpoint, Encoding, GENERATION_CONFIG};
+use super::{CONFIG, Checkpoint, Encoding, GENERATION_CONFIG, Home};
 use crate::error::{Error, ErrorKind, Result};
 
 /// The weights start at a multiple of this, so that packed panels begin with a cache line.
@@ -62,9 +62,20 @@ pub(crate) fn write(
     }
     let partial = Partial::new(destination)?;
     for name in COMPANIONS {
-        if let Some(from) = checkpoint.directory.file(name)? {
-            let to = partial.0.join(name);
-            fs::copy(from, &to).map_err(|error| Error::io("file cannot be written", &to, error))?;
+        let to = partial.0.join(name);
+        let failed = |error| Error::io("file cannot be written", &to, error);
+        match &checkpoint.home {
+            Home::Directory(directory) => {
+                if let Some(from) = directory.file(name)? {
+                    fs::copy(from, &to).map_err(failed)?;
+                }
+            }
+            Home::Gguf(embedded) => {
+                let file = embedded.files().into_iter().find(|file| file.0 == name);
+                if let Some((_, bytes)) = file {
+                    fs::write(&to, bytes).map_err(failed)?;
+                }
+            }
         }
     }
     let config = partial.0.join(CONFIG);
@@ -102,7 +113,10 @@ fn write_whole(file: &mut impl Write, waiting: &mut Vec<u8>, mut bytes: &[u8]) -
 
 /// `config.json` with the key `quantization_config`.
 fn with_quantization(checkpoint: &Checkpoint, quantization: Value) -> Result<String> {
-    let bytes = checkpoint.directory.read(CONFIG, super::MAX_CONFIG)?;
+    let bytes = match &checkpoint.home {
+        Home::Directory(directory) => directory.read(CONFIG, super::MAX_CONFIG)?,
+        Home::Gguf(embedded) => Some(embedded.config.clone()),
+    };
     let config: Option<Map<String, Value>> =
         bytes.and_then(|bytes| serde_json::from_slice(&bytes).ok());
     let Some(mut config) = config else {

@@ -115,11 +115,44 @@ impl Shape {
                 row(index, &mut values[..self.cols]);
             }
             for (b, block) in values.as_chunks::<BLOCK>().0.iter().enumerate() {
-                let (scale, q) = quantize(self.format, effort, block);
-                out[self.format.scale_at(b, r)..][..2].copy_from_slice(&scale.to_le_bytes());
-                self.store(&mut out[self.format.quants_at(b)..], r, &q);
+                self.place(out, r, b, quantize(self.format, effort, block));
             }
         }
+    }
+
+    /// Writes one panel of blocks that are there already; `block(i, b)` gives scale and quants of block
+    /// `b` of row `i`. What [`Self::pack_panel`] would not make, an eight-bit -128, is packed anew.
+    ///
+    /// # Panics
+    /// If the rows are no whole blocks.
+    pub(crate) fn place_panel(
+        self,
+        panel: usize,
+        block: &dyn Fn(usize, usize) -> (f16, [i8; BLOCK]),
+        out: &mut [u8],
+    ) {
+        assert_eq!(out.len(), self.panel_bytes(), "panel length");
+        assert!(self.cols.is_multiple_of(BLOCK), "whole blocks");
+        let empty = (f16::ZERO, [0; BLOCK]);
+        for (r, b) in (0..ROWS).flat_map(|r| (0..self.blocks()).map(move |b| (r, b))) {
+            let index = panel * ROWS + r;
+            let is_there = index < self.rows && b < self.cols / BLOCK;
+            let (scale, q) = if is_there { block(index, b) } else { empty };
+            // The kernels flip signs in eight bits.
+            let placed = if q.contains(&i8::MIN) {
+                let numbers = q.map(|q| scale.to_f32() * f32::from(q));
+                quantize(self.format, Effort::Search, &numbers)
+            } else {
+                (scale, q)
+            };
+            self.place(out, r, b, placed);
+        }
+    }
+
+    /// Writes scale and quants of block `b` of row `r` of a panel.
+    fn place(self, panel: &mut [u8], r: usize, b: usize, (scale, q): (f16, [i8; BLOCK])) {
+        panel[self.format.scale_at(b, r)..][..2].copy_from_slice(&scale.to_le_bytes());
+        self.store(&mut panel[self.format.quants_at(b)..], r, &q);
     }
 
     /// Writes the quants of row `r` of a panel into the bytes of a block.

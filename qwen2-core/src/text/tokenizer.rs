@@ -46,16 +46,9 @@ pub(super) enum Segment {
 }
 
 impl Tokenizer {
-    /// Reads the tokenizer of a checkpoint.
-    ///
-    /// `path` is a directory with `tokenizer.json` (and, where they exist,
-    /// `tokenizer_config.json` and `chat_template.jinja`), or that `tokenizer.json` itself.
-    ///
-    /// # Errors
-    /// `NotFound` when there is no tokenizer.json; `InvalidFile` when a file is cut off, not
-    /// JSON, not UTF-8 or contradicts itself; `Unsupported` when it is not byte-level BPE.
-    pub fn load(path: impl AsRef<Path>) -> Result<Self> {
-        let files = TokenizerFiles::read(path.as_ref())?;
+    /// From a directory with `tokenizer.json` and its neighbours, or from that file.
+    pub(crate) fn from_files(path: &Path) -> Result<Self> {
+        let files = TokenizerFiles::read(path)?;
         Self::from_bytes(
             &files.tokenizer,
             files.config.as_deref(),
@@ -625,7 +618,7 @@ pub(super) mod tests {
     #[test]
     fn a_missing_file_says_how_to_get_it() {
         let directory = tempfile::tempdir().unwrap();
-        let error = Tokenizer::load(directory.path()).unwrap_err();
+        let error = Tokenizer::from_files(directory.path()).unwrap_err();
         assert_eq!(error.kind(), ErrorKind::NotFound);
         assert!(error.path().unwrap().ends_with("tokenizer.json"));
         assert!(error.help().unwrap().contains("save_pretrained"));
