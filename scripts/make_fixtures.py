@@ -3,7 +3,7 @@
     python scripts/make_fixtures.py            # all of them
     python scripts/make_fixtures.py tied yarn  # only these model directories
 
-Needs torch, transformers (5.x), safetensors and tokenizers; running the tests needs none of them. Every
+Needs torch, transformers (5.x), safetensors, tokenizers and gguf; running the tests needs none of them. Every
 number is drawn from numpy's PCG64 with a seed that follows from the fixture's name, so a second run writes
 the same files.
 """
@@ -18,9 +18,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.generation.logits_process import (
@@ -588,6 +589,108 @@ def make_model(fixture: Fixture) -> None:
     assert size_kb <= 350, fixture.name
 
 
+# ---------------------------------------------------------------------------------------------- gguf
+
+BLOCK_TYPES = ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL"]
+# Where the f16 scales of a block are: all other bytes may be anything.
+SCALES = {"Q4_1": [0, 2], "Q5_1": [0, 2], "Q2_K": [80, 82], "Q3_K": [108], "Q4_K": [0, 2], "Q5_K": [0, 2],
+          "Q6_K": [208]}  # fmt: skip
+
+
+def make_gguf_blocks() -> None:
+    """conformance/gguf_blocks.json: blocks of random bytes and what the gguf package makes of them."""
+    rng = np.random.Generator(np.random.PCG64(zlib.crc32(b"gguf blocks")))
+    cases = []
+    for name in BLOCK_TYPES:
+        kind = gguf.GGMLQuantizationType[name]
+        size = gguf.GGML_QUANT_SIZES[kind][1]
+        blocks = rng.integers(0, 256, (2, size), dtype=np.uint8)
+        for at in SCALES.get(name, [0]):
+            scales = rng.standard_normal(2).astype(np.float16)
+            blocks[:, at : at + 2] = scales.view(np.uint8).reshape(2, 2)
+        values = gguf.quants.dequantize(blocks, kind).reshape(-1)
+        cases.append(
+            {
+                "name": name,
+                "bytes": blocks.tobytes().hex(),
+                "values": [float(f"{v:.9g}") for v in values.tolist()],
+            }
+        )
+    write_cases(ROOT / "gguf_blocks.json", "Two blocks of every type and the numbers they stand for.", cases)
+
+
+def make_gguf(name: str, parts: int) -> None:
+    """conformance/gguf/NAME.gguf, or its parts: a model directory as the gguf package writes it."""
+    directory = ROOT / "models" / name
+    config = json.loads((directory / "config.json").read_text())
+    tokenizer = json.loads((directory / "tokenizer.json").read_text())
+    is_moe = config["model_type"] == "qwen2_moe"
+    kind = gguf.MODEL_ARCH.QWEN2MOE if is_moe else gguf.MODEL_ARCH.QWEN2
+    (ROOT / "gguf").mkdir(exist_ok=True)
+    weights: dict[str, torch.Tensor] = {}
+    for file in sorted(directory.glob("*.safetensors")):
+        weights |= load_file(file)
+    most = -(-len(weights) // parts) if parts > 1 else 0
+    path = ROOT / "gguf" / f"{name}.gguf"
+    writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[kind], split_max_tensors=most)
+    add_config(writer, config)
+    add_vocabulary(writer, tokenizer)
+    names = gguf.get_tensor_name_map(kind, config["num_hidden_layers"])
+    for layer in range(config["num_hidden_layers"] if is_moe else 0):
+        for proj in ("gate_proj", "up_proj", "down_proj"):
+            prefix = f"model.layers.{layer}.mlp.experts"
+            stack = [weights.pop(f"{prefix}.{i}.{proj}.weight") for i in range(config["num_experts"])]
+            weights[f"{prefix}.{proj}.weight"] = torch.stack(stack)
+    for key, tensor in weights.items():
+        new = names.get_name(key, try_suffixes=(".weight", ".bias"))
+        values = tensor.squeeze(0) if key.endswith("shared_expert_gate.weight") else tensor
+        if values.dim() == 1 or values.dtype == torch.float32:
+            writer.add_tensor(new, values.float().numpy())
+        else:
+            words = values.contiguous().view(torch.int16).numpy().view(np.uint8)
+            writer.add_tensor(new, words, raw_dtype=gguf.GGMLQuantizationType.BF16)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    for file in (ROOT / "gguf").glob(f"{name}*.gguf"):
+        file.chmod(0o644)
+        print(f"{file.name:36} {file.stat().st_size / 1024:4.0f} KB")
+
+
+def add_config(writer: gguf.GGUFWriter, config: dict[str, Any]) -> None:
+    """The keys of config.json, as llama.cpp's converter names them."""
+    writer.add_block_count(config["num_hidden_layers"])
+    writer.add_context_length(config["max_position_embeddings"])
+    writer.add_embedding_length(config["hidden_size"])
+    writer.add_feed_forward_length(config["intermediate_size"])
+    writer.add_head_count(config["num_attention_heads"])
+    writer.add_head_count_kv(config["num_key_value_heads"])
+    writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
+    writer.add_rope_freq_base(config["rope_theta"])
+    if config["model_type"] == "qwen2_moe":
+        writer.add_expert_count(config["num_experts"])
+        writer.add_expert_used_count(config["num_experts_per_tok"])
+        writer.add_expert_feed_forward_length(config["moe_intermediate_size"])
+        writer.add_expert_shared_feed_forward_length(config["shared_expert_intermediate_size"])
+
+
+def add_vocabulary(writer: gguf.GGUFWriter, tokenizer: dict[str, Any]) -> None:
+    """The vocabulary, padded to the rows of the table, and the template."""
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("qwen2")
+    texts = [*tokenizer["model"]["vocab"], *SPECIALS]
+    padding = [f"[PAD{i}]" for i in range(len(texts), VOCAB_SIZE)]
+    kinds = [gguf.TokenType.NORMAL] * len(tokenizer["model"]["vocab"])
+    kinds += [gguf.TokenType.CONTROL] * len(SPECIALS) + [gguf.TokenType.UNUSED] * len(padding)
+    writer.add_token_list([*texts, *padding])
+    writer.add_token_types(kinds)
+    writer.add_token_merges(tokenizer["model"]["merges"])
+    writer.add_eos_token_id(IM_END)
+    writer.add_pad_token_id(ENDOFTEXT)
+    writer.add_chat_template(CHAT_TEMPLATE)
+
+
 # ---------------------------------------------------------------------------------------------- sampler
 
 
@@ -892,6 +995,9 @@ def main() -> None:
         make_sampler()
         make_chat()
         make_stop()
+        make_gguf_blocks()
+        make_gguf("moe", 1)
+        make_gguf("bf16_shards", 2)
 
 
 if __name__ == "__main__":

@@ -148,3 +148,96 @@ pub(super) fn burn_dtype(dtype: DType) -> BurnDType {
         DType::BF16 => BurnDType::BF16,
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A matrix of blocks whose bytes may be anything but for their scales and, as quantizers write
+    /// them, an eight-bit -128.
+    fn blocks(kind: Kind, rows: usize, cols: usize) -> StoredTensor {
+        let mut bytes: Vec<u8> = (0..rows * kind.row_bytes(cols))
+            .map(|i| (i * 7919 % 251) as u8)
+            .map(|byte| if byte == 128 { 127 } else { byte })
+            .collect();
+        for (i, block) in bytes.chunks_mut(kind.block().1).enumerate() {
+            let scale = f16::from_f32(0.01 * (i % 17) as f32 - 0.05);
+            block[..2].copy_from_slice(&scale.to_le_bytes());
+        }
+        StoredTensor {
+            encoding: Encoding::Blocks(kind),
+            shape: vec![rows, cols],
+            bytes: bytes.into(),
+        }
+    }
+
+    fn kept(name: &str, stored: StoredTensor, quantization: Option<Quantization>) -> Kept {
+        let threads = Threads::start(Some(2), false).expect("threads");
+        let mut arena = Arena::default();
+        keep_stored(name, stored, None, quantization, &threads, &mut arena).expect("kept")
+    }
+
+    #[test]
+    fn blocks_of_our_shape_are_kept_weight_for_weight() {
+        for (kind, format) in [
+            (Kind::Q8_0, packed::Format::Q8),
+            (Kind::Q4_0, packed::Format::Q4),
+        ] {
+            for (rows, cols) in [(16, 64), (37, 96), (5, 32)] {
+                let stored = blocks(kind, rows, cols);
+                let want = convert(stored.clone(), None);
+                let Kept::Packed(shape, bytes) = kept("x.weight", stored, None) else {
+                    panic!("packed");
+                };
+                assert_eq!(shape.format, format);
+                let mut row = vec![f32::NAN; cols];
+                let want: Vec<f32> = want.iter::<f32>().collect();
+                for (i, want) in want.chunks(cols).enumerate() {
+                    shape.unpack_row(&bytes, i, &mut row);
+                    for (got, want) in row.iter().zip(want) {
+                        assert_eq!(got, want, "{kind:?}");
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_block_with_an_eight_bit_minimum_is_packed_anew() {
+        let mut block = vec![0x80; 34];
+        block[..2].copy_from_slice(&f16::ONE.to_le_bytes());
+        block[2..18].fill(100);
+        let stored = StoredTensor {
+            encoding: Encoding::Blocks(Kind::Q8_0),
+            shape: vec![1, 32],
+            bytes: block.into(),
+        };
+        let Kept::Packed(shape, bytes) = kept("x.weight", stored, None) else {
+            panic!("packed");
+        };
+        let mut row = [0.0; 32];
+        shape.unpack_row(&bytes, 0, &mut row);
+        assert!(row[..16].iter().all(|x| (x - 100.0).abs() < 0.6), "{row:?}");
+        assert!(row[16..].iter().all(|x| (x + 128.0).abs() < 0.6), "{row:?}");
+    }
+
+    #[test]
+    fn other_blocks_become_q8_and_a_router_stays_whole() {
+        let Kept::Packed(shape, _) = kept("x.weight", blocks(Kind::Q5_1, 4, 64), None) else {
+            panic!("packed");
+        };
+        assert_eq!(shape.format, packed::Format::Q8);
+        let q4 = kept(
+            "x.weight",
+            blocks(Kind::Q8_0, 4, 64),
+            Some(Quantization::Q4),
+        );
+        assert!(matches!(q4, Kept::Packed(shape, _) if shape.format == packed::Format::Q4));
+        let router = kept(
+            "model.layers.0.mlp.gate.weight",
+            blocks(Kind::Q8_0, 4, 64),
+            None,
+        );
+        assert!(matches!(router, Kept::Dense(_)));
+    }
+}

@@ -5,6 +5,8 @@ mod config;
 mod metadata;
 mod names;
 mod reader;
+#[cfg(test)]
+mod tests;
 mod vocabulary;
 
 use std::fs;

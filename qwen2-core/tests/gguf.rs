@@ -1,0 +1,95 @@
+//! GGUF files give what the checkpoint gives that they were made of.
+#![allow(clippy::unwrap_used)]
+
+mod common;
+
+use std::ops::ControlFlow;
+use std::path::PathBuf;
+
+use common::{fixture, ids, json, root, unrounded};
+use qwen2_core::{Message, Quantization, Tokenizer, quantize};
+
+fn gguf(name: &str) -> PathBuf {
+    root().join("conformance/gguf").join(name)
+}
+
+const PAIRS: [(&str, &str); 2] = [
+    ("moe.gguf", "moe"),
+    ("bf16_shards-00001-of-00002.gguf", "bf16_shards"),
+];
+
+#[test]
+fn logits_equal_those_of_the_checkpoint() {
+    for (file, name) in PAIRS {
+        let tokens = ids(&json(fixture(name).join("reference.json"))["tokens"]);
+        let want = unrounded(fixture(name)).load().unwrap();
+        let got = unrounded(gguf(file)).load().unwrap();
+        assert_eq!(
+            got.logits(&tokens).unwrap().values,
+            want.logits(&tokens).unwrap().values,
+            "{name}"
+        );
+        let (got, want) = (got.config(), want.config());
+        assert_eq!(got.parameter_count(), want.parameter_count());
+        assert_eq!(
+            (got.rms_norm_eps, got.rope_theta, got.tie_word_embeddings),
+            (want.rms_norm_eps, want.rope_theta, want.tie_word_embeddings)
+        );
+    }
+}
+
+#[test]
+fn the_embedded_vocabulary_and_template_are_those_of_the_checkpoint() {
+    for (file, name) in PAIRS {
+        let got = Tokenizer::load(gguf(file)).unwrap();
+        let want = Tokenizer::load(fixture(name)).unwrap();
+        assert_eq!(got.vocab_size(), want.vocab_size());
+        assert_eq!(got.eos_token_id(), want.eos_token_id());
+        assert_eq!(got.pad_token_id(), want.pad_token_id());
+        assert_eq!(got.chat_template(), want.chat_template());
+        for text in [
+            "Hello, the quick brown fox!",
+            "你好 <|im_end|>",
+            "e\u{301}  \n\n x",
+        ] {
+            assert_eq!(got.encode(text).unwrap(), want.encode(text).unwrap());
+            assert_eq!(
+                got.encode_with_special_tokens(text).unwrap(),
+                want.encode_with_special_tokens(text).unwrap()
+            );
+        }
+        let messages = [Message::user("Hello")];
+        assert_eq!(
+            got.encode_chat(&messages, true).unwrap(),
+            want.encode_chat(&messages, true).unwrap()
+        );
+        let ends = unrounded(gguf(file)).load().unwrap();
+        let ends = &ends.generation_config().eos_token_ids;
+        assert!(want.eos_token_id().is_some_and(|id| ends.contains(&id)));
+    }
+}
+
+#[test]
+fn packing_a_file_gives_what_packing_its_checkpoint_gives() {
+    let directory = tempfile::tempdir().unwrap();
+    for (file, name) in PAIRS {
+        let tokens = ids(&json(fixture(name).join("reference.json"))["tokens"]);
+        let to = directory.path().join(name);
+        quantize(gguf(file), &to, Quantization::Q8, |_| {
+            ControlFlow::Continue(())
+        })
+        .unwrap();
+        let want = unrounded(fixture(name))
+            .quantize(Quantization::Q8)
+            .load()
+            .unwrap();
+        let want = want.logits(&tokens).unwrap().values;
+        let stored = unrounded(to).load().unwrap();
+        assert_eq!(stored.logits(&tokens).unwrap().values, want, "{name}");
+        let loaded = unrounded(gguf(file))
+            .quantize(Quantization::Q8)
+            .load()
+            .unwrap();
+        assert_eq!(loaded.logits(&tokens).unwrap().values, want, "{name}");
+    }
+}
