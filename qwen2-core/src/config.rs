@@ -257,6 +257,15 @@ impl DType {
         }
     }
 
+    /// `float32`, `float16` or `bfloat16`, as configs have it.
+    pub(crate) fn torch_name(self) -> &'static str {
+        match self {
+            Self::F32 => "float32",
+            Self::F16 => "float16",
+            Self::BF16 => "bfloat16",
+        }
+    }
+
     /// What a model with weights of this precision keeps its keys and values in, unless asked
     /// otherwise: f32 beside f32, so that nothing is rounded; else f16, which has three bits
     /// of mantissa more than bf16.

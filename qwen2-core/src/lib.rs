@@ -16,7 +16,7 @@ mod text;
 #[doc(hidden)]
 pub use api::SessionRun;
 pub use api::{
-    Logits, Memory, Model, ModelBuilder, Prompt, Quantization, Session, SessionStream,
+    Logits, Memory, Model, ModelBuilder, Prompt, Quantization, Session, SessionStream, convert,
     instruction_set, quantize,
 };
 pub use checkpoint::{Progress, Source};

@@ -6,8 +6,8 @@ mod common;
 use std::ops::ControlFlow;
 use std::path::PathBuf;
 
-use common::{fixture, ids, json, root, unrounded};
-use qwen2_core::{Message, Quantization, Tokenizer, quantize};
+use common::{demo, fixture, ids, json, root, unrounded};
+use qwen2_core::{ErrorKind, Message, Quantization, Tokenizer, convert, quantize};
 
 fn gguf(name: &str) -> PathBuf {
     root().join("conformance/gguf").join(name)
@@ -92,4 +92,81 @@ fn packing_a_file_gives_what_packing_its_checkpoint_gives() {
             .unwrap();
         assert_eq!(loaded.logits(&tokens).unwrap().values, want, "{name}");
     }
+}
+
+#[test]
+fn a_checkpoint_comes_back_from_gguf_as_it_was() {
+    let directory = tempfile::tempdir().unwrap();
+    for name in [
+        "tied",
+        "untied",
+        "f16",
+        "bf16_shards",
+        "yarn",
+        "head_dim_explicit",
+        "moe",
+    ] {
+        let tokens = ids(&json(fixture(name).join("reference.json"))["tokens"]);
+        let file = directory.path().join(format!("{name}.gguf"));
+        convert(fixture(name), &file, None, |_| ControlFlow::Continue(())).unwrap();
+        let back = directory.path().join(name);
+        convert(&file, &back, None, |_| ControlFlow::Continue(())).unwrap();
+        let want = unrounded(fixture(name)).load().unwrap();
+        let values = want.logits(&tokens).unwrap().values;
+        for place in [file, back] {
+            let got = unrounded(place.clone()).load().unwrap();
+            assert_eq!(got.logits(&tokens).unwrap().values, values, "{name}");
+            assert_eq!(
+                got.tokenizer().chat_template(),
+                want.tokenizer().chat_template()
+            );
+            assert_eq!(got.context_length(), want.context_length(), "{name}");
+            let text = "quick brown <|im_end|>";
+            let [got, want] = [&got, &want].map(|model| model.tokenizer().encode(text).unwrap());
+            assert_eq!(got, want);
+        }
+    }
+    assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 14);
+}
+
+#[test]
+fn a_quantized_file_holds_what_packing_makes() {
+    let directory = tempfile::tempdir().unwrap();
+    let tokens: Vec<u32> = (5..40).collect();
+    for quantization in [Quantization::Q8, Quantization::Q4] {
+        let file = directory
+            .path()
+            .join(format!("{}.gguf", quantization.name()));
+        quantize(demo(), &file, quantization, |_| ControlFlow::Continue(())).unwrap();
+        let got = unrounded(file).load().unwrap();
+        let want = unrounded(demo()).quantize(quantization).load().unwrap();
+        assert_eq!(
+            got.logits(&tokens).unwrap().values,
+            want.logits(&tokens).unwrap().values
+        );
+    }
+}
+
+#[test]
+fn what_gguf_cannot_say_is_refused_and_nothing_is_left() {
+    let directory = tempfile::tempdir().unwrap();
+    for (name, key) in [
+        ("sliding", "use_sliding_window"),
+        ("moe_normed_mixed", "norm_topk_prob"),
+    ] {
+        let file = directory.path().join(format!("{name}.gguf"));
+        let error = convert(fixture(name), file, None, |_| ControlFlow::Continue(())).unwrap_err();
+        assert_eq!(
+            (error.kind(), error.key()),
+            (ErrorKind::Unsupported, Some(key))
+        );
+    }
+    let file = directory.path().join("there.gguf");
+    let error = convert(fixture("tied"), &file, None, |_| ControlFlow::Break(())).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Cancelled);
+    assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 0);
+    std::fs::write(&file, b"mine").unwrap();
+    let error = convert(fixture("tied"), &file, None, |_| ControlFlow::Continue(())).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::InvalidArgument);
+    assert_eq!(std::fs::read(&file).unwrap(), b"mine");
 }

@@ -1,6 +1,7 @@
 //! What a program sees: the model handle, its builder and its sessions.
 
 mod builder;
+mod convert;
 mod model;
 mod quantize;
 mod session;
@@ -14,6 +15,7 @@ pub fn instruction_set() -> &'static str {
 }
 
 pub use builder::ModelBuilder;
+pub use convert::convert;
 pub use model::{Logits, Memory, Model, Prompt};
 pub use quantize::{Quantization, quantize};
 pub use session::{Session, SessionRun, SessionStream};

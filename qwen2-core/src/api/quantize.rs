@@ -4,12 +4,12 @@ use std::collections::HashMap;
 use std::ops::ControlFlow;
 use std::path::Path;
 use std::str::FromStr;
-use std::sync::{Mutex, PoisonError};
 
 use burn::tensor::{Bytes, DType as BurnDType, TensorData};
 use serde_json::json;
 
 use super::builder::start_threads;
+use super::convert::{is_gguf, quantize_gguf};
 use super::stored::{convert, pack_stored};
 use crate::checkpoint::mmap::arena::{Arena, Piece};
 use crate::checkpoint::write::{self, Planned};
@@ -77,6 +77,9 @@ impl FromStr for Quantization {
 /// nothing is left to do, and takes less room. Its files are those of `source` but for the weights
 /// and a `quantization_config` in `config.json`. One matrix at a time is in memory.
 ///
+/// If the name of `destination` ends in `.gguf` it becomes a GGUF file instead, for llama.cpp and its
+/// like, with the same weights in the types `Q8_0` and `Q4_0`.
+///
 /// # Errors
 /// As [`ModelBuilder::load`](crate::ModelBuilder::load) for `source`; `InvalidArgument` if it is
 /// packed already or `destination` exists; `Io` for what cannot be written. `destination` is there
@@ -89,6 +92,10 @@ pub fn quantize(
 ) -> Result<()> {
     let checkpoint = Checkpoint::open(&source.into(), &mut progress)?;
     refuse_packed(&checkpoint, "quantize")?;
+    if is_gguf(destination.as_ref()) {
+        let destination = destination.as_ref();
+        return quantize_gguf(&checkpoint, destination, quantization, &mut progress);
+    }
     let tied = names::audit(&checkpoint)?;
     let threads = start_threads(None, false)?;
     let mut plan: Vec<_> = names::expected(&checkpoint.config, tied)
@@ -124,7 +131,9 @@ pub fn quantize(
     write::write(
         &checkpoint,
         destination.as_ref(),
-        config,
+        &|file| {
+            file.insert("quantization_config".to_owned(), config.clone());
+        },
         &plan,
         &mut |tensor| {
             let stored = checkpoint.tensor(&tensor.name)?;
@@ -209,15 +218,10 @@ pub(super) fn copy(name: &str, kept: Kept, threads: &Threads, arena: &mut Arena)
     let mut copied = |bytes: &[u8]| {
         const PART: usize = 1 << 20;
         let mut piece = take(arena, name, bytes.len())?;
-        let parts: Vec<_> = piece.chunks_mut(PART).map(Mutex::new).collect();
-        threads.each(parts.len(), &|part| {
-            // Each lock is taken once, by its own task.
-            let mut to = parts[part].lock().unwrap_or_else(PoisonError::into_inner);
+        threads.each_chunk(&mut piece, PART, &|part, to| {
             let from = &bytes[part * PART..];
-            let len = to.len();
-            to.copy_from_slice(&from[..len]);
+            to.copy_from_slice(&from[..to.len()]);
         });
-        drop(parts);
         Ok(shared(piece.into_bytes()))
     };
     Ok(match kept {
@@ -305,13 +309,7 @@ pub(super) fn pack_rows(
     threads: &Threads,
     bytes: &mut [u8],
 ) {
-    let panels: Vec<_> = bytes
-        .chunks_mut(shape.panel_bytes())
-        .map(Mutex::new)
-        .collect();
-    threads.each(panels.len(), &|panel| {
-        // Each lock is taken once, by its own task.
-        let mut out = panels[panel].lock().unwrap_or_else(PoisonError::into_inner);
-        shape.pack_panel(panel, effort, &|index, out| row(index, out), &mut out);
+    threads.each_chunk(bytes, shape.panel_bytes(), &|panel, out| {
+        shape.pack_panel(panel, effort, &|index, out| row(index, out), out);
     });
 }

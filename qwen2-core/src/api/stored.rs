@@ -1,7 +1,5 @@
 //! A stored tensor on its way into the network: converted, packed, or as it is.
 
-use std::sync::{Mutex, PoisonError};
-
 use burn::tensor::{Bytes, DType as BurnDType, TensorData};
 use half::f16;
 
@@ -69,14 +67,14 @@ pub(super) fn pack_stored(
             transcribe(shape, kind, &stored.bytes, threads, bytes);
         }
         _ => {
-            let row = |index: usize, out: &mut [f32]| row(stored, index, out);
+            let row = |index: usize, out: &mut [f32]| rows(stored, index, out);
             pack_rows(shape, packed::Effort::Search, &row, threads, bytes);
         }
     }
 }
 
 /// Row `index` of a stored matrix as f32.
-fn row(stored: &StoredTensor, index: usize, out: &mut [f32]) {
+pub(super) fn rows(stored: &StoredTensor, index: usize, out: &mut [f32]) {
     let kind = match stored.encoding {
         Encoding::Numbers(DType::F32) => Kind::F32,
         Encoding::Numbers(DType::F16) => Kind::F16,
@@ -107,14 +105,8 @@ fn transcribe(
         });
         (scale, quants)
     };
-    let panels: Vec<_> = bytes
-        .chunks_mut(shape.panel_bytes())
-        .map(Mutex::new)
-        .collect();
-    threads.each(panels.len(), &|panel| {
-        // Each lock is taken once, by its own task.
-        let mut out = panels[panel].lock().unwrap_or_else(PoisonError::into_inner);
-        shape.place_panel(panel, &block, &mut out);
+    threads.each_chunk(bytes, shape.panel_bytes(), &|panel, out| {
+        shape.place_panel(panel, &block, out);
     });
 }
 

@@ -8,6 +8,7 @@ mod reader;
 #[cfg(test)]
 mod tests;
 mod vocabulary;
+pub(crate) mod write;
 
 use std::fs;
 use std::path::{Path, PathBuf};

@@ -30,6 +30,8 @@ const CONFIG: &str = "config.json";
 const GENERATION_CONFIG: &str = "generation_config.json";
 /// Published configs have a kilobyte.
 const MAX_CONFIG: u64 = 16 << 20;
+/// Qwen2's tokenizer.json has seven megabytes.
+const MAX_COMPANION: u64 = 256 << 20;
 
 /// How far loading has come.
 ///
@@ -191,6 +193,22 @@ impl Checkpoint {
         match &self.home {
             Home::Directory(_) => None,
             Home::Gguf(embedded) => Some(embedded),
+        }
+    }
+
+    /// The contents of a file beside the weights; `None` if there is none.
+    ///
+    /// # Errors
+    /// As [`Directory::read`].
+    fn companion(&self, name: &str) -> Result<Option<Vec<u8>>> {
+        match &self.home {
+            Home::Directory(directory) => directory.read(name, MAX_COMPANION),
+            Home::Gguf(embedded) => {
+                let mut files = embedded.files().into_iter();
+                Ok(files
+                    .find(|file| file.0 == name)
+                    .map(|file| file.1.to_vec()))
+            }
         }
     }
 

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use serde_json::{Map, Value, json};
 
 use super::shards::SINGLE;
-use super::{CONFIG, Checkpoint, Encoding, GENERATION_CONFIG, Home};
+use super::{CONFIG, Checkpoint, Encoding, GENERATION_CONFIG};
 use crate::error::{Error, ErrorKind, Result};
 
 /// The weights start at a multiple of this, so that packed panels begin with a cache line.
@@ -42,8 +42,8 @@ impl Planned {
     }
 }
 
-/// Writes a directory like that of `checkpoint` with the tensors of `plan`, in this order;
-/// `quantization` becomes `quantization_config` of its `config.json`. Everything is written beside
+/// Writes a directory like that of `checkpoint` with the tensors of `plan`, in this order; `change` is
+/// done to its `config.json`. Everything is written beside
 /// `destination` first and renamed at the end.
 ///
 /// # Errors
@@ -51,35 +51,20 @@ impl Planned {
 pub(crate) fn write(
     checkpoint: &Checkpoint,
     destination: &Path,
-    quantization: Value,
+    change: &dyn Fn(&mut Map<String, Value>),
     plan: &[Planned],
     bytes: &mut dyn FnMut(&Planned) -> Result<Vec<u8>>,
 ) -> Result<()> {
-    if fs::symlink_metadata(destination).is_ok() {
-        return Err(Error::new(ErrorKind::InvalidArgument, "destination exists")
-            .with_path(destination)
-            .with_help("choose another one, or remove it first"));
-    }
-    let partial = Partial::new(destination)?;
+    let partial = Partial::beside(destination)?;
     for name in COMPANIONS {
-        let to = partial.0.join(name);
-        let failed = |error| Error::io("file cannot be written", &to, error);
-        match &checkpoint.home {
-            Home::Directory(directory) => {
-                if let Some(from) = directory.file(name)? {
-                    fs::copy(from, &to).map_err(failed)?;
-                }
-            }
-            Home::Gguf(embedded) => {
-                let file = embedded.files().into_iter().find(|file| file.0 == name);
-                if let Some((_, bytes)) = file {
-                    fs::write(&to, bytes).map_err(failed)?;
-                }
-            }
+        if let Some(bytes) = checkpoint.companion(name)? {
+            let to = partial.0.join(name);
+            fs::write(&to, bytes)
+                .map_err(|error| Error::io("file cannot be written", &to, error))?;
         }
     }
     let config = partial.0.join(CONFIG);
-    fs::write(&config, with_quantization(checkpoint, quantization)?)
+    fs::write(&config, changed_config(checkpoint, change)?)
         .map_err(|error| Error::io("file cannot be written", &config, error))?;
     let weights = partial.0.join(SINGLE);
     let failed = |error| Error::io("file cannot be written", &weights, error);
@@ -111,12 +96,11 @@ fn write_whole(file: &mut impl Write, waiting: &mut Vec<u8>, mut bytes: &[u8]) -
     Ok(())
 }
 
-/// `config.json` with the key `quantization_config`.
-fn with_quantization(checkpoint: &Checkpoint, quantization: Value) -> Result<String> {
-    let bytes = match &checkpoint.home {
-        Home::Directory(directory) => directory.read(CONFIG, super::MAX_CONFIG)?,
-        Home::Gguf(embedded) => Some(embedded.config.clone()),
-    };
+fn changed_config(
+    checkpoint: &Checkpoint,
+    change: &dyn Fn(&mut Map<String, Value>),
+) -> Result<String> {
+    let bytes = checkpoint.companion(CONFIG)?;
     let config: Option<Map<String, Value>> =
         bytes.and_then(|bytes| serde_json::from_slice(&bytes).ok());
     let Some(mut config) = config else {
@@ -126,7 +110,7 @@ fn with_quantization(checkpoint: &Checkpoint, quantization: Value) -> Result<Str
                 .with_help("try again"),
         );
     };
-    config.insert("quantization_config".to_owned(), quantization);
+    change(&mut config);
     Ok(format!("{:#}\n", Value::Object(config)))
 }
 
@@ -153,15 +137,24 @@ fn header(plan: &[Planned]) -> Vec<u8> {
 }
 
 /// A directory that is removed again unless it was renamed.
-struct Partial(PathBuf);
+pub(super) struct Partial(PathBuf);
 
 impl Partial {
-    fn new(destination: &Path) -> Result<Self> {
+    /// A directory of our own beside what is to be made.
+    ///
+    /// # Errors
+    /// `InvalidArgument` if `destination` exists or has no name, and what making it says.
+    pub(super) fn beside(destination: &Path) -> Result<Self> {
+        if fs::symlink_metadata(destination).is_ok() {
+            return Err(Error::new(ErrorKind::InvalidArgument, "destination exists")
+                .with_path(destination)
+                .with_help("choose another one, or remove it first"));
+        }
         let Some(name) = destination.file_name() else {
             return Err(
                 Error::new(ErrorKind::InvalidArgument, "destination has no name")
                     .with_path(destination)
-                    .with_help("give the path of the directory that is to be made"),
+                    .with_help("give the path of what is to be made"),
             );
         };
         let partial = format!(".{}.partial-{}", name.to_string_lossy(), std::process::id());
@@ -171,6 +164,10 @@ impl Partial {
                 .with_help("give a path inside a directory that is there and may be written to")
         })?;
         Ok(Self(path))
+    }
+
+    pub(super) fn path(&self) -> &Path {
+        &self.0
     }
 }
 

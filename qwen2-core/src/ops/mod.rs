@@ -8,6 +8,8 @@ pub(crate) mod packed;
 pub(crate) mod portable;
 mod visible;
 
+use std::sync::{Mutex, PoisonError};
+
 use burn::tensor::Tensor;
 
 pub(crate) use linear::{Linear, RmsNorm, Weight};
@@ -202,6 +204,21 @@ impl Threads {
         return self.pool.run(n_tasks, task);
         #[cfg(not(feature = "cpu"))]
         return (0..n_tasks).for_each(task);
+    }
+
+    /// Calls `task(i, chunk)` for every stretch of `len` elements of `all`, shared among the threads.
+    pub(crate) fn each_chunk<T: Send>(
+        &self,
+        all: &mut [T],
+        len: usize,
+        task: &(dyn Fn(usize, &mut [T]) + Sync),
+    ) {
+        let chunks: Vec<_> = all.chunks_mut(len).map(Mutex::new).collect();
+        self.each(chunks.len(), &|i| {
+            // Each lock is taken once, by its own task.
+            let mut chunk = chunks[i].lock().unwrap_or_else(PoisonError::into_inner);
+            task(i, &mut chunk);
+        });
     }
 
     /// Runs `body` with these threads at the service of its operations.

@@ -203,7 +203,7 @@ impl Shape {
 }
 
 /// Scale and quants of a block.
-fn quantize(format: Format, effort: Effort, x: &[f32; BLOCK]) -> (f16, [i8; BLOCK]) {
+pub(crate) fn quantize(format: Format, effort: Effort, x: &[f32; BLOCK]) -> (f16, [i8; BLOCK]) {
     #[cfg(target_arch = "x86_64")]
     {
         #[target_feature(enable = "avx2")]
