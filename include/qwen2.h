@@ -285,7 +285,8 @@ void qwen2_load_options_set_progress(qwen2_load_options *options,
                                      void *user_data);
 
 // Packs the checkpoint `source`, a directory or an id, into the new directory `destination`, which
-// loads at once and takes less room; `quantize` is "q8" or "q4". `destination` must not exist, and is
+// loads at once and takes less room, or into a GGUF file if its name ends in .gguf; `quantize` is "q8"
+// or "q4". `destination` must not exist, and is
 // there whole or not at all. `progress` may be NULL; it is called on this thread, and never after
 // the return.
 qwen2_status qwen2_quantize(const char *source,
@@ -297,6 +298,21 @@ qwen2_status qwen2_quantize(const char *source,
                             qwen2_progress_fn progress,
                             void *user_data,
                             qwen2_error **error);
+
+// Converts the checkpoint `source`, a directory, a GGUF file or an id, into `destination`: a GGUF file
+// if its name ends in .gguf, else a directory of safetensors. `dtype` is "f32", "f16" or "bf16"; NULL:
+// as stored, and blocks of a GGUF file as bf16. `destination` must not exist, and is there whole or not
+// at all. `progress` may be NULL; it is called on this thread, and never after
+// the return.
+qwen2_status qwen2_convert(const char *source,
+                           size_t source_len,
+                           const char *destination,
+                           size_t destination_len,
+                           const char *dtype,
+                           size_t dtype_len,
+                           qwen2_progress_fn progress,
+                           void *user_data,
+                           qwen2_error **error);
 
 // Loads a checkpoint: a directory with `config.json`, `tokenizer.json` and safetensors, or, where
 // the library was built with `hub`, an id such as "Qwen/Qwen2-0.5B-Instruct". `options` may be NULL

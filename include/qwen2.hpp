@@ -242,6 +242,13 @@ inline void quantize(std::string_view source, std::string_view destination, std:
                  precision.size(), nullptr, nullptr);
 }
 
+/// Converts a checkpoint into a GGUF file, if the name ends in .gguf, or a directory of safetensors; an empty
+/// dtype: as stored.
+inline void convert(std::string_view source, std::string_view destination, std::string_view dtype = {}) {
+    detail::call(qwen2_convert, source.data(), source.size(), destination.data(), destination.size(),
+                 dtype.empty() ? nullptr : dtype.data(), dtype.size(), nullptr, nullptr);
+}
+
 /// A loaded model; copies share the weights.
 class Model {
 public:

@@ -589,6 +589,31 @@ def make_model(fixture: Fixture) -> None:
     assert size_kb <= 350, fixture.name
 
 
+# ---------------------------------------------------------------------------------------------- perplexity
+
+
+def make_perplexity() -> None:
+    """conformance/perplexity.json: windows as in transformers' guide, every token counted once."""
+    cases = []
+    for name, window, stride in [("tied", 24, 10), ("untied", 32, 31), ("moe", 16, 8), ("tied", 200, 90)]:
+        rng = np.random.Generator(np.random.PCG64(zlib.crc32(f"{name} {window}".encode())))
+        tokens = rng.integers(0, 256 + MERGES, 101).tolist()
+        model = load(ROOT / "models" / name)
+        nll, done = 0.0, 1
+        for start in range(0, len(tokens), stride):
+            part = tokens[start : start + window]
+            scores = logits_of(model, part).double().log_softmax(-1)
+            for position in range(done, start + len(part)):
+                nll -= float(scores[position - start - 1, tokens[position]])
+            done = start + len(part)
+            if done == len(tokens):
+                break
+        case = {"name": f"{name} {window} {stride}", "model": name, "tokens": tokens}
+        value = float(f"{np.exp(nll / (len(tokens) - 1)):.9g}")
+        cases.append(case | {"window": window, "stride": stride, "perplexity": value})
+    write_cases(ROOT / "perplexity.json", "Perplexity of tokens in windows.", cases)
+
+
 # ---------------------------------------------------------------------------------------------- gguf
 
 BLOCK_TYPES = ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL"]
@@ -995,6 +1020,7 @@ def main() -> None:
         make_sampler()
         make_chat()
         make_stop()
+        make_perplexity()
         make_gguf_blocks()
         make_gguf("moe", 1)
         make_gguf("bf16_shards", 2)

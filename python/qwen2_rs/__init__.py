@@ -34,6 +34,7 @@ from qwen2_rs._qwen2 import (
     UnsupportedError,
     Usage,
     __version__,
+    convert,
     devices,
     quantize,
 )
@@ -70,6 +71,7 @@ __all__ = [
     "UnsupportedError",
     "Usage",
     "__version__",
+    "convert",
     "devices",
     "quantize",
 ]

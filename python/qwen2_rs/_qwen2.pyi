@@ -39,6 +39,7 @@ __all__ = [
     "UnsupportedError",
     "Usage",
     "__version__",
+    "convert",
     "devices",
     "quantize",
     "run_cli",
@@ -49,6 +50,22 @@ __version__: Final[str]
 def devices() -> list[str]:
     """The devices that this build can compute on."""
 
+def convert(
+    source: str | os.PathLike[str],
+    destination: str | os.PathLike[str],
+    dtype: str | None = None,
+    *,
+    progress: bool | Callable[[int, int], object] | None = False,
+) -> None:
+    """Converts the checkpoint source into destination: a GGUF file if its name ends in .gguf, else a
+    directory of safetensors.
+
+    source: a directory with a checkpoint, a GGUF file, or the id of a checkpoint on the Hugging Face hub.
+    destination: must not exist; it is there whole or not at all.
+    dtype: f32, f16 or bf16; None: as stored, and blocks of a GGUF file as bf16.
+    progress: as of Model.load.
+    """
+
 def quantize(
     source: str | os.PathLike[str],
     destination: str | os.PathLike[str],
@@ -57,7 +74,7 @@ def quantize(
     progress: bool | Callable[[int, int], object] | None = False,
 ) -> None:
     """Packs the checkpoint source into the new directory destination, which loads at once and takes
-    less room.
+    less room; into a GGUF file if the name ends in .gguf.
 
     source: a directory with a checkpoint, or the id of one on the Hugging Face hub.
     destination: must not exist; it is there whole or not at all.
@@ -251,6 +268,17 @@ class Model:
     def score(self, tokens: Sequence[int] | npt.NDArray[np.integer[Any]]) -> npt.NDArray[np.float32]:
         """Natural log-probability of each token given those before it; the first has none, so the
         result is one shorter than tokens.
+        """
+
+    def perplexity(
+        self,
+        tokens: Sequence[int] | npt.NDArray[np.integer[Any]],
+        *,
+        window: int = 2048,
+        stride: int = 512,
+    ) -> float:
+        """The perplexity of tokens: windows of `window` tokens begin every `stride` tokens, and each token
+        counts once, foretold from what its first window has before it.
         """
 
     def close(self) -> None:

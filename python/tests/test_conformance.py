@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from conftest import CONFORMANCE, DEMO, fixture_directory
-from qwen2_rs import Model
+from qwen2_rs import InvalidArgumentError, Model, Tokenizer, convert
 
 MODELS = sorted(path.name for path in (CONFORMANCE / "models").iterdir())
 
@@ -42,6 +43,27 @@ def test_a_prompt_of_several_chunks_is_read_as_one(long_model: Model) -> None:
     assert long_model.generate(tokens, temperature=0, repetition_penalty=1, max_new_tokens=1).tokens == [
         likeliest
     ]
+
+
+@pytest.mark.parametrize("case", json.loads((CONFORMANCE / "perplexity.json").read_text())["cases"])
+def test_perplexity_equals_the_reference(case: dict[str, Any]) -> None:
+    model = Model.load(fixture_directory(case["model"]), device="cpu", kv_cache="f32")
+    window = min(case["window"], model.context_length)
+    got = model.perplexity(case["tokens"], window=window, stride=case["stride"])
+    assert got == pytest.approx(case["perplexity"], rel=1e-4)
+
+
+def test_a_gguf_file_gives_what_its_checkpoint_gives(tmp_path: Path) -> None:
+    tokens = reference("moe")["tokens"]
+    want = Model.load(fixture_directory("moe"), device="cpu").logits(tokens)
+    convert(fixture_directory("moe"), tmp_path / "moe.gguf")
+    convert(tmp_path / "moe.gguf", tmp_path / "back")
+    for place in (CONFORMANCE / "gguf" / "moe.gguf", tmp_path / "moe.gguf", tmp_path / "back"):
+        model = Model.load(place, device="cpu")
+        np.testing.assert_array_equal(model.logits(tokens), want)
+        assert Tokenizer.load(place).encode("Hello") == model.tokenizer.encode("Hello")
+    with pytest.raises(InvalidArgumentError, match="destination exists"):
+        convert(fixture_directory("moe"), tmp_path / "moe.gguf")
 
 
 def test_the_demo_model_gives_transformers_tokens(demo: Model) -> None:

@@ -235,7 +235,8 @@ pub unsafe extern "C" fn qwen2_load_options_set_progress(
 }
 
 /// Packs the checkpoint `source`, a directory or an id, into the new directory `destination`, which
-/// loads at once and takes less room; `quantize` is "q8" or "q4". `destination` must not exist, and is
+/// loads at once and takes less room, or into a GGUF file if its name ends in .gguf; `quantize` is "q8"
+/// or "q4". `destination` must not exist, and is
 /// there whole or not at all. `progress` may be NULL; it is called on this thread, and never after
 /// the return.
 #[unsafe(no_mangle)]
@@ -260,6 +261,40 @@ pub unsafe extern "C" fn qwen2_quantize(
             None => ControlFlow::Continue(()),
         };
         qwen2_core::quantize(source, destination, quantize, report)?;
+        Ok(QWEN2_OK)
+    })
+}
+
+/// Converts the checkpoint `source`, a directory, a GGUF file or an id, into `destination`: a GGUF file
+/// if its name ends in .gguf, else a directory of safetensors. `dtype` is "f32", "f16" or "bf16"; NULL:
+/// as stored, and blocks of a GGUF file as bf16. `destination` must not exist, and is there whole or not
+/// at all. `progress` may be NULL; it is called on this thread, and never after
+/// the return.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn qwen2_convert(
+    source: *const c_char,
+    source_len: usize,
+    destination: *const c_char,
+    destination_len: usize,
+    dtype: *const c_char,
+    dtype_len: usize,
+    progress: qwen2_progress_fn,
+    user_data: *mut c_void,
+    error: *mut *mut qwen2_error,
+) -> qwen2_status {
+    fence::entry(error, || {
+        let source = fence::path(source, source_len)?;
+        let destination = fence::path(destination, destination_len)?;
+        let dtype = match dtype.is_null() {
+            true => None,
+            false => Some(parse::<DType>(dtype, dtype_len, "dtype")?),
+        };
+        let callback = progress.map(|call| Callback { call, user_data });
+        let report = |progress| match &callback {
+            Some(callback) => callback.run(progress),
+            None => ControlFlow::Continue(()),
+        };
+        qwen2_core::convert(source, destination, dtype, report)?;
         Ok(QWEN2_OK)
     })
 }

@@ -26,6 +26,10 @@ pub(crate) enum Command {
     Tokenize(TokenizeArgs),
     /// Pack a checkpoint into a new directory, which loads at once and takes less room.
     Quantize(QuantizeArgs),
+    /// Write a checkpoint in another form: a GGUF file, or a directory of safetensors.
+    Convert(ConvertArgs),
+    /// How well a model foretells a text file.
+    Perplexity(PerplexityArgs),
     /// Measure speed, next to what the memory allows.
     Bench(BenchArgs),
 }
@@ -115,7 +119,7 @@ impl SampleArgs {
 
 #[derive(Args, Debug)]
 pub(crate) struct ChatArgs {
-    /// A directory, or an id of the hub such as Qwen/Qwen2-0.5B-Instruct [default: the demo model].
+    /// A directory, a GGUF file, or an id of the hub such as Qwen/Qwen2-0.5B-Instruct [default: the demo model].
     pub(crate) model: Option<OsString>,
     /// Instructions for the model [default: the chat template's own].
     #[arg(long)]
@@ -131,7 +135,7 @@ pub(crate) struct ChatArgs {
 
 #[derive(Args, Debug)]
 pub(crate) struct GenerateArgs {
-    /// A directory, or an id of the hub such as Qwen/Qwen2-0.5B-Instruct.
+    /// A directory, a GGUF file, or an id of the hub such as Qwen/Qwen2-0.5B-Instruct.
     pub(crate) model: OsString,
     /// The text to continue; - reads it from stdin, without the newline at its end.
     pub(crate) prompt: String,
@@ -152,7 +156,7 @@ pub(crate) struct GenerateArgs {
 
 #[derive(Args, Debug)]
 pub(crate) struct InfoArgs {
-    /// A directory, or an id of the hub [default: the demo model].
+    /// A directory, a GGUF file, or an id of the hub [default: the demo model].
     pub(crate) model: Option<OsString>,
     /// Memory for weights of this precision, f32, f16 or bf16 [default: as stored].
     #[arg(long)]
@@ -167,7 +171,7 @@ pub(crate) struct InfoArgs {
 
 #[derive(Args, Debug)]
 pub(crate) struct TokenizeArgs {
-    /// A directory, or an id of the hub.
+    /// A directory, a GGUF file, or an id of the hub.
     pub(crate) model: OsString,
     /// The text, or with --decode the ids; - reads stdin, without the newline at its end.
     pub(crate) text: String,
@@ -184,18 +188,52 @@ pub(crate) struct TokenizeArgs {
 
 #[derive(Args, Debug)]
 pub(crate) struct QuantizeArgs {
-    /// A directory, or an id of the hub.
+    /// A directory, a GGUF file, or an id of the hub.
     pub(crate) model: OsString,
-    /// Where to put the packed checkpoint; must not exist.
-    pub(crate) directory: PathBuf,
+    /// Where to put the packed checkpoint, a directory, or a file if its name ends in .gguf; must not
+    /// exist.
+    pub(crate) destination: PathBuf,
     /// q8 (8.5 bits a weight) or q4 (4.5 bits; embedding and head q8).
     #[arg(long, default_value = "q8")]
     pub(crate) precision: String,
+    /// packed (our own directory) or gguf (Q8_0, Q4_0) [default: by the name of the destination].
+    #[arg(long)]
+    pub(crate) format: Option<String>,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct ConvertArgs {
+    /// A directory, a GGUF file, or an id of the hub.
+    pub(crate) model: OsString,
+    /// A GGUF file if the name ends in .gguf, else a directory; must not exist.
+    pub(crate) destination: PathBuf,
+    /// Write the weights as f32, f16 or bf16 [default: as stored, blocks of a GGUF file as bf16].
+    #[arg(long)]
+    pub(crate) dtype: Option<String>,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct PerplexityArgs {
+    /// A directory, a GGUF file, or an id of the hub.
+    pub(crate) model: OsString,
+    /// A text file in UTF-8.
+    pub(crate) text: PathBuf,
+    /// Tokens of a window [default: 2048, or the model's context if that is less].
+    #[arg(long)]
+    pub(crate) window: Option<usize>,
+    /// Tokens from one window's start to the next's [default: half a window].
+    #[arg(long)]
+    pub(crate) stride: Option<usize>,
+    /// One JSON object instead of a line.
+    #[arg(long)]
+    pub(crate) json: bool,
+    #[command(flatten)]
+    pub(crate) load: LoadArgs,
 }
 
 #[derive(Args, Debug)]
 pub(crate) struct BenchArgs {
-    /// A directory, or an id of the hub [default: random weights of --shape].
+    /// A directory, a GGUF file, or an id of the hub [default: random weights of --shape].
     #[arg(conflicts_with = "shape")]
     pub(crate) model: Option<OsString>,
     /// Random weights of a published shape: 0.5b, 1.5b, 7b, 57b-a14b or 72b [default: 0.5b].

@@ -1,13 +1,14 @@
 //! `qwen2 info`: what a checkpoint is and what it needs, from its files' names and its config.
 
+use std::collections::BTreeMap;
 use std::ffi::OsStr;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use qwen2_core::{DType, Device, ModelConfig, instruction_set};
+use qwen2_core::{DType, Device, ModelConfig, inspect, instruction_set};
 use serde_json::{Value, json};
 
-use crate::args::{InfoArgs, LoadArgs};
+use crate::args::InfoArgs;
 use crate::failure::Failure;
 use crate::output::{self, human_bytes, human_count};
 use crate::{demo, load};
@@ -18,8 +19,12 @@ const MAX_CONFIG: u64 = 16 << 20;
 struct Facts {
     name: String,
     config: ModelConfig,
-    /// Bytes of the weight files; `None` if the checkpoint is not a directory.
+    /// Bytes of the weight files.
     stored_bytes: Option<u64>,
+    /// Bytes of the weights in memory, where their headers were read.
+    weight_bytes: Option<u64>,
+    /// Bytes by how they are stored, where the headers were read.
+    formats: Option<BTreeMap<String, u64>>,
     dtype: Option<DType>,
     context_length: usize,
 }
@@ -29,7 +34,7 @@ pub(crate) fn run(args: &InfoArgs) -> Result<(), Failure> {
         None => of_directory(&demo::directory()?)?,
         Some(model) => match directory_of(model) {
             Some(directory) => of_directory(&directory)?,
-            None => of_loaded(model)?,
+            None => of_checkpoint(model)?,
         },
     };
     if let Some(dtype) = &args.dtype {
@@ -57,7 +62,7 @@ pub(crate) fn run(args: &InfoArgs) -> Result<(), Failure> {
 fn directory_of(model: &OsStr) -> Option<PathBuf> {
     let path = Path::new(model);
     match path.extension() {
-        _ if path.is_dir() => Some(path.to_owned()),
+        _ if path.join("config.json").exists() => Some(path.to_owned()),
         Some(extension) if extension == "safetensors" && path.is_file() => {
             let parent = path
                 .parent()
@@ -90,6 +95,8 @@ fn of_directory(directory: &Path) -> Result<Facts, Failure> {
     Ok(Facts {
         name: name.unwrap_or_else(|| directory.display().to_string()),
         stored_bytes: Some(stored_bytes(directory)?),
+        weight_bytes: None,
+        formats: None,
         dtype: config.dtype,
         context_length: config.context_length(),
         config,
@@ -110,19 +117,19 @@ fn stored_bytes(directory: &Path) -> Result<u64, Failure> {
     Ok(bytes)
 }
 
-/// An id of the hub: its files must be here first, and then loading them is a mapping.
-fn of_loaded(model: &OsStr) -> Result<Facts, Failure> {
-    let args = LoadArgs {
-        device: "cpu".to_owned(),
-        ..LoadArgs::default()
-    };
-    let model = load::load(Some(model), &args)?;
+/// A GGUF file, or an id of the hub, whose files must be here first.
+fn of_checkpoint(model: &OsStr) -> Result<Facts, Failure> {
+    let source = load::source(model);
+    let found = load::with_bar("reading", |progress| inspect(source, progress))?;
+    let name = Path::new(model).file_name().unwrap_or(model);
     Ok(Facts {
-        name: model.name().to_owned(),
-        config: model.config().clone(),
-        stored_bytes: None,
-        dtype: Some(model.dtype()),
-        context_length: model.context_length(),
+        name: name.to_string_lossy().into_owned(),
+        stored_bytes: Some(found.stored_bytes),
+        weight_bytes: Some(found.weight_bytes),
+        formats: Some(found.formats),
+        dtype: found.dtype,
+        context_length: found.config.context_length(),
+        config: found.config,
     })
 }
 
@@ -131,12 +138,23 @@ impl Facts {
         if self.config.packed {
             return self.stored_bytes;
         }
+        if !self.is_dense() {
+            return self.weight_bytes;
+        }
         self.dtype
             .map(|dtype| self.config.parameter_count() * dtype.size_in_bytes() as u64)
     }
 
+    /// Whether the weights are numbers, which `--dtype` may change.
+    fn is_dense(&self) -> bool {
+        let dense = |name: &String| name.parse::<DType>().is_ok();
+        self.formats
+            .as_ref()
+            .is_none_or(|formats| formats.keys().all(dense))
+    }
+
     fn cache_bytes_per_token(&self) -> u64 {
-        let cache = match self.config.packed {
+        let cache = match self.config.packed || !self.is_dense() {
             true => DType::F16,
             false => self.dtype.unwrap_or(DType::F32).default_kv_cache(),
         };
@@ -154,6 +172,7 @@ impl Facts {
             "parameters": self.config.parameter_count(),
             "stored_bytes": self.stored_bytes,
             "dtype": self.dtype.map(DType::name),
+            "formats": self.formats,
             "context_length": self.context_length,
             "weight_bytes": self.weight_bytes(),
             "cache_bytes_per_token": self.cache_bytes_per_token(),
@@ -168,9 +187,15 @@ impl Facts {
 
     fn lines(&self) -> String {
         let config = &self.config;
-        let dtype = self.dtype.map_or("dtype not announced", DType::name);
+        let dtype = match (&self.formats, self.dtype) {
+            (Some(formats), _) if !self.is_dense() => {
+                formats.keys().cloned().collect::<Vec<_>>().join(", ")
+            }
+            (_, Some(dtype)) => dtype.name().to_owned(),
+            _ => "dtype not announced".to_owned(),
+        };
         let stored = self.stored_bytes.map_or_else(
-            || dtype.to_owned(),
+            || dtype.clone(),
             |bytes| format!("{}, {dtype}", human_bytes(bytes)),
         );
         let weights = self

@@ -4,6 +4,7 @@ mod args;
 mod bandwidth;
 mod bench;
 mod chat;
+mod convert;
 mod demo;
 mod failure;
 mod generate;
@@ -11,6 +12,7 @@ mod info;
 mod interrupt;
 mod load;
 mod output;
+mod perplexity;
 mod quantize;
 mod tokenize;
 
@@ -41,6 +43,8 @@ pub fn run<I: IntoIterator<Item = OsString>>(args: I) -> i32 {
         Command::Info(args) => info::run(args),
         Command::Tokenize(args) => tokenize::run(args),
         Command::Quantize(args) => quantize::run(args),
+        Command::Convert(args) => convert::run(args),
+        Command::Perplexity(args) => perplexity::run(args),
         Command::Bench(args) => bench::run(args),
     };
     outcome.map_or_else(Failure::report, |()| 0)

@@ -60,10 +60,10 @@ fn id(text: &str) -> Result<u32, Failure> {
     })
 }
 
-/// The tokenizer of a directory, without its weights; of anything else, that of the loaded model.
+/// The tokenizer of a path, without its weights; of anything else, that of the loaded model.
 fn tokenizer(args: &TokenizeArgs) -> Result<Tokenizer, Failure> {
     let path = Path::new(&args.model);
-    if path.is_dir() {
+    if path.exists() {
         return Ok(Tokenizer::load(path)?);
     }
     Ok(load::load(

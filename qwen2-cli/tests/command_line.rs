@@ -14,8 +14,12 @@ struct Outcome {
 }
 
 impl Outcome {
-    fn json(&self) -> Value {
+    fn success(&self) {
         assert_eq!(self.code, Some(0), "{}", self.stderr);
+    }
+
+    fn json(&self) -> Value {
+        self.success();
         serde_json::from_str(&self.stdout)
             .unwrap_or_else(|error| panic!("{error}: {}", self.stdout))
     }
@@ -450,6 +454,7 @@ fn info_tells_what_a_checkpoint_is_and_needs() {
             "parameters",
             "stored_bytes",
             "dtype",
+            "formats",
             "context_length",
             "weight_bytes",
             "cache_bytes_per_token",
@@ -496,6 +501,54 @@ fn info_tells_what_a_checkpoint_is_and_needs() {
             lines.stdout
         );
     }
+}
+
+#[test]
+fn a_checkpoint_is_converted_quantized_and_measured() {
+    let directory = tempfile::tempdir().unwrap();
+    let at = |name: &str| directory.path().join(name).display().to_string();
+    let text = at("text.txt");
+    std::fs::write(&text, "12 plus 30 is 42. The fox is quick.").unwrap();
+    qwen2(&["convert", &demo(), &at("demo.gguf")]).success();
+    qwen2(&["convert", &at("demo.gguf"), &at("demo"), "--dtype", "f32"]).success();
+    qwen2(&[
+        "quantize",
+        &demo(),
+        &at("q4.gguf"),
+        "--precision",
+        "q4",
+        "--format",
+        "gguf",
+    ])
+    .success();
+    let info = qwen2(&["info", &at("q4.gguf"), "--json"]).json();
+    let formats: Vec<_> = info["formats"].as_object().unwrap().keys().collect();
+    assert_eq!(formats, ["Q4_0", "Q8_0", "f32"]);
+    assert!(info["weight_bytes"].as_u64() <= info["stored_bytes"].as_u64());
+    let perplexity = |model: &str| {
+        let args = [
+            "perplexity",
+            model,
+            &text,
+            "--window",
+            "16",
+            "--stride",
+            "4",
+            "--json",
+        ];
+        qwen2(&args).json()["perplexity"].as_f64().unwrap()
+    };
+    let want = perplexity(&demo());
+    assert!((perplexity(&at("demo.gguf")) - want).abs() < 1e-4 * want);
+    assert!((perplexity(&at("demo")) - want).abs() < 0.01 * want);
+    assert_ne!(perplexity(&at("q4.gguf")), want);
+    let refused = qwen2(&["quantize", &demo(), &at("x"), "--format", "gguf"]);
+    assert_eq!(refused.code, Some(2));
+    assert!(
+        refused.stderr.contains("does not end in .gguf"),
+        "{}",
+        refused.stderr
+    );
 }
 
 #[test]

@@ -16,8 +16,8 @@ mod text;
 #[doc(hidden)]
 pub use api::SessionRun;
 pub use api::{
-    Logits, Memory, Model, ModelBuilder, Prompt, Quantization, Session, SessionStream, convert,
-    instruction_set, quantize,
+    CheckpointInfo, Logits, Memory, Model, ModelBuilder, Perplexity, Prompt, Quantization, Session,
+    SessionStream, convert, inspect, instruction_set, quantize,
 };
 pub use checkpoint::{Progress, Source};
 pub use config::{DType, GenerationConfig, ModelConfig, MoeConfig, RopeScaling};

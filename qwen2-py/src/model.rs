@@ -335,6 +335,23 @@ impl Model {
         Ok(PyArray1::from_vec(py, scores))
     }
 
+    /// The perplexity of tokens: windows of `window` tokens begin every `stride` tokens, and each token
+    /// counts once, foretold from what its first window has before it.
+    #[pyo3(signature = (tokens, *, window=2048, stride=512))]
+    fn perplexity(
+        &self,
+        py: Python<'_>,
+        tokens: TokenIds,
+        window: usize,
+        stride: usize,
+    ) -> PyResult<f64> {
+        let model = self.get()?;
+        let found = enter::long(py, &CancelToken::new(), || {
+            Ok(model.perplexity(&tokens.0, window, stride)?)
+        })?;
+        Ok(found.perplexity)
+    }
+
     /// Lets go of the weights; later use raises ValueError. They are freed when what still uses
     /// them ends: running generations, open streams and sessions.
     fn close(&self, py: Python<'_>) {
@@ -436,7 +453,7 @@ impl Model {
 }
 
 /// Packs the checkpoint source into the new directory destination, which loads at once and takes
-/// less room.
+/// less room; into a GGUF file if the name ends in .gguf.
 ///
 /// source: a directory with a checkpoint, or the id of one on the Hugging Face hub.
 /// destination: must not exist; it is there whole or not at all.
@@ -464,6 +481,44 @@ pub(crate) fn quantize(
             precision,
             tell,
         )?)
+    };
+    match callback {
+        Some(callback) => enter::loading(py, &callback, work),
+        None => {
+            let cancel = CancelToken::new();
+            let report = Report::silent(cancel.clone());
+            enter::long(py, &cancel, || work(report))
+        }
+    }
+}
+
+/// Converts the checkpoint source into destination: a GGUF file if its name ends in .gguf, else a
+/// directory of safetensors.
+///
+/// source: a directory with a checkpoint, a GGUF file, or the id of a checkpoint on the Hugging Face hub.
+/// destination: must not exist; it is there whole or not at all.
+/// dtype: f32, f16 or bf16; None: as stored, and blocks of a GGUF file as bf16.
+/// progress: as of Model.load.
+#[pyfunction]
+#[pyo3(
+    signature = (source, destination, dtype=None, *, progress=None),
+    text_signature = "(source, destination, dtype=None, *, progress=False)"
+)]
+pub(crate) fn convert(
+    py: Python<'_>,
+    source: AnySource,
+    destination: PathBuf,
+    dtype: Option<&str>,
+    progress: Option<Bound<'_, PyAny>>,
+) -> PyResult<()> {
+    let callback = progress_callback(py, progress)?;
+    let dtype = dtype
+        .map(str::parse::<DType>)
+        .transpose()
+        .map_err(Failure::from)?;
+    let work = |report: Report| {
+        let tell = move |progress| report.set(progress);
+        Ok(qwen2_core::convert(source.0, destination, dtype, tell)?)
     };
     match callback {
         Some(callback) => enter::loading(py, &callback, work),

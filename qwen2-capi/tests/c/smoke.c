@@ -149,6 +149,10 @@ static void load_errors(const char *directory) {
           "unknown quantization: quantize: `q3`");
     CHECK(qwen2_quantize(directory, NUL, directory, NUL, "q8", 2, NULL, NULL, NULL) ==
           QWEN2_ERROR_INVALID_ARGUMENT); /* it exists */
+    CHECK(qwen2_convert(directory, NUL, directory, NUL, NULL, 0, NULL, NULL, NULL) ==
+          QWEN2_ERROR_INVALID_ARGUMENT);
+    FAILS(qwen2_convert(directory, NUL, "/nowhere", NUL, "q3", NUL, NULL, NULL, &error), QWEN2_ERROR_INVALID_ARGUMENT,
+          "unknown dtype: dtype: q3");
     FAILS(qwen2_quantize(directory, NUL, "/nowhere", NUL, "q3", NUL, NULL, NULL, &error), QWEN2_ERROR_INVALID_ARGUMENT,
           "unknown quantization: quantize: `q3`");
     FAILS(qwen2_quantize(directory, NUL, NULL, 4, "q8", NUL, NULL, NULL, &error), QWEN2_ERROR_INVALID_ARGUMENT,

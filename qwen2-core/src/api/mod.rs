@@ -2,7 +2,9 @@
 
 mod builder;
 mod convert;
+mod inspect;
 mod model;
+mod perplexity;
 mod quantize;
 mod session;
 mod stored;
@@ -16,6 +18,8 @@ pub fn instruction_set() -> &'static str {
 
 pub use builder::ModelBuilder;
 pub use convert::convert;
+pub use inspect::{CheckpointInfo, inspect};
 pub use model::{Logits, Memory, Model, Prompt};
+pub use perplexity::Perplexity;
 pub use quantize::{Quantization, quantize};
 pub use session::{Session, SessionRun, SessionStream};

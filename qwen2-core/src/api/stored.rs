@@ -32,10 +32,7 @@ pub(super) fn keep_stored(
     let format = match (quantization, dtype) {
         (Some(quantization), _) => quantization.format(name),
         (None, Some(_)) => None,
-        // A router keeps its precision, which f32 holds.
-        (None, None) => Quantization::Q8
-            .format(name)
-            .map(|q8| lossless(kind).unwrap_or(q8)),
+        (None, None) => format_of(kind, name),
     };
     let Some(format) = format else {
         return Ok(Kept::Dense(convert(stored, dtype)));
@@ -44,6 +41,26 @@ pub(super) fn keep_stored(
     let mut piece = take(arena, name, shape.bytes())?;
     pack_stored(shape, &stored, threads, &mut piece);
     Ok(Kept::Packed(shape, shared(piece.into_bytes())))
+}
+
+/// Bytes that [`keep_stored`] keeps of a tensor with no wish.
+pub(super) fn kept_bytes(name: &str, stored: &StoredTensor) -> u64 {
+    let bytes = match (stored.encoding, stored.shape.as_slice()) {
+        (Encoding::Blocks(kind), &[rows, cols]) => match format_of(kind, name) {
+            Some(format) => packed::Shape { format, rows, cols }.bytes(),
+            None => rows * cols * size_of::<f32>(),
+        },
+        // Vectors are kept in f32.
+        (Encoding::Numbers(_), &[n]) => n * size_of::<f32>(),
+        _ => stored.bytes.len(),
+    };
+    bytes as u64
+}
+
+/// What blocks are packed into with no wish; a router keeps its precision, which f32 holds.
+fn format_of(kind: Kind, name: &str) -> Option<packed::Format> {
+    let q8 = Quantization::Q8.format(name)?;
+    Some(lossless(kind).unwrap_or(q8))
 }
 
 /// Our format that holds the blocks as they are.
