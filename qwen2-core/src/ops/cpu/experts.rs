@@ -4,8 +4,8 @@ use std::borrow::Cow;
 
 use burn_flex::{Flex, FlexTensor};
 
-use super::matrix::{Input, Matrix};
-use super::product::{Finish, Pair, Product, Target, run_all};
+use super::matrix::{Gated, Input, Matrix};
+use super::product::{Finish, Target, run_all};
 use super::{dims, elementwise, normed};
 use crate::ops::Route;
 
@@ -75,24 +75,17 @@ fn gated(
         .zip(experts)
         .map(|(route, [gate, ..])| vec![0.0; route.tokens.len() * gate.rows()])
         .collect();
-    let products: Vec<_> = out
+    let products = out
         .iter_mut()
         .zip(experts)
         .zip(&own)
         .map(|((out, [gate, up, _]), own)| {
             let input = own.as_ref().unwrap_or(&whole);
-            let width = gate.rows();
-            let mut target = |finish| Target::new(out, width, 0..width, finish, None);
-            let (gates, ups) = (target(Finish::Store), target(Finish::Gate));
             // Cut as if each were alone: of unequal matrices one would else be a task too long.
-            Pair(
-                gate.product(input, gates, 2 * width),
-                up.product(input, ups, 2 * width),
-            )
-        })
-        .collect();
-    run(&products);
-    drop(products);
+            Gated::new((gate, up), input, out, 2 * gate.rows())
+        });
+    // The one that all tokens visit comes last, and is to begin first: it is the largest.
+    Gated::run_all(products.rev().collect());
     out
 }
 
@@ -116,19 +109,15 @@ fn downs(hidden: usize, experts: &[[Matrix<Flex>; 3]], gated: &[Vec<f32>]) -> Ve
             down.product(input, target, hidden)
         })
         .collect();
-    run(&products);
+    run_all(
+        &products
+            .iter()
+            .rev()
+            .map(|product| &**product)
+            .collect::<Vec<_>>(),
+    );
     drop(products);
     out
-}
-
-fn run<P: Product>(products: &[P]) {
-    // The one that all tokens visit comes last, and is to begin first: it is the largest.
-    let products: Vec<_> = products
-        .iter()
-        .rev()
-        .map(|product| product as &dyn Product)
-        .collect();
-    run_all(&products);
 }
 
 fn gather(x: &[f32], width: usize, rows: &[u32]) -> Vec<f32> {
@@ -192,16 +181,19 @@ mod tests {
             eps: 1e-6,
         };
         // Formats, and how far 8-bit activations may be off, of the largest result.
-        for (format, bound) in [
-            (None, 1e-5),
-            (Some(Format::Q8), 0.02),
-            (Some(Format::Q4), 0.02),
+        let (q8, q4) = (Some(Format::Q8), Some(Format::Q4));
+        for (gates, format, bound) in [
+            (None, None, 1e-5),
+            (q8, q8, 0.02),
+            (q4, q4, 0.02),
+            (None, q8, 0.02),
+            (q8, q4, 0.02),
         ] {
             let experts: Vec<_> = [(33, 1), (33, 2), (48, 9)]
                 .into_iter()
                 .map(|(width, seed)| {
                     [
-                        linear(format, width, hidden, seed),
+                        linear(gates, width, hidden, seed),
                         linear(format, width, hidden, seed + 20),
                         linear(format, hidden, width, seed + 40),
                     ]

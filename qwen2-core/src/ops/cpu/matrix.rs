@@ -9,7 +9,7 @@ use burn::tensor::{DType, Tensor};
 use burn_flex::{Flex, FlexTensor};
 use half::{bf16, f16};
 
-use super::product::{Product, Target};
+use super::product::{Finish, Pair, Product, Target, run_all};
 use super::simd::{self, Isa};
 #[cfg(target_arch = "x86_64")]
 use super::{bf16_gemm, pool};
@@ -91,6 +91,20 @@ impl Matrix<Flex> {
         }
     }
 
+    /// Whether the other is of the same shape and kept alike, so that its products are cut alike.
+    fn is_like(&self, other: &Self) -> bool {
+        match (self, other) {
+            (Self::Dense(a) | Self::DenseBias(a, _), Self::Dense(b) | Self::DenseBias(b, _)) => {
+                a.dtype() == b.dtype() && a.layout().shape() == b.layout().shape()
+            }
+            (
+                Self::Packed(_, a) | Self::PackedBias(_, a, _),
+                Self::Packed(_, b) | Self::PackedBias(_, b, _),
+            ) => a == b,
+            _ => false,
+        }
+    }
+
     /// Biases are loaded as f32.
     pub(crate) fn bias(&self) -> Option<&[f32]> {
         match self {
@@ -120,6 +134,51 @@ impl Matrix<Flex> {
                 Box::new(quantized::Panels::new(input.isa, args, target, total))
             }
         }
+    }
+}
+
+/// A product that stores gates, and the one that multiplies them with its sums; `alike`: both are cut
+/// alike.
+pub(crate) struct Gated<'a> {
+    gates: Box<dyn Product + 'a>,
+    ups: Box<dyn Product + 'a>,
+    alike: bool,
+}
+
+impl<'a> Gated<'a> {
+    /// SwiGLU of `input` into `out`, `[n, intermediate]`; `total` as in [`Matrix::product`].
+    pub(crate) fn new(
+        (gate, up): (&'a Matrix<Flex>, &'a Matrix<Flex>),
+        input: &'a Input<'_>,
+        out: &mut [f32],
+        total: usize,
+    ) -> Self {
+        let width = gate.rows();
+        let mut target = |finish| Target::new(out, width, 0..width, finish, None);
+        Self {
+            alike: gate.is_like(up),
+            gates: gate.product(input, target(Finish::Store), total),
+            ups: up.product(input, target(Finish::Gate), total),
+        }
+    }
+
+    /// Does all of them: each task its share of both products, or where those are not cut alike, the
+    /// gates first.
+    pub(crate) fn run_all(list: Vec<Self>) {
+        if list.iter().all(|gated| gated.alike) {
+            let pairs: Vec<_> = list
+                .into_iter()
+                .map(|gated| Pair(gated.gates, gated.ups))
+                .collect();
+            return run_all(
+                &pairs
+                    .iter()
+                    .map(|pair| pair as &dyn Product)
+                    .collect::<Vec<_>>(),
+            );
+        }
+        run_all(&list.iter().map(|gated| &*gated.gates).collect::<Vec<_>>());
+        run_all(&list.iter().map(|gated| &*gated.ups).collect::<Vec<_>>());
     }
 }
 

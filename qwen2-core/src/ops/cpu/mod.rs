@@ -20,8 +20,8 @@ use half::{bf16, f16};
 
 use super::{KeyValues, Linear, RmsNorm, RopeTables, Route, Visible, Visit, Weight, packed};
 use attention::{Append, Attention};
-use matrix::{Element, Input, Matrices, Matrix, elements, matrix};
-use product::{Finish, Pair, Target, run_all};
+use matrix::{Element, Gated, Input, Matrices, Matrix, elements, matrix};
+use product::{Finish, Target, run_all};
 use simd::Isa;
 
 /// The operations that burn's backends are extended by; shapes as in `ops/mod.rs`.
@@ -138,11 +138,7 @@ impl Qwen2Ops for Flex {
         let input = Input::new(&x, norm.layout().shape()[0], &[&gate, &up]);
         let (n, width) = (input.n(), gate.rows());
         let mut out = vec![0.0; n * width];
-        let target = |out: &mut [f32], finish| Target::new(out, width, 0..width, finish, None);
-        // Each task stores its gates, then multiplies them with the other product.
-        let gates = gate.product(&input, target(&mut out, Finish::Store), 2 * width);
-        let ups = up.product(&input, target(&mut out, Finish::Gate), 2 * width);
-        run_all(&[&Pair(gates, ups)]);
+        Gated::run_all(vec![Gated::new((&gate, &up), &input, &mut out, 2 * width)]);
         tensor(out, Shape::new([n, width]))
     }
 
