@@ -589,6 +589,31 @@ def make_model(fixture: Fixture) -> None:
     assert size_kb <= 350, fixture.name
 
 
+# ---------------------------------------------------------------------------------------------- context
+
+
+def make_stretched() -> None:
+    """conformance/stretched.json: logits of the last token with the YaRN that a longer context asks for."""
+    cases = []
+    for name, context in [("tied", 512), ("moe", 320), ("untied", 4096)]:
+        trained = json.loads((ROOT / "models" / name / "config.json").read_text())["max_position_embeddings"]
+        rope = {
+            "factor": context / trained,
+            "original_max_position_embeddings": trained,
+            "rope_theta": 10000.0,
+            "rope_type": "yarn",
+        }
+        rng = np.random.Generator(np.random.PCG64(zlib.crc32(f"{name} {context}".encode())))
+        tokens = rng.integers(0, 256 + MERGES, 200).tolist()
+        model = load(ROOT / "models" / name, rope_parameters=rope, max_position_embeddings=context)
+        last = logits_of(model, tokens)[-1]
+        change = float((logits_of(load(ROOT / "models" / name), tokens)[-1] - last).abs().max())
+        assert change > 0.1, name
+        case = {"name": f"{name} {context}", "model": name, "context_length": context, "tokens": tokens}
+        cases.append(case | {"logits": f32_list(last)})
+    write_cases(ROOT / "stretched.json", "The last token's logits with a stretched context.", cases)
+
+
 # ---------------------------------------------------------------------------------------------- perplexity
 
 
@@ -1020,6 +1045,7 @@ def main() -> None:
         make_sampler()
         make_chat()
         make_stop()
+        make_stretched()
         make_perplexity()
         make_gguf_blocks()
         make_gguf("moe", 1)

@@ -41,15 +41,13 @@ pub(crate) fn run(args: &InfoArgs) -> Result<(), Failure> {
         facts.dtype = Some(dtype.parse()?);
     }
     if let Some(wanted) = args.context_length {
-        if wanted == 0 || wanted > facts.context_length {
+        if wanted == 0 {
             return Err(Failure::usage(
-                format!(
-                    "context_length is {wanted}, the model has {}",
-                    facts.context_length
-                ),
+                "context_length is 0",
                 "leave it out for all the model can",
             ));
         }
+        facts.config = facts.config.stretched_to(wanted)?;
         facts.context_length = wanted;
     }
     match args.json {

@@ -587,12 +587,14 @@ fn info_takes_a_precision_and_a_context() {
         value["cache_bytes"].as_u64().unwrap(),
         10 * value["cache_bytes_per_token"].as_u64().unwrap()
     );
-    let outcome = qwen2(&["info", &tied(), "--context-length", "129"]);
+    let outcome = qwen2(&["info", &tied(), "--context-length", "4097"]);
     assert_eq!(
         (outcome.code, outcome.stderr.lines().next()),
         (
             Some(2),
-            Some("error: context_length is 129, the model has 128")
+            Some(
+                "error: context is longer than the model's: context_length: 4097, the model has 128 and YaRN stretches them 32 times at most"
+            )
         )
     );
 }
@@ -802,9 +804,9 @@ fn errors_are_a_line_with_a_way_out_on_stderr() {
             "error: unknown quantization: quantize: `q3`",
         ),
         (
-            &["generate", &tied, "x", "--context-length", "129"],
+            &["generate", &tied, "x", "--context-length", "4097"],
             2,
-            "error: context is longer than the model's: context_length: 129, the model has 128",
+            "error: context is longer than the model's: context_length: 4097, the model has 128 and YaRN stretches them 32 times at most",
         ),
         (
             &["tokenize", &tied, "--decode", "1 x"],
@@ -879,6 +881,6 @@ fn wrong_usage_is_code_2_and_help_is_text() {
 
 #[test]
 fn the_library_runs_a_command_without_taking_the_process() {
-    let args = ["qwen2", "info", &tied(), "--context-length", "129"].map(Into::into);
+    let args = ["qwen2", "info", &tied(), "--context-length", "0"].map(Into::into);
     assert_eq!(qwen2_cli::run(args), 2);
 }

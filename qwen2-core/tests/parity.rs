@@ -3,8 +3,8 @@
 
 mod common;
 
-use common::{builder, device, fixture, ids, json, max_difference, rows, unrounded};
-use qwen2_core::{DType, GenerateOptions, Prompt};
+use common::{builder, device, fixture, floats, ids, json, max_difference, root, rows, unrounded};
+use qwen2_core::{DType, ErrorKind, GenerateOptions, Prompt, RopeScaling};
 
 const MODELS: [&str; 16] = [
     "tied",
@@ -157,4 +157,44 @@ fn weights_may_be_kept_in_another_precision() {
             "{dtype:?} was not applied"
         );
     }
+}
+
+#[test]
+fn a_longer_context_than_the_trained_one_is_yarn_by_their_ratio() {
+    let vectors = json(root().join("conformance/stretched.json"));
+    let cases = vectors["cases"].as_array().unwrap();
+    assert_eq!(cases.len(), 3);
+    for case in cases {
+        let (tokens, want) = (ids(&case["tokens"]), floats(&case["logits"]));
+        let context = case["context_length"].as_u64().unwrap() as usize;
+        let path = fixture(case["model"].as_str().unwrap());
+        let model = unrounded(path).context_length(context).load().unwrap();
+        assert_eq!(model.context_length(), context);
+        let Some(RopeScaling::Yarn { factor, .. }) = model.config().rope_scaling else {
+            panic!("no YaRN");
+        };
+        assert_eq!(factor, context as f64 / 128.0);
+        let logits = model.logits(&tokens).unwrap().values;
+        let last = &logits[logits.len() - want.len()..];
+        let difference = max_difference(last, &want);
+        assert!(difference <= TOLERANCE, "{}: {difference}", case["name"]);
+    }
+}
+
+#[test]
+fn a_context_that_yarn_cannot_give_is_refused() {
+    for (name, context) in [("tied", 4097), ("yarn", 100_000)] {
+        let error = unrounded(fixture(name))
+            .context_length(context)
+            .load()
+            .unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::InvalidArgument);
+        assert_eq!(error.key(), Some("context_length"));
+        assert!(error.help().is_some());
+    }
+    let same = unrounded(fixture("tied"))
+        .context_length(128)
+        .load()
+        .unwrap();
+    assert_eq!(same.config().rope_scaling, None);
 }

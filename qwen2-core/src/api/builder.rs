@@ -226,6 +226,7 @@ impl ModelBuilder {
             }
         }
         let tied = names::audit(&checkpoint)?;
+        let (config, context_length) = self.with_context(&checkpoint.config)?;
         let shapes: HashMap<_, _> = names::expected(&checkpoint.config, tied)
             .into_iter()
             .collect();
@@ -245,7 +246,7 @@ impl ModelBuilder {
         let cache_dtype = self.cache_dtype(&device, dtype, packed);
         let mut arena = Arena::default();
         let qwen2 = model::load(
-            &checkpoint.config,
+            &config,
             burn_device,
             tied,
             self.screened_head,
@@ -288,7 +289,6 @@ impl ModelBuilder {
             tokenizer.eos_token_id(),
         );
         let name = display_name(checkpoint.path());
-        let config = checkpoint.config.clone();
         self.finish(
             name,
             config,
@@ -300,6 +300,7 @@ impl ModelBuilder {
             dtype,
             cache_dtype,
             weights,
+            context_length,
         )
     }
 
@@ -326,6 +327,7 @@ impl ModelBuilder {
         device: Device,
         burn_device: &BurnDevice,
     ) -> Result<Model> {
+        let (config, context_length) = self.with_context(&config)?;
         let threads = start_threads(self.threads, self.activations == DType::BF16)?;
         let dtype = self.dtype.or(config.dtype).unwrap_or(DType::BF16);
         let mut seed = 0;
@@ -381,6 +383,7 @@ impl ModelBuilder {
             dtype,
             cache_dtype,
             weights,
+            context_length,
         )
     }
 
@@ -397,8 +400,8 @@ impl ModelBuilder {
         dtype: DType,
         cache_dtype: DType,
         weights: WeightBytes,
+        context_length: usize,
     ) -> Result<Model> {
-        let context_length = self.resolve_context(&config)?;
         let cache_per_token = config.kv_bytes_per_token(cache_dtype);
         tracing::info!(name, %device, threads = threads.count(), bytes = weights.all, "loaded");
         Ok(Model {
@@ -434,18 +437,20 @@ impl ModelBuilder {
         )
     }
 
-    fn resolve_context(&self, config: &ModelConfig) -> Result<usize> {
-        let most = config.context_length();
-        match self.context_length {
-            Some(wanted) if wanted > most => Err(Error::new(
-                ErrorKind::InvalidArgument,
-                "context is longer than the model's",
-            )
-            .with_key("context_length")
-            .with_why(format!("{wanted}, the model has {most}"))
-            .with_help("add rope_scaling (YaRN) to config.json if the model supports it")),
-            wanted => Ok(wanted.unwrap_or(most)),
+    /// The config for the context that is asked for, and that context.
+    fn with_context(&self, config: &ModelConfig) -> Result<(ModelConfig, usize)> {
+        let Some(wanted) = self.context_length else {
+            return Ok((config.clone(), config.context_length()));
+        };
+        let stretched = config.stretched_to(wanted)?;
+        if stretched.rope_scaling != config.rope_scaling {
+            tracing::info!(
+                context_length = wanted,
+                trained = config.max_position_embeddings,
+                "YaRN"
+            );
         }
+        Ok((stretched, wanted))
     }
 }
 

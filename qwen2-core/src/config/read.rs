@@ -5,7 +5,10 @@ use std::path::Path;
 use serde_json::Value;
 
 use super::fields::Fields;
-use super::{DType, GenerationConfig, ModelConfig, MoeConfig, PACKED, PACKED_VERSION, RopeScaling};
+use super::{
+    DEFAULT_BETA_FAST, DEFAULT_BETA_SLOW, DType, GenerationConfig, ModelConfig, MoeConfig, PACKED,
+    PACKED_VERSION, RopeScaling,
+};
 use crate::error::Result;
 
 // Bounds far above every published Qwen2 (80 layers, 8192 wide) and low enough that no product of
@@ -268,8 +271,8 @@ fn yarn(table: &Fields<'_>, max_position: usize, rope_theta: f64) -> Result<Rope
             (1.0..=65_536.0).contains(&factor)
         })?
         .unwrap_or_else(|| (max_position as f64 / original as f64).max(1.0));
-    let beta_fast = table.positive("beta_fast")?.unwrap_or(32.0);
-    let beta_slow = table.positive("beta_slow")?.unwrap_or(1.0);
+    let beta_fast = table.positive("beta_fast")?.unwrap_or(DEFAULT_BETA_FAST);
+    let beta_slow = table.positive("beta_slow")?.unwrap_or(DEFAULT_BETA_SLOW);
     if beta_fast < beta_slow {
         let why = format!("{beta_fast} is below beta_slow {beta_slow}");
         return Err(table.contradiction("beta_fast", why));
