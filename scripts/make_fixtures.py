@@ -589,6 +589,116 @@ def make_model(fixture: Fixture) -> None:
     assert size_kb <= 350, fixture.name
 
 
+# ---------------------------------------------------------------------------------------------- groups
+
+
+@dataclass
+class Grouped:
+    """A checkpoint whose matrices are quantized in groups."""
+
+    name: str
+    method: str  # gptq, gptq_v2 or awq
+    bits: int
+    group_size: int
+    symmetric: bool = True
+    act_order: bool = False
+    scales: torch.dtype = torch.float16
+    extra_bias: bool = False  # of projections that have none: zeros that some quantizers write
+
+
+GROUPED = [
+    Grouped("gptq4", "gptq", 4, 32, extra_bias=True),  # an odd number of groups in down_proj
+    Grouped("gptq4_order", "gptq", 4, 16, symmetric=False, act_order=True),
+    Grouped("gptq4_v2", "gptq_v2", 4, -1, symmetric=False, scales=torch.bfloat16),
+    Grouped("gptq8", "gptq", 8, 32),
+    Grouped("awq", "awq", 4, 32, symmetric=False),
+]
+
+
+def quantize_groups(
+    w: np.ndarray, g: Grouped, rng: np.random.Generator
+) -> tuple[np.ndarray, dict[str, np.ndarray], torch.Tensor]:
+    """A matrix [outputs, inputs]: the numbers it is rounded to, its integers, and its scales."""
+    outputs, inputs = w.shape
+    size = inputs if g.group_size == -1 else g.group_size
+    order = np.arange(inputs) // size
+    if g.act_order:
+        order = rng.permutation(order)
+    groups, top = -(-inputs // size), 2**g.bits - 1
+    scales = torch.zeros(groups, outputs, dtype=g.scales)
+    zeros = np.full((groups, outputs), (top + 1) // 2)
+    q = np.zeros((outputs, inputs), dtype=np.int64)
+    for i in range(groups):
+        part = w[:, order == i]
+        low, high = np.minimum(part.min(1), 0), np.maximum(part.max(1), 0)
+        scale = np.abs(part).max(1) * 2 / top if g.symmetric else (high - low) / top
+        scales[i] = torch.from_numpy(scale)
+        scale = scales[i].float().numpy()
+        if not g.symmetric:
+            zeros[i] = np.clip(np.round(-low / scale), 1, top)
+        q[:, order == i] = np.clip(np.round(part / scale[:, None]) + zeros[i][:, None], 0, top)
+    numbers = (q - zeros[order].T).astype(np.float32) * scales.float().numpy()[order].T
+    return numbers, {"q": q, "zeros": zeros, "order": order}, scales
+
+
+def pack_words(values: np.ndarray, bits: int, places: list[int]) -> torch.Tensor:
+    """Integers [n, per word] along the last axis into words; places: which integer each field holds."""
+    fields = values.reshape(*values.shape[:-1], -1, 32 // bits)[..., places].astype(np.uint32)
+    shifts = np.arange(32 // bits, dtype=np.uint32) * bits
+    return torch.from_numpy((fields << shifts).sum(-1, dtype=np.uint32).view(np.int32).copy())
+
+
+def make_grouped(g: Grouped) -> None:
+    """conformance/grouped/NAME: the checkpoint, and transformers' logits of the numbers it stands for."""
+    config = june_2024(hidden_size=64, intermediate_size=96, num_hidden_layers=1, torch_dtype="float16")
+    fixture = Fixture(g.name, config)
+    rng = np.random.Generator(np.random.PCG64(zlib.crc32(g.name.encode())))
+    tokens = rng.integers(0, 256 + MERGES, 16).tolist()
+    dense = {k: w.half().float() for k, w in random_weights(fixture, zlib.crc32(g.name.encode())).items()}
+    stored: dict[str, torch.Tensor] = {}
+    for key, w in dense.items():
+        if not key.endswith("_proj.weight"):
+            stored[key] = w.half()
+            continue
+        numbers, integers, scales = quantize_groups(w.numpy(), g, rng)
+        dense[key] = torch.from_numpy(numbers)
+        stem = key.removesuffix(".weight")
+        straight = list(range(32 // g.bits))
+        if g.method == "awq":
+            places = [0, 2, 4, 6, 1, 3, 5, 7]
+            stored[f"{stem}.qweight"] = pack_words(integers["q"].T, 4, places)
+            stored[f"{stem}.qzeros"] = pack_words(integers["zeros"], 4, places)
+        else:
+            stored[f"{stem}.qweight"] = pack_words(integers["q"], g.bits, straight).T.contiguous()
+            less = 1 if g.method == "gptq" else 0
+            stored[f"{stem}.qzeros"] = pack_words(integers["zeros"] - less, g.bits, straight)
+            stored[f"{stem}.g_idx"] = torch.from_numpy(integers["order"].astype(np.int32))
+        stored[f"{stem}.scales"] = scales
+        if g.extra_bias and f"{stem}.bias" not in dense:
+            stored[f"{stem}.bias"] = torch.zeros(w.shape[0], dtype=torch.float16)
+    quantization: dict[str, Any] = {"bits": g.bits, "group_size": g.group_size}
+    if g.method == "awq":
+        quantization |= {"quant_method": "awq", "version": "gemm", "zero_point": True}
+    else:
+        quantization |= {"quant_method": "gptq", "desc_act": g.act_order, "sym": g.symmetric}
+        quantization |= {"checkpoint_format": "gptq_v2"} if g.method == "gptq_v2" else {}
+    directory = ROOT / "grouped" / g.name
+    shutil.rmtree(directory, ignore_errors=True)
+    directory.mkdir(parents=True)
+    write_json(directory / "config.json", config, indent=2)
+    save_file(dense, directory / "model.safetensors", metadata={"format": "pt"})
+    logits = logits_of(load(directory), tokens)
+    write_json(directory / "config.json", config | {"quantization_config": quantization}, indent=2)
+    save_file(stored, directory / "model.safetensors", metadata={"format": "pt"})
+    write_json(directory / "tokenizer.json", tokenizer_json(), indent=1)
+    write_json(directory / "tokenizer_config.json", tokenizer_config(), indent=2)
+    write_reference(directory / "reference.json", {"tokens": tokens, "logits": f32_list(logits)})
+    for file in directory.iterdir():
+        file.chmod(0o644)
+    size_kb = sum(f.stat().st_size for f in directory.iterdir()) / 1024
+    print(f"{g.name:26} {size_kb:4.0f} KB  max|logit| {float(logits.abs().max()):.3f}")
+
+
 # ---------------------------------------------------------------------------------------------- context
 
 
@@ -1045,6 +1155,8 @@ def main() -> None:
         make_sampler()
         make_chat()
         make_stop()
+        for grouped in GROUPED:
+            make_grouped(grouped)
         make_stretched()
         make_perplexity()
         make_gguf_blocks()

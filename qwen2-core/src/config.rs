@@ -1,6 +1,7 @@
 //! `config.json` and `generation_config.json`: what a checkpoint says about itself, checked.
 
 mod fields;
+mod groups;
 mod read;
 
 use std::fmt;
@@ -10,6 +11,7 @@ use std::str::FromStr;
 use serde::{Serialize, Serializer};
 
 pub(crate) use fields::{json_why, one_line};
+pub use groups::{GroupMethod, GroupQuantization};
 
 use crate::error::{Error, ErrorKind, Result};
 use read::MAX_CONTEXT;
@@ -59,6 +61,8 @@ pub struct ModelConfig {
     pub moe: Option<MoeConfig>,
     /// Whether the matrices are stored packed, as [`quantize`](crate::quantize) writes them.
     pub packed: bool,
+    /// How the matrices are stored, if GPTQ or AWQ has quantized them.
+    pub group_quantization: Option<GroupQuantization>,
 }
 
 /// `quant_method` and `version` of checkpoints that are packed in our own way (docs/formats.md).
@@ -175,6 +179,7 @@ impl Default for ModelConfig {
             eos_token_ids: Vec::new(),
             moe: None,
             packed: false,
+            group_quantization: None,
         }
     }
 }

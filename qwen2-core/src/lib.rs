@@ -20,7 +20,9 @@ pub use api::{
     SessionStream, convert, inspect, instruction_set, quantize,
 };
 pub use checkpoint::{Progress, Source};
-pub use config::{DType, GenerationConfig, ModelConfig, MoeConfig, RopeScaling};
+pub use config::{
+    DType, GenerationConfig, GroupMethod, GroupQuantization, ModelConfig, MoeConfig, RopeScaling,
+};
 pub use device::Device;
 pub use error::{Error, ErrorKind, Result};
 #[doc(hidden)]

@@ -62,26 +62,6 @@ fn a_missing_tokenizer_names_its_file() {
 }
 
 #[test]
-fn a_context_beyond_the_models_is_refused() {
-    let longest = load(fixture("tied")).context_length();
-    let error = builder(fixture("tied"))
-        .context_length(longest + 1)
-        .load()
-        .unwrap_err();
-    assert_eq!(
-        (error.kind(), error.key()),
-        (ErrorKind::InvalidArgument, Some("context_length"))
-    );
-    let error = builder(fixture("tied"))
-        .context_length(0)
-        .load()
-        .unwrap_err();
-    assert_eq!(error.kind(), ErrorKind::InvalidArgument);
-    let error = builder(fixture("tied")).threads(0).load().unwrap_err();
-    assert_eq!(error.key(), Some("threads"));
-}
-
-#[test]
 fn a_device_that_is_not_there_is_refused_before_anything_is_read() {
     let missing = ["cuda", "metal", "vulkan", "wgpu", "ndarray"]
         .into_iter()

@@ -257,10 +257,10 @@ impl ModelBuilder {
                 }
                 let stored = checkpoint.tensor(name)?;
                 let in_file = stored.bytes.as_ptr_range();
-                done += stored.bytes.len() as u64;
+                done += stored.stored_bytes();
                 let mut data = match stored.encoding {
                     Encoding::Packed => keep_packed(name, stored, &shapes, checkpoint.path())?,
-                    Encoding::Numbers(_) | Encoding::Blocks(_) => {
+                    _ => {
                         let (dtype, quantize) = (self.kept_dtype(&device), self.quantize);
                         keep_stored(name, stored, dtype, quantize, &threads, &mut arena)?
                     }

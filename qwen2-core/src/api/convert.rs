@@ -65,6 +65,7 @@ pub fn convert(
                 config.insert("torch_dtype".to_owned(), json!(dtype.torch_name()));
                 config.remove("dtype");
             }
+            config.remove("quantization_config"); // of groups, which are numbers now
         },
         &plan,
         &mut |tensor| {
@@ -203,7 +204,7 @@ impl<'a> Seen<'a> {
             self.checkpoint.release(&last);
         }
         let stored = self.checkpoint.tensor(name)?;
-        self.done += stored.bytes.len() as u64;
+        self.done += stored.stored_bytes();
         let total = self.checkpoint.total_bytes();
         match (self.progress)(Progress::new(self.done, total)) {
             ControlFlow::Continue(()) => Ok(stored),

@@ -41,7 +41,7 @@ pub fn inspect(
     let mut weight_bytes = 0;
     for (name, _) in names::expected(&checkpoint.config, tied) {
         let stored = checkpoint.tensor(&name)?;
-        *formats.entry(stored.encoding.to_string()).or_default() += stored.bytes.len() as u64;
+        *formats.entry(stored.encoding.to_string()).or_default() += stored.stored_bytes();
         weight_bytes += kept_bytes(&name, &stored);
     }
     Ok(CheckpointInfo {

@@ -108,8 +108,8 @@ pub fn quantize(
                     (Encoding::Packed, shape)
                 }
                 ([_, _], None) => match checkpoint.tensor(&name)?.encoding {
-                    Encoding::Blocks(_) => (Encoding::Numbers(DType::F32), shape),
-                    stored => (stored, shape),
+                    stored @ Encoding::Numbers(_) => (stored, shape),
+                    _ => (Encoding::Numbers(DType::F32), shape),
                 },
                 _ => (Encoding::Numbers(DType::F32), shape),
             };
@@ -137,7 +137,7 @@ pub fn quantize(
         &plan,
         &mut |tensor| {
             let stored = checkpoint.tensor(&tensor.name)?;
-            done += stored.bytes.len() as u64;
+            done += stored.stored_bytes();
             let format = quantization.format(&tensor.name);
             let bytes = match (tensor.encoding, stored.shape.as_slice(), format) {
                 (Encoding::Packed, &[rows, cols], Some(format)) => {

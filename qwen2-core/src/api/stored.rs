@@ -25,14 +25,17 @@ pub(super) fn keep_stored(
     threads: &Threads,
     arena: &mut Arena,
 ) -> Result<Kept> {
-    let (Encoding::Blocks(kind), &[rows, cols]) = (stored.encoding, stored.shape.as_slice()) else {
+    let &[rows, cols] = stored.shape.as_slice() else {
+        return Ok(Kept::Dense(convert(stored, dtype)));
+    };
+    if let Encoding::Numbers(_) = stored.encoding {
         let data = convert(stored, dtype);
         return keep(name, data, quantization, threads, arena);
-    };
+    }
     let format = match (quantization, dtype) {
         (Some(quantization), _) => quantization.format(name),
         (None, Some(_)) => None,
-        (None, None) => format_of(kind, name),
+        (None, None) => format_of(name, &stored),
     };
     let Some(format) = format else {
         return Ok(Kept::Dense(convert(stored, dtype)));
@@ -46,7 +49,7 @@ pub(super) fn keep_stored(
 /// Bytes that [`keep_stored`] keeps of a tensor with no wish.
 pub(super) fn kept_bytes(name: &str, stored: &StoredTensor) -> u64 {
     let bytes = match (stored.encoding, stored.shape.as_slice()) {
-        (Encoding::Blocks(kind), &[rows, cols]) => match format_of(kind, name) {
+        (Encoding::Blocks(_) | Encoding::Grouped, &[rows, cols]) => match format_of(name, stored) {
             Some(format) => packed::Shape { format, rows, cols }.bytes(),
             None => rows * cols * size_of::<f32>(),
         },
@@ -57,18 +60,23 @@ pub(super) fn kept_bytes(name: &str, stored: &StoredTensor) -> u64 {
     bytes as u64
 }
 
-/// What blocks are packed into with no wish; a router keeps its precision, which f32 holds.
-fn format_of(kind: Kind, name: &str) -> Option<packed::Format> {
+/// What blocks and groups are packed into with no wish; a router keeps its precision, which f32 holds.
+fn format_of(name: &str, stored: &StoredTensor) -> Option<packed::Format> {
     let q8 = Quantization::Q8.format(name)?;
-    Some(lossless(kind).unwrap_or(q8))
+    let q4 = packed::Format::Q4;
+    Some(if is_lossless(stored, q4) { q4 } else { q8 })
 }
 
-/// Our format that holds the blocks as they are.
-fn lossless(kind: Kind) -> Option<packed::Format> {
-    match kind {
-        Kind::Q8_0 => Some(packed::Format::Q8),
-        Kind::Q4_0 => Some(packed::Format::Q4),
-        _ => None,
+/// Whether our format holds the matrix weight for weight.
+fn is_lossless(stored: &StoredTensor, format: packed::Format) -> bool {
+    match (stored.encoding, &stored.groups, format) {
+        (Encoding::Blocks(Kind::Q8_0), _, packed::Format::Q8)
+        | (Encoding::Blocks(Kind::Q4_0), _, packed::Format::Q4) => true,
+        (Encoding::Grouped, Some(groups), packed::Format::Q8) => groups.has_blocks(packed::BLOCK),
+        (Encoding::Grouped, Some(groups), packed::Format::Q4) => {
+            groups.bits() == 4 && groups.zeros_are(8) && groups.has_blocks(packed::BLOCK)
+        }
+        _ => false,
     }
 }
 
@@ -79,62 +87,70 @@ pub(super) fn pack_stored(
     threads: &Threads,
     bytes: &mut [u8],
 ) {
-    match stored.encoding {
-        Encoding::Blocks(kind) if lossless(kind) == Some(shape.format) => {
-            transcribe(shape, kind, &stored.bytes, threads, bytes);
-        }
-        _ => {
-            let row = |index: usize, out: &mut [f32]| rows(stored, index, out);
-            pack_rows(shape, packed::Effort::Search, &row, threads, bytes);
-        }
+    if is_lossless(stored, shape.format) {
+        return transcribe(shape, stored, threads, bytes);
     }
+    let row = |index: usize, out: &mut [f32]| rows(stored, index, out);
+    pack_rows(shape, packed::Effort::Search, &row, threads, bytes);
 }
 
 /// Row `index` of a stored matrix as f32.
 pub(super) fn rows(stored: &StoredTensor, index: usize, out: &mut [f32]) {
+    if let Some(groups) = &stored.groups {
+        return groups.row(index, out);
+    }
     let kind = match stored.encoding {
         Encoding::Numbers(DType::F32) => Kind::F32,
         Encoding::Numbers(DType::F16) => Kind::F16,
         Encoding::Numbers(DType::BF16) => Kind::Bf16,
         Encoding::Blocks(kind) => kind,
-        Encoding::Packed => unreachable!("what is packed already is kept"),
+        Encoding::Packed | Encoding::Words | Encoding::Grouped => {
+            unreachable!("what is packed already is kept, groups are there")
+        }
     };
     let size = kind.row_bytes(out.len());
     kind.dequantize(&stored.bytes[index * size..][..size], out);
 }
 
 /// Blocks of 32 with an f16 scale into ours, weight for weight.
-fn transcribe(
-    shape: packed::Shape,
-    kind: Kind,
-    stored: &[u8],
-    threads: &Threads,
-    bytes: &mut [u8],
-) {
-    let row_bytes = kind.row_bytes(shape.cols);
-    let block_bytes = kind.block().1;
-    let block = |row: usize, block: usize| {
-        let bytes = &stored[row * row_bytes + block * block_bytes..][..block_bytes];
-        let scale = f16::from_le_bytes([bytes[0], bytes[1]]);
-        let quants = std::array::from_fn(|i| match kind {
-            Kind::Q8_0 => bytes[2 + i] as i8,
-            _ => (bytes[2 + i % 16] >> (i / 16 * 4) & 15) as i8 - 8,
-        });
-        (scale, quants)
+fn transcribe(shape: packed::Shape, stored: &StoredTensor, threads: &Threads, bytes: &mut [u8]) {
+    let block = |row: usize, block: usize| match (&stored.groups, stored.encoding) {
+        (Some(groups), _) => groups.block(row, block * packed::BLOCK),
+        (None, Encoding::Blocks(kind)) => {
+            let size = kind.block().1;
+            let at = row * kind.row_bytes(shape.cols) + block * size;
+            ggml_block(kind, &stored.bytes[at..at + size])
+        }
+        _ => unreachable!("as is_lossless said"),
     };
     threads.each_chunk(bytes, shape.panel_bytes(), &|panel, out| {
         shape.place_panel(panel, &block, out);
     });
 }
 
-/// The tensor's bytes as they are in the map, or converted to `dtype`; blocks become f32 without one.
+/// Scale and numbers of a block of Q8_0 or Q4_0.
+fn ggml_block(kind: Kind, bytes: &[u8]) -> (f16, [i8; packed::BLOCK]) {
+    let scale = f16::from_le_bytes([bytes[0], bytes[1]]);
+    let quants = std::array::from_fn(|i| match kind {
+        Kind::Q8_0 => bytes[2 + i] as i8,
+        _ => (bytes[2 + i % 16] >> (i / 16 * 4) & 15) as i8 - 8,
+    });
+    (scale, quants)
+}
+
+/// The tensor's bytes as they are in the map, or converted to `dtype`; blocks and groups become f32
+/// without one.
 pub(super) fn convert(stored: StoredTensor, dtype: Option<DType>) -> TensorData {
     let stored_dtype = match stored.encoding {
         Encoding::Numbers(dtype) => burn_dtype(dtype),
         Encoding::Packed => BurnDType::U8,
-        Encoding::Blocks(kind) => {
+        Encoding::Words => BurnDType::I32,
+        Encoding::Blocks(_) | Encoding::Grouped => {
             let mut numbers = vec![0.0; stored.shape.iter().product()];
-            kind.dequantize(&stored.bytes, &mut numbers);
+            let cols = stored.shape.last().copied().unwrap_or(1);
+            for (index, out) in numbers.chunks_mut(cols).enumerate() {
+                rows(&stored, index, out);
+            }
             let data = TensorData::new(numbers, stored.shape);
             return match dtype {
                 Some(dtype) => data.convert_dtype(burn_dtype(dtype)),
@@ -177,6 +193,7 @@ mod tests {
             encoding: Encoding::Blocks(kind),
             shape: vec![rows, cols],
             bytes: bytes.into(),
+            groups: None,
         }
     }
 
@@ -220,6 +237,7 @@ mod tests {
             encoding: Encoding::Blocks(Kind::Q8_0),
             shape: vec![1, 32],
             bytes: block.into(),
+            groups: None,
         };
         let Kept::Packed(shape, bytes) = kept("x.weight", stored, None) else {
             panic!("packed");
@@ -248,5 +266,52 @@ mod tests {
             None,
         );
         assert!(matches!(router, Kept::Dense(_)));
+    }
+
+    #[test]
+    fn groups_are_kept_weight_for_weight_where_a_block_has_one_scale() {
+        let root = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../conformance/grouped");
+        let (q4, q8) = (packed::Format::Q4, packed::Format::Q8);
+        // How far off, of a row's largest number; gptq8 has an eight-bit -128, which is packed anew.
+        for (name, format, bound) in [
+            ("gptq4", q4, 0.0),
+            ("gptq8", q8, 0.005),
+            ("awq", q8, 0.0),
+            ("gptq4_order", q8, 0.005),
+            ("gptq4_v2", q8, 0.005),
+        ] {
+            let source = crate::checkpoint::Source::from(root.join(name));
+            let go_on = &mut |_| std::ops::ControlFlow::Continue(());
+            let checkpoint = crate::checkpoint::Checkpoint::open(&source, go_on).expect(name);
+            for part in [
+                "self_attn.q_proj",
+                "self_attn.k_proj",
+                "mlp.up_proj",
+                "mlp.down_proj",
+            ] {
+                let matrix = format!("model.layers.0.{part}.weight");
+                let stored = checkpoint.tensor(&matrix).expect("there");
+                assert_eq!(kept_bytes(&matrix, &stored), {
+                    let &[rows, cols] = stored.shape.as_slice() else {
+                        panic!("a matrix");
+                    };
+                    packed::Shape { format, rows, cols }.bytes() as u64
+                });
+                let Kept::Packed(shape, bytes) = kept(&matrix, stored.clone(), None) else {
+                    panic!("packed");
+                };
+                assert_eq!(shape.format, format, "{name}");
+                let (mut got, mut want) = (vec![0.0; shape.cols], vec![0.0; shape.cols]);
+                for index in 0..shape.rows {
+                    shape.unpack_row(&bytes, index, &mut got);
+                    rows(&stored, index, &mut want);
+                    let most = want.iter().fold(0.0_f32, |most, x| most.max(x.abs()));
+                    for (got, want) in got.iter().zip(&want) {
+                        let near = (got - want).abs() <= bound * most;
+                        assert!(near, "{name} {part}: {got} {want}");
+                    }
+                }
+            }
+        }
     }
 }

@@ -2,8 +2,10 @@
 
 mod directory;
 pub(crate) mod gguf;
+pub(crate) mod groups;
 #[cfg(feature = "hub")]
 mod hub;
+mod join;
 pub(crate) mod mmap;
 pub(crate) mod names;
 mod safetensors;
@@ -23,6 +25,7 @@ pub use source::Source;
 use crate::config::{DType, GenerationConfig, ModelConfig};
 use crate::error::{Error, ErrorKind, Result};
 use directory::Directory;
+use safetensors::Extra;
 use shards::Weights;
 use source::Place;
 
@@ -78,6 +81,10 @@ pub(crate) enum Encoding {
     Packed,
     /// Blocks of a GGUF file, row by row.
     Blocks(gguf::blocks::Kind),
+    /// 32-bit words, a part of a matrix in groups.
+    Words,
+    /// A matrix in groups, by [`StoredTensor::groups`].
+    Grouped,
 }
 
 impl Encoding {
@@ -85,7 +92,8 @@ impl Encoding {
     pub(crate) fn size_in_bytes(self) -> usize {
         match self {
             Self::Numbers(dtype) => dtype.size_in_bytes(),
-            Self::Packed | Self::Blocks(_) => 1,
+            Self::Packed | Self::Blocks(_) | Self::Grouped => 1,
+            Self::Words => size_of::<u32>(),
         }
     }
 }
@@ -96,6 +104,8 @@ impl std::fmt::Display for Encoding {
             Self::Numbers(dtype) => dtype.fmt(f),
             Self::Packed => f.write_str("u8"),
             Self::Blocks(kind) => f.write_str(kind.name()),
+            Self::Words => f.write_str("i32"),
+            Self::Grouped => f.write_str("grouped"),
         }
     }
 }
@@ -107,6 +117,18 @@ pub(crate) struct StoredTensor {
     pub(crate) shape: Vec<usize>,
     /// Little-endian numbers, row-major, aligned to their size, or panels; a slice of the mapped file.
     pub(crate) bytes: Bytes,
+    /// A matrix in groups, of which `bytes` are the integers.
+    pub(crate) groups: Option<groups::Groups>,
+}
+
+impl StoredTensor {
+    /// Bytes of the file that it takes.
+    pub(crate) fn stored_bytes(&self) -> u64 {
+        match &self.groups {
+            Some(groups) => groups.stored_bytes(),
+            None => self.bytes.len() as u64,
+        }
+    }
 }
 
 impl Checkpoint {
@@ -151,7 +173,15 @@ impl Checkpoint {
             }
             None => GenerationConfig::default(),
         };
-        let weights = Weights::open(&directory, config.packed)?;
+        let extra = match (config.packed, config.group_quantization) {
+            (true, _) => Extra::Packed,
+            (false, Some(_)) => Extra::Words,
+            (false, None) => Extra::Nothing,
+        };
+        let mut weights = Weights::open(&directory, extra)?;
+        if let Some(quantization) = config.group_quantization {
+            weights.join_groups(quantization)?;
+        }
         Ok((
             Home::Directory(directory),
             weights,

@@ -22,6 +22,16 @@ const LENGTH: usize = 8;
 /// No tensor of these models has more than 2; the bound keeps messages short.
 const MAX_RANK: usize = 8;
 
+/// What a file may hold beside numbers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Extra {
+    Nothing,
+    /// Panels of bytes.
+    Packed,
+    /// 32-bit words.
+    Words,
+}
+
 /// One tensor of a file.
 #[derive(Debug, PartialEq)]
 pub(super) struct Entry {
@@ -32,20 +42,20 @@ pub(super) struct Entry {
     pub(super) range: Range<usize>,
 }
 
-/// The tensors of `file` in the order of their bytes; `path` is only named in errors. Bytes (`U8`)
-/// are taken where the checkpoint is `packed`.
+/// The tensors of `file` in the order of their bytes; `path` is only named in errors. `extra` is what
+/// the checkpoint's config announces.
 ///
 /// # Errors
 /// `InvalidFile` for whatever breaks the format, `Unsupported` for numbers that are not float32,
 /// float16 or bfloat16. Each names the file and, where one is concerned, the tensor.
-pub(super) fn entries(file: &[u8], path: &Path, packed: bool) -> Result<Vec<Entry>> {
+pub(super) fn entries(file: &[u8], path: &Path, extra: Extra) -> Result<Vec<Entry>> {
     let (header, start) = header(file, path)?;
     let mut stored = parse(header, path)?;
     stored.sort_by_key(|(_, tensor)| tensor.data_offsets);
     check_coverage(&stored, (file.len() - start) as u64, path)?;
     stored
         .into_iter()
-        .map(|(name, tensor)| entry(name, &tensor, start, path, packed))
+        .map(|(name, tensor)| entry(name, &tensor, start, path, extra))
         .collect()
 }
 
@@ -174,12 +184,13 @@ fn check_coverage(stored: &[(String, Stored)], length: u64, path: &Path) -> Resu
 }
 
 /// Checks dtype and shape against the bytes; the offsets are checked already.
-fn entry(name: String, stored: &Stored, start: usize, path: &Path, packed: bool) -> Result<Entry> {
+fn entry(name: String, stored: &Stored, start: usize, path: &Path, extra: Extra) -> Result<Entry> {
     let encoding = match stored.dtype.as_str() {
         "F32" => Encoding::Numbers(DType::F32),
         "F16" => Encoding::Numbers(DType::F16),
         "BF16" => Encoding::Numbers(DType::BF16),
-        "U8" if packed => Encoding::Packed,
+        "U8" if extra == Extra::Packed => Encoding::Packed,
+        "I32" if extra == Extra::Words => Encoding::Words,
         other => {
             let what = "dtype of a tensor is not supported";
             return Err(Error::new(ErrorKind::Unsupported, what)
@@ -249,7 +260,7 @@ mod tests {
     }
 
     fn read(file: &[u8]) -> Result<Vec<Entry>> {
-        entries(file, Path::new("m.safetensors"), false)
+        entries(file, Path::new("m.safetensors"), Extra::Nothing)
     }
 
     fn refusal(file: &[u8]) -> String {

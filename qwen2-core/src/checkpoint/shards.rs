@@ -8,8 +8,9 @@ use bytes::Bytes;
 use serde::Deserialize;
 
 use super::directory::Directory;
+use super::join::GroupPlaces;
 use super::mmap::{self, Mapped};
-use super::safetensors;
+use super::safetensors::{self, Extra};
 use super::{Encoding, StoredTensor};
 use crate::config::{DType, json_why, one_line};
 use crate::error::{Error, ErrorKind, Result};
@@ -24,22 +25,25 @@ pub(super) const MAX_LISTED: usize = 8;
 /// Every stored tensor; the bytes stay in the mapped files.
 #[derive(Debug)]
 pub(super) struct Weights {
-    files: Vec<Shard>,
-    tensors: BTreeMap<String, Place>,
+    pub(super) files: Vec<Shard>,
+    pub(super) tensors: BTreeMap<String, Place>,
 }
 
 #[derive(Debug)]
-struct Shard {
-    path: PathBuf,
+pub(super) struct Shard {
+    pub(super) path: PathBuf,
     mapped: Mapped,
 }
 
+/// Where a tensor is.
 #[derive(Debug)]
-struct Place {
-    shard: usize,
-    encoding: Encoding,
-    shape: Vec<usize>,
-    range: Range<usize>,
+pub(super) struct Place {
+    pub(super) shard: usize,
+    pub(super) encoding: Encoding,
+    pub(super) shape: Vec<usize>,
+    pub(super) range: Range<usize>,
+    /// Of a matrix in groups, the rest of it.
+    pub(super) groups: Option<Box<GroupPlaces>>,
 }
 
 impl Weights {
@@ -51,15 +55,15 @@ impl Weights {
         }
     }
 
-    /// Maps the weight files of `directory` and reads their headers; `packed`: matrices may be bytes. Where both forms are there,
-    /// the single file is taken, as by transformers.
+    /// Maps the weight files of `directory` and reads their headers; `extra`: what matrices may be
+    /// beside numbers. Where both forms are there, the single file is taken, as by transformers.
     ///
     /// # Errors
     /// `NotFound` where files are missing, `InvalidFile` and `Unsupported` for what they hold.
-    pub(super) fn open(directory: &Directory, packed: bool) -> Result<Self> {
+    pub(super) fn open(directory: &Directory, extra: Extra) -> Result<Self> {
         let mut weights = Self::empty();
         if let Some(real) = directory.file(SINGLE)? {
-            weights.add(directory, SINGLE, &real, packed)?;
+            weights.add(directory, SINGLE, &real, extra)?;
             return Ok(weights);
         }
         let Some(index) = directory.read(INDEX, MAX_INDEX)? else {
@@ -73,16 +77,16 @@ impl Weights {
         let index_path = directory.path().join(INDEX);
         let weight_map = parse_index(&index, &index_path)?;
         for (name, real) in present_shards(directory, &weight_map)? {
-            weights.add(directory, name, &real, packed)?;
+            weights.add(directory, name, &real, extra)?;
         }
         weights.check_index(directory.path(), &weight_map)?;
         Ok(weights)
     }
 
-    fn add(&mut self, directory: &Directory, name: &str, real: &Path, packed: bool) -> Result<()> {
+    fn add(&mut self, directory: &Directory, name: &str, real: &Path, extra: Extra) -> Result<()> {
         let path = directory.path().join(name);
         let mapped = mmap::map(real, &path)?;
-        let entries = safetensors::entries(&mapped.bytes, &path, packed)?;
+        let entries = safetensors::entries(&mapped.bytes, &path, extra)?;
         self.add_entries(path, mapped, entries)
     }
 
@@ -119,6 +123,7 @@ impl Weights {
                     encoding,
                     shape,
                     range,
+                    groups: None,
                 },
             );
         }
@@ -150,15 +155,25 @@ impl Weights {
     /// The tensor's bytes, shared with the map and aligned to its numbers.
     pub(super) fn tensor(&self, name: &str) -> Option<StoredTensor> {
         let place = self.tensors.get(name)?;
-        let shard = &self.files[place.shard];
         Some(StoredTensor {
             encoding: place.encoding,
             shape: place.shape.clone(),
-            bytes: aligned(
-                shard.mapped.bytes.slice(place.range.clone()),
-                place.encoding.size_in_bytes(),
-            ),
+            bytes: aligned(self.bytes_of(place), place.encoding.size_in_bytes()),
+            groups: self.groups_at(place),
         })
+    }
+
+    /// The bytes at a place.
+    pub(super) fn bytes_of(&self, place: &Place) -> Bytes {
+        self.files[place.shard]
+            .mapped
+            .bytes
+            .slice(place.range.clone())
+    }
+
+    /// The file that a place is in.
+    pub(super) fn path_of(&self, place: &Place) -> &Path {
+        &self.files[place.shard].path
     }
 
     /// The tensor's bytes in the file are done with.
@@ -192,14 +207,17 @@ impl Weights {
     /// Whether a tensor is stored in blocks.
     pub(super) fn has_blocks(&self) -> bool {
         let mut places = self.tensors.values();
-        places.any(|place| matches!(place.encoding, Encoding::Blocks(_)))
+        places.any(|place| matches!(place.encoding, Encoding::Blocks(_) | Encoding::Grouped))
     }
 
     /// Bytes of all tensors.
     pub(super) fn total_bytes(&self) -> u64 {
         self.tensors
             .values()
-            .map(|place| place.range.len() as u64)
+            .map(|place| match self.groups_at(place) {
+                Some(groups) => groups.stored_bytes(),
+                None => place.range.len() as u64,
+            })
             .sum()
     }
 

@@ -5,6 +5,7 @@ use std::path::Path;
 use serde_json::Value;
 
 use super::fields::Fields;
+use super::groups::{GroupQuantization, group_quantization};
 use super::{
     DEFAULT_BETA_FAST, DEFAULT_BETA_SLOW, DType, GenerationConfig, ModelConfig, MoeConfig, PACKED,
     PACKED_VERSION, RopeScaling,
@@ -26,7 +27,7 @@ const MAX_EXPERTS: usize = 1 << 10;
 pub(super) fn model_config(bytes: &[u8], path: &Path) -> Result<ModelConfig> {
     let fields = Fields::parse(bytes, path)?;
     let model_type = model_type(&fields)?;
-    let packed = packed(&fields)?;
+    let (packed, group_quantization) = quantization(&fields)?;
     refuse_what_is_not_done(&fields)?;
     let num_hidden_layers = fields.required_integer("num_hidden_layers", 1..=MAX_LAYERS)?;
     let hidden_size = fields.required_integer("hidden_size", 1..=MAX_HIDDEN)?;
@@ -63,6 +64,7 @@ pub(super) fn model_config(bytes: &[u8], path: &Path) -> Result<ModelConfig> {
             None
         },
         packed,
+        group_quantization,
     })
 }
 
@@ -100,24 +102,28 @@ fn model_type(fields: &Fields<'_>) -> Result<String> {
     }
 }
 
-/// Whether the matrices are stored in our own packing; others are refused.
-fn packed(fields: &Fields<'_>) -> Result<bool> {
+/// Whether the matrices are stored in our own packing, or how in groups.
+fn quantization(fields: &Fields<'_>) -> Result<(bool, Option<GroupQuantization>)> {
     let Some(quantization) = fields.object("quantization_config")? else {
-        return Ok(false);
+        return Ok((false, None));
     };
     let method = quantization
         .string("quant_method")?
         .unwrap_or("without a quant_method");
+    if matches!(method, "gptq" | "awq") {
+        let groups = group_quantization(&quantization, method)?;
+        return Ok((false, Some(groups)));
+    }
     if method != PACKED {
         return Err(fields.unsupported(
-            "quantized checkpoint is not supported yet",
+            "quantized checkpoint is not supported",
             "quantization_config",
             method,
-            "load the checkpoint that is not quantized",
+            "gptq and awq are read; or load the checkpoint that is not quantized",
         ));
     }
     match quantization.integer("version", 0..=usize::MAX)? {
-        Some(PACKED_VERSION) => Ok(true),
+        Some(PACKED_VERSION) => Ok((true, None)),
         version => Err(fields.unsupported(
             "packing is of another version",
             "quantization_config",

@@ -262,8 +262,8 @@ fn what_is_known_but_not_done_is_unsupported_and_named() {
             "rope type is not supported: /m/config.json: rope_scaling.type: llama3",
         ),
         (
-            json!({"quantization_config": {"quant_method": "gptq", "bits": 4}}),
-            "quantized checkpoint is not supported yet: /m/config.json: quantization_config: gptq",
+            json!({"quantization_config": {"quant_method": "bitsandbytes", "bits": 4}}),
+            "quantized checkpoint is not supported: /m/config.json: quantization_config: bitsandbytes",
         ),
         (
             json!({"torch_dtype": "float64"}),
