@@ -241,6 +241,12 @@ qwen2_status qwen2_load_options_set_dtype(qwen2_load_options *options,
                                           size_t len,
                                           qwen2_error **error);
 
+// A directory with a LoRA adapter of PEFT's, which is added to the weights while they are loaded.
+qwen2_status qwen2_load_options_set_adapter(qwen2_load_options *options,
+                                            const char *directory,
+                                            size_t len,
+                                            qwen2_error **error);
+
 // Packs the weights into fewer bits while loading: "q8" or "q4"; default: as stored.
 qwen2_status qwen2_load_options_set_quantize(qwen2_load_options *options,
                                              const char *quantize,

@@ -230,6 +230,7 @@ private:
 struct LoadOptions {
     std::string device = "auto", dtype, quantize;                    ///< empty: as stored
     std::string kv_cache, activations;                               ///< empty: the default
+    std::string adapter;                                             ///< directory of a LoRA adapter; empty: none
     bool preload = false;                                            ///< copy the weights into memory
     bool screened_head = false;                                      ///< rank tokens in four bits first
     std::optional<std::size_t> context_length, threads;
@@ -259,6 +260,7 @@ public:
         if (!options.dtype.empty()) set(qwen2_load_options_set_dtype, options.dtype);
         if (!options.quantize.empty()) set(qwen2_load_options_set_quantize, options.quantize);
         if (!options.kv_cache.empty()) set(qwen2_load_options_set_kv_cache, options.kv_cache);
+        if (!options.adapter.empty()) set(qwen2_load_options_set_adapter, options.adapter);
         if (!options.activations.empty()) set(qwen2_load_options_set_activations, options.activations);
         qwen2_load_options_set_preload(raw.get(), options.preload);
         qwen2_load_options_set_screened_head(raw.get(), options.screened_head);

@@ -3,7 +3,8 @@
     python scripts/make_fixtures.py            # all of them
     python scripts/make_fixtures.py tied yarn  # only these model directories
 
-Needs torch, transformers (5.x), safetensors, tokenizers and gguf; running the tests needs none of them. Every
+Needs torch, transformers (5.x), safetensors, tokenizers, gguf and
+peft; running the tests needs none of them. Every
 number is drawn from numpy's PCG64 with a seed that follows from the fixture's name, so a second run writes
 the same files.
 """
@@ -20,6 +21,7 @@ from typing import Any
 
 import gguf
 import numpy as np
+import peft
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
@@ -699,6 +701,52 @@ def make_grouped(g: Grouped) -> None:
     print(f"{g.name:26} {size_kb:4.0f} KB  max|logit| {float(logits.abs().max()):.3f}")
 
 
+# ---------------------------------------------------------------------------------------------- adapters
+
+
+def make_adapter(name: str, base: str, **options: Any) -> None:
+    """conformance/adapters/NAME: an adapter as PEFT saves it, and the logits that PEFT's model gives."""
+    torch.manual_seed(zlib.crc32(name.encode()))
+    directory = ROOT / "adapters" / name
+    shutil.rmtree(directory, ignore_errors=True)
+    settings = peft.LoraConfig(init_lora_weights=False, lora_dropout=0.0, task_type="CAUSAL_LM", **options)
+    model = peft.get_peft_model(load(ROOT / "models" / base), settings).eval()
+    rng = np.random.Generator(np.random.PCG64(zlib.crc32(name.encode())))
+    tokens = rng.integers(0, 256 + MERGES, 20).tolist()
+    logits = logits_of(model, tokens)
+    with model.disable_adapter():
+        change = float((logits_of(model, tokens) - logits).abs().max())
+    assert change > 0.5, f"{name}: {change}"
+    model.save_pretrained(directory)
+    (directory / "README.md").unlink()
+    config = json.loads((directory / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = base
+    config["target_modules"] = sorted(config["target_modules"])
+    write_json(directory / "adapter_config.json", config, indent=2)
+    write_reference(
+        directory / "reference.json", {"base": base, "tokens": tokens, "logits": f32_list(logits)}
+    )
+    for file in directory.iterdir():
+        file.chmod(0o644)
+    size_kb = sum(f.stat().st_size for f in directory.iterdir()) / 1024
+    print(f"{name:26} {size_kb:4.0f} KB  change {change:.3f}")
+
+
+def make_adapters() -> None:
+    """conformance/adapters: scales of every kind."""
+    make_adapter("plain", "tied", r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"])
+    make_adapter(
+        "patterns",
+        "untied",
+        r=4,
+        lora_alpha=6,
+        target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
+        use_rslora=True,
+        rank_pattern={"down_proj": 2, r"model\.layers\.0\.self_attn\.q_proj": 3},
+        alpha_pattern={"layers.1.mlp.up_proj": 12},
+    )
+
+
 # ---------------------------------------------------------------------------------------------- context
 
 
@@ -1157,6 +1205,7 @@ def main() -> None:
         make_stop()
         for grouped in GROUPED:
             make_grouped(grouped)
+        make_adapters()
         make_stretched()
         make_perplexity()
         make_gguf_blocks()

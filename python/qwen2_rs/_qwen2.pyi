@@ -102,6 +102,7 @@ class Model:
         activations: str = "f32",
         preload: bool = False,
         screened_head: bool = False,
+        adapter: str | os.PathLike[str] | None = None,
         context_length: int | None = None,
         threads: int | None = None,
         progress: bool | Callable[[int, int], object] | None = False,
@@ -119,7 +120,9 @@ class Model:
             file, which may then change or lie on a slow disk.
         screened_head: True ranks the tokens by a copy of the packed head in four bits, and computes only
             the best by the head itself; for greedy choice and top_k up to 64.
-        context_length: tokens that prompt and answer may have together, at most the model's.
+        adapter: a directory with a LoRA adapter of PEFT's, which is added to the weights.
+        context_length: tokens that prompt and answer may have together; more than the model has
+            stretches it with YaRN.
         threads: on the processor; by default as many as the system allows.
         progress: True for a bar on stderr, or a function that gets the bytes done and in all; what
             it raises stops the loading.

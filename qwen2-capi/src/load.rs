@@ -2,6 +2,7 @@
 
 use std::ffi::{c_char, c_void};
 use std::ops::ControlFlow;
+use std::path::PathBuf;
 
 use qwen2_core::{DType, Device, ModelBuilder, Progress, Quantization};
 
@@ -18,6 +19,7 @@ pub struct qwen2_load_options {
     activations: Option<DType>,
     preload: bool,
     screened_head: bool,
+    adapter: Option<PathBuf>,
     context_length: Option<usize>,
     threads: Option<usize>,
     progress: Option<Callback>,
@@ -73,6 +75,9 @@ impl qwen2_load_options {
         builder = builder
             .preload(self.preload)
             .screened_head(self.screened_head);
+        if let Some(adapter) = &self.adapter {
+            builder = builder.adapter(adapter);
+        }
         if let Some(n_tokens) = self.context_length {
             builder = builder.context_length(n_tokens);
         }
@@ -127,6 +132,21 @@ pub unsafe extern "C" fn qwen2_load_options_set_dtype(
     fence::entry(error, || {
         let options = fence::borrow_mut(options)?;
         options.dtype = Some(parse(dtype, len, "dtype")?);
+        Ok(QWEN2_OK)
+    })
+}
+
+/// A directory with a LoRA adapter of PEFT's, which is added to the weights while they are loaded.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn qwen2_load_options_set_adapter(
+    options: *mut qwen2_load_options,
+    directory: *const c_char,
+    len: usize,
+    error: *mut *mut qwen2_error,
+) -> qwen2_status {
+    fence::entry(error, || {
+        let options = fence::borrow_mut(options)?;
+        options.adapter = Some(PathBuf::from(fence::path(directory, len)?));
         Ok(QWEN2_OK)
     })
 }

@@ -28,6 +28,8 @@ pub(crate) enum Command {
     Quantize(QuantizeArgs),
     /// Write a checkpoint in another form: a GGUF file, or a directory of safetensors.
     Convert(ConvertArgs),
+    /// Add a LoRA adapter to a checkpoint for good.
+    MergeLora(MergeArgs),
     /// How well a model foretells a text file.
     Perplexity(PerplexityArgs),
     /// Measure speed, next to what the memory allows.
@@ -58,6 +60,9 @@ pub(crate) struct LoadArgs {
     /// Rank tokens by a copy of the packed head in four bits, and compute only the best by the head.
     #[arg(long)]
     pub(crate) screened_head: bool,
+    /// Add the LoRA adapter in this directory, as PEFT saves it, to the weights.
+    #[arg(long)]
+    pub(crate) adapter: Option<PathBuf>,
     /// Tokens of prompt and answer together [default: all the model can].
     #[arg(long)]
     pub(crate) context_length: Option<usize>,
@@ -205,6 +210,19 @@ pub(crate) struct QuantizeArgs {
 pub(crate) struct ConvertArgs {
     /// A directory, a GGUF file, or an id of the hub.
     pub(crate) model: OsString,
+    /// A GGUF file if the name ends in .gguf, else a directory; must not exist.
+    pub(crate) destination: PathBuf,
+    /// Write the weights as f32, f16 or bf16 [default: as stored, blocks of a GGUF file as bf16].
+    #[arg(long)]
+    pub(crate) dtype: Option<String>,
+}
+
+#[derive(Args, Debug)]
+pub(crate) struct MergeArgs {
+    /// A directory, a GGUF file, or an id of the hub.
+    pub(crate) model: OsString,
+    /// The directory of the adapter, as PEFT saves it.
+    pub(crate) adapter: PathBuf,
     /// A GGUF file if the name ends in .gguf, else a directory; must not exist.
     pub(crate) destination: PathBuf,
     /// Write the weights as f32, f16 or bf16 [default: as stored, blocks of a GGUF file as bf16].

@@ -66,6 +66,7 @@ pub(crate) fn run(args: &BenchArgs) -> Result<(), Failure> {
         kv_cache: args.kv_cache.clone(),
         preload: args.preload,
         screened_head: args.screened_head,
+        adapter: None,
         context_length: None,
         threads: args.threads,
     };

@@ -46,6 +46,9 @@ pub(crate) fn apply(mut builder: ModelBuilder, args: &LoadArgs) -> Result<ModelB
     builder = builder
         .preload(args.preload)
         .screened_head(args.screened_head);
+    if let Some(adapter) = &args.adapter {
+        builder = builder.adapter(adapter);
+    }
     if let Some(n_tokens) = args.context_length {
         builder = builder.context_length(n_tokens);
     }

@@ -17,7 +17,7 @@ mod text;
 pub use api::SessionRun;
 pub use api::{
     CheckpointInfo, Logits, Memory, Model, ModelBuilder, Perplexity, Prompt, Quantization, Session,
-    SessionStream, convert, inspect, instruction_set, quantize,
+    SessionStream, convert, inspect, instruction_set, merge_lora, quantize,
 };
 pub use checkpoint::{Progress, Source};
 pub use config::{

@@ -129,3 +129,16 @@ fn mean_divergence(a: &[f32], b: &[f32], width: usize) -> f64 {
         .collect();
     rows.iter().sum::<f64>() / rows.len() as f64
 }
+
+#[test]
+fn settings_of_zero_are_refused_by_name() {
+    let refused = |builder: qwen2_core::ModelBuilder| {
+        let error = builder.load().unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::InvalidArgument);
+        error.key().map(str::to_owned)
+    };
+    let key = refused(builder(fixture("tied")).context_length(0));
+    assert_eq!(key.as_deref(), Some("context_length"));
+    let key = refused(builder(fixture("tied")).threads(0));
+    assert_eq!(key.as_deref(), Some("threads"));
+}

@@ -74,14 +74,16 @@ impl Model {
     ///     file, which may then change or lie on a slow disk.
     /// screened_head: True ranks the tokens by a copy of the packed head in four bits, and computes only
     ///     the best by the head itself; for greedy choice and top_k up to 64.
-    /// context_length: tokens that prompt and answer may have together, at most the model's.
+    /// adapter: a directory with a LoRA adapter of PEFT's, which is added to the weights.
+    /// context_length: tokens that prompt and answer may have together; more than the model has
+    ///     stretches it with YaRN.
     /// threads: on the processor; by default as many as the system allows.
     /// progress: True for a bar on stderr, or a function that gets the bytes done and in all; what
     ///     it raises stops the loading.
     #[staticmethod]
     #[pyo3(
-        signature = (source, *, device="auto", dtype="auto", quantize=None, kv_cache=None, activations="f32", preload=false, screened_head=false, context_length=None, threads=None, progress=None),
-        text_signature = "(source, *, device='auto', dtype='auto', quantize=None, kv_cache=None, activations='f32', preload=False, screened_head=False, context_length=None, threads=None, progress=False)"
+        signature = (source, *, device="auto", dtype="auto", quantize=None, kv_cache=None, activations="f32", preload=false, screened_head=false, adapter=None, context_length=None, threads=None, progress=None),
+        text_signature = "(source, *, device='auto', dtype='auto', quantize=None, kv_cache=None, activations='f32', preload=False, screened_head=False, adapter=None, context_length=None, threads=None, progress=False)"
     )]
     #[allow(clippy::too_many_arguments)] // the settings, by name
     fn load(
@@ -94,6 +96,7 @@ impl Model {
         activations: &str,
         preload: bool,
         screened_head: bool,
+        adapter: Option<PathBuf>,
         context_length: Option<Whole>,
         threads: Option<Whole>,
         progress: Option<Bound<'_, PyAny>>,
@@ -118,6 +121,9 @@ impl Model {
             .activations(activations.parse::<DType>().map_err(Failure::from)?)
             .preload(preload)
             .screened_head(screened_head);
+        if let Some(adapter) = adapter {
+            builder = builder.adapter(adapter);
+        }
         if let Some(context_length) = context_length {
             builder = builder.context_length(context_length.setting("context_length")?);
         }

@@ -157,6 +157,8 @@ static void load_errors(const char *directory) {
           "unknown quantization: quantize: `q3`");
     FAILS(qwen2_quantize(directory, NUL, NULL, 4, "q8", NUL, NULL, NULL, &error), QWEN2_ERROR_INVALID_ARGUMENT,
           "argument is NULL: path");
+    FAILS(qwen2_load_options_set_adapter(options, NULL, 3, &error), QWEN2_ERROR_INVALID_ARGUMENT,
+          "argument is NULL: path");
     FAILS(qwen2_load_options_set_kv_cache(options, "f8", NUL, &error), QWEN2_ERROR_INVALID_ARGUMENT,
           "unknown dtype: dtype: f8");
     OK(qwen2_load_options_set_kv_cache(options, "bf16", NUL, &error));

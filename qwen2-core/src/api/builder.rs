@@ -2,13 +2,15 @@
 
 use std::collections::HashMap;
 use std::ops::ControlFlow;
+use std::path::PathBuf;
 use std::sync::Arc;
 
 use burn::tensor::{Device as BurnDevice, TensorData};
 
 use super::model::{Inner, Model, display_name};
 use super::quantize::{Quantization, copy, keep, keep_packed, refuse_packed, screen};
-use super::stored::{burn_dtype, keep_stored};
+use super::stored::{burn_dtype, keep_stored, rows};
+use crate::checkpoint::adapter::{Adapter, merged};
 use crate::checkpoint::mmap::arena::Arena;
 use crate::checkpoint::{Checkpoint, Encoding, Progress, Source, cancelled, names};
 use crate::config::{DType, GenerationConfig, ModelConfig};
@@ -33,6 +35,7 @@ pub struct ModelBuilder {
     dtype: Option<DType>,
     quantize: Option<Quantization>,
     context_length: Option<usize>,
+    adapter: Option<PathBuf>,
     threads: Option<usize>,
     prefill_chunk: usize,
     activations: DType,
@@ -63,6 +66,7 @@ impl ModelBuilder {
             dtype: None,
             quantize: None,
             context_length: None,
+            adapter: None,
             threads: None,
             prefill_chunk: PREFILL_CHUNK,
             activations: DType::F32,
@@ -107,6 +111,13 @@ impl ModelBuilder {
     /// CPU; the copy takes half the head's memory.
     pub fn screened_head(mut self, screened_head: bool) -> Self {
         self.screened_head = screened_head;
+        self
+    }
+
+    /// A directory with a LoRA adapter of PEFT's, which is added to the weights while they are loaded.
+    /// Matrices that are stored in blocks or groups become bf16 then, unless they are packed again.
+    pub fn adapter(mut self, directory: impl Into<PathBuf>) -> Self {
+        self.adapter = Some(directory.into());
         self
     }
 
@@ -227,9 +238,9 @@ impl ModelBuilder {
         }
         let tied = names::audit(&checkpoint)?;
         let (config, context_length) = self.with_context(&checkpoint.config)?;
-        let shapes: HashMap<_, _> = names::expected(&checkpoint.config, tied)
-            .into_iter()
-            .collect();
+        let expected = names::expected(&checkpoint.config, tied);
+        let adapter = self.open_adapter(&checkpoint, &expected)?;
+        let shapes: HashMap<_, _> = expected.into_iter().collect();
         let kept = self.dtype.filter(|_| !device.is_gpu());
         let stored = match checkpoint.config.packed {
             true => checkpoint.config.dtype, // of what it was packed from
@@ -255,9 +266,12 @@ impl ModelBuilder {
                 if name == SCREEN {
                     return taken(&mut ranks);
                 }
-                let stored = checkpoint.tensor(name)?;
+                let mut stored = checkpoint.tensor(name)?;
                 let in_file = stored.bytes.as_ptr_range();
                 done += stored.stored_bytes();
+                if let Some(adapter) = adapter.as_ref().filter(|adapter| adapter.changes(name)) {
+                    stored = merged(name, &stored, adapter, &rows);
+                }
                 let mut data = match stored.encoding {
                     Encoding::Packed => keep_packed(name, stored, &shapes, checkpoint.path())?,
                     _ => {
@@ -435,6 +449,20 @@ impl ModelBuilder {
                 .with_why("it is for packed weights on the CPU")
                 .with_help("leave the setting out, or set quantize and the device cpu"),
         )
+    }
+
+    fn open_adapter(
+        &self,
+        checkpoint: &Checkpoint,
+        shapes: &[(String, Vec<usize>)],
+    ) -> Result<Option<Adapter>> {
+        let Some(path) = &self.adapter else {
+            return Ok(None);
+        };
+        refuse_packed(checkpoint, "adapter")?;
+        let adapter = Adapter::open(path)?;
+        adapter.check(shapes)?;
+        Ok(Some(adapter))
     }
 
     /// The config for the context that is asked for, and that context.

@@ -8,6 +8,7 @@ use serde_json::json;
 use super::builder::start_threads;
 use super::quantize::{Quantization, refuse_packed};
 use super::stored::{convert as convert_tensor, rows};
+use crate::checkpoint::adapter::{Adapter, merged};
 use crate::checkpoint::gguf::blocks::Kind;
 use crate::checkpoint::gguf::write as gguf;
 use crate::checkpoint::write::{self, Planned};
@@ -31,10 +32,50 @@ pub fn convert(
     dtype: Option<DType>,
     mut progress: impl FnMut(Progress) -> ControlFlow<()>,
 ) -> Result<()> {
-    let destination = destination.as_ref();
-    let checkpoint = Checkpoint::open(&source.into(), &mut progress)?;
+    convert_merged(
+        &source.into(),
+        destination.as_ref(),
+        dtype,
+        None,
+        &mut progress,
+    )
+}
+
+/// As [`convert`], with the LoRA adapter in the directory `adapter` added to the weights.
+///
+/// # Errors
+/// As [`convert`]; `NotFound`, `InvalidFile` and `Unsupported` for the adapter, which must be PEFT's in
+/// safetensors form and for this model.
+pub fn merge_lora(
+    source: impl Into<Source>,
+    adapter: impl AsRef<Path>,
+    destination: impl AsRef<Path>,
+    dtype: Option<DType>,
+    mut progress: impl FnMut(Progress) -> ControlFlow<()>,
+) -> Result<()> {
+    let adapter = Some(Adapter::open(adapter.as_ref())?);
+    convert_merged(
+        &source.into(),
+        destination.as_ref(),
+        dtype,
+        adapter,
+        &mut progress,
+    )
+}
+
+fn convert_merged(
+    source: &Source,
+    destination: &Path,
+    dtype: Option<DType>,
+    adapter: Option<Adapter>,
+    progress: &mut dyn FnMut(Progress) -> ControlFlow<()>,
+) -> Result<()> {
+    let checkpoint = Checkpoint::open(source, progress)?;
     refuse_packed(&checkpoint, "convert")?;
     let tied = names::audit(&checkpoint)?;
+    if let Some(adapter) = &adapter {
+        adapter.check(&names::expected(&checkpoint.config, tied))?;
+    }
     let written = |name: &str| -> Result<DType> {
         Ok(match (dtype, checkpoint.tensor(name)?.encoding) {
             (Some(dtype), _) | (None, Encoding::Numbers(dtype)) => dtype,
@@ -43,7 +84,8 @@ pub fn convert(
     };
     if is_gguf(destination) {
         let kind = |name: &str, _| written(name).map(plain);
-        return write_gguf(&checkpoint, tied, destination, &kind, &mut progress);
+        let tensors = Seen::new(&checkpoint, adapter, progress);
+        return write_gguf(tensors, tied, destination, &kind);
     }
     let mut plan = Vec::new();
     for (name, shape) in names::expected(&checkpoint.config, tied) {
@@ -56,7 +98,7 @@ pub fn convert(
     }
     let matrices = plan.iter().find(|tensor| tensor.shape.len() == 2);
     let most = matrices.map(|tensor| written(&tensor.name)).transpose()?;
-    let mut seen = Seen::new(&checkpoint, &mut progress);
+    let mut seen = Seen::new(&checkpoint, adapter, progress);
     write::write(
         &checkpoint,
         destination,
@@ -97,7 +139,12 @@ pub(super) fn quantize_gguf(
             },
         })
     };
-    write_gguf(checkpoint, tied, destination, &kind, progress)
+    write_gguf(
+        Seen::new(checkpoint, None, progress),
+        tied,
+        destination,
+        &kind,
+    )
 }
 
 /// Whether the name of a file says that it is GGUF.
@@ -115,15 +162,14 @@ fn plain(dtype: DType) -> Kind {
 }
 
 fn write_gguf(
-    checkpoint: &Checkpoint,
+    mut seen: Seen<'_>,
     tied: bool,
     destination: &Path,
     kind: &dyn Fn(&str, usize) -> Result<Kind>,
-    progress: &mut dyn FnMut(Progress) -> ControlFlow<()>,
 ) -> Result<()> {
+    let checkpoint = seen.checkpoint;
     let plan = gguf::plan(&checkpoint.config, tied, kind)?;
     let threads = start_threads(None, false)?;
-    let mut seen = Seen::new(checkpoint, progress);
     gguf::write(checkpoint, destination, &plan, &mut |name, kind| {
         let stored = seen.take(name)?;
         let as_dtype = |dtype| {
@@ -180,6 +226,7 @@ fn blocks(
 /// The checkpoint's tensors one after the other, with the progress.
 struct Seen<'a> {
     checkpoint: &'a Checkpoint,
+    adapter: Option<Adapter>,
     progress: &'a mut dyn FnMut(Progress) -> ControlFlow<()>,
     done: u64,
     last: Option<String>,
@@ -188,10 +235,12 @@ struct Seen<'a> {
 impl<'a> Seen<'a> {
     fn new(
         checkpoint: &'a Checkpoint,
+        adapter: Option<Adapter>,
         progress: &'a mut dyn FnMut(Progress) -> ControlFlow<()>,
     ) -> Self {
         Self {
             checkpoint,
+            adapter,
             progress,
             done: 0,
             last: None,
@@ -207,7 +256,10 @@ impl<'a> Seen<'a> {
         self.done += stored.stored_bytes();
         let total = self.checkpoint.total_bytes();
         match (self.progress)(Progress::new(self.done, total)) {
-            ControlFlow::Continue(()) => Ok(stored),
+            ControlFlow::Continue(()) => Ok(match &self.adapter {
+                Some(adapter) if adapter.changes(name) => merged(name, &stored, adapter, &rows),
+                _ => stored,
+            }),
             ControlFlow::Break(()) => Err(cancelled(self.checkpoint.path())),
         }
     }

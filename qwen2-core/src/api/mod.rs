@@ -17,7 +17,7 @@ pub fn instruction_set() -> &'static str {
 }
 
 pub use builder::ModelBuilder;
-pub use convert::convert;
+pub use convert::{convert, merge_lora};
 pub use inspect::{CheckpointInfo, inspect};
 pub use model::{Logits, Memory, Model, Prompt};
 pub use perplexity::Perplexity;

@@ -1,5 +1,6 @@
 //! A checkpoint on disk: its config, its tensors by name, and where its other files are.
 
+pub(crate) mod adapter;
 mod directory;
 pub(crate) mod gguf;
 pub(crate) mod groups;

@@ -1,0 +1,373 @@
+//! LoRA adapters (arXiv:2106.09685) as the PEFT library saves them: what is added to matrices.
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use regex::Regex;
+use serde_json::{Map, Value};
+
+use super::directory::Directory;
+use super::mmap;
+use super::safetensors::{self, Extra};
+use super::{Encoding, StoredTensor};
+use crate::config::{DType, one_line};
+use crate::error::{Error, ErrorKind, Result};
+
+const CONFIG: &str = "adapter_config.json";
+const WEIGHTS: &str = "adapter_model.safetensors";
+/// What PEFT puts in front of a module's name.
+const PREFIX: &str = "base_model.model.";
+const MAX_CONFIG: u64 = 16 << 20;
+
+/// An adapter, by the names of the matrices that it changes.
+#[derive(Debug)]
+pub(crate) struct Adapter {
+    path: PathBuf,
+    deltas: BTreeMap<String, Delta>,
+}
+
+/// `scale · up · down` is added to a matrix.
+#[derive(Debug)]
+struct Delta {
+    /// `lora_A`, `[rank, inputs]`.
+    down: Vec<f32>,
+    /// `lora_B`, `[outputs, rank]`.
+    up: Vec<f32>,
+    inputs: usize,
+    outputs: usize,
+    rank: usize,
+    scale: f32,
+}
+
+impl Adapter {
+    /// Reads the adapter in the directory `path`.
+    ///
+    /// # Errors
+    /// `NotFound`, `InvalidFile` and `Unsupported` for its files. Pickles (`adapter_model.bin`) are not
+    /// read: they can run code.
+    pub(crate) fn open(path: &Path) -> Result<Self> {
+        let directory = Directory::open(path)?;
+        let config = Config::read(&directory)?;
+        let shown = path.join(WEIGHTS);
+        let Some(real) = directory.file(WEIGHTS)? else {
+            let pickle = directory.file("adapter_model.bin")?.is_some();
+            let help = match pickle {
+                true => "save it with safe_serialization=True: pickle files are not read",
+                false => "is this the directory of a PEFT adapter?",
+            };
+            return Err(Error::new(ErrorKind::NotFound, "no such file")
+                .with_path(shown)
+                .with_help(help));
+        };
+        let mapped = mmap::map(&real, &shown)?;
+        let mut halves: BTreeMap<String, [Option<Half>; 2]> = BTreeMap::new();
+        for entry in safetensors::entries(&mapped.bytes, &shown, Extra::Nothing)? {
+            let Some((module, which)) = module(&entry.name) else {
+                return Err(config.unsupported(
+                    "tensor of an adapter is not supported",
+                    &entry.name,
+                    "lora_A and lora_B of projections are read",
+                ));
+            };
+            let &[rows, cols] = entry.shape.as_slice() else {
+                return Err(wrong_shape(
+                    &shown,
+                    &entry.name,
+                    "two dimensions",
+                    &entry.shape,
+                ));
+            };
+            let numbers = numbers(&mapped.bytes[entry.range.clone()], entry.encoding);
+            halves.entry(module).or_default()[which] = Some(Half {
+                name: entry.name,
+                rows,
+                cols,
+                numbers,
+            });
+        }
+        let mut deltas = BTreeMap::new();
+        for (module, halves) in halves {
+            let [Some(down), Some(up)] = halves else {
+                return Err(Error::new(
+                    ErrorKind::InvalidFile,
+                    "half of an adapter's matrix is missing",
+                )
+                .with_path(shown)
+                .with_key(one_line(&module))
+                .with_help("the file is not whole: save the adapter again"));
+            };
+            if up.cols != down.rows || down.rows == 0 {
+                let expected = format!("[outputs, {}]", down.rows);
+                return Err(wrong_shape(
+                    &shown,
+                    &up.name,
+                    &expected,
+                    &[up.rows, up.cols],
+                ));
+            }
+            let scale = config.scale(&module, down.rows)?;
+            let delta = Delta {
+                inputs: down.cols,
+                outputs: up.rows,
+                rank: down.rows,
+                down: down.numbers,
+                up: up.numbers,
+                scale,
+            };
+            deltas.insert(format!("{module}.weight"), delta);
+        }
+        Ok(Self {
+            path: path.to_owned(),
+            deltas,
+        })
+    }
+
+    /// Checks that the adapter is for these matrices.
+    ///
+    /// # Errors
+    /// `InvalidFile` for a matrix that the model does not have, or has in another shape.
+    pub(crate) fn check(&self, shapes: &[(String, Vec<usize>)]) -> Result<()> {
+        for (name, delta) in &self.deltas {
+            let shape = shapes.iter().find(|(known, _)| known == name);
+            let Some((_, shape)) = shape else {
+                return Err(
+                    Error::new(ErrorKind::InvalidFile, "adapter is for another model")
+                        .with_path(&self.path)
+                        .with_key(one_line(name))
+                        .with_why("the model has no such matrix")
+                        .with_help("give the model that the adapter was trained on"),
+                );
+            };
+            if *shape != [delta.outputs, delta.inputs] {
+                let found = [delta.outputs, delta.inputs];
+                let error = wrong_shape(&self.path, name, &format!("{shape:?}"), &found);
+                return Err(error.with_help("give the model that the adapter was trained on"));
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether a tensor of this name changes.
+    pub(crate) fn changes(&self, name: &str) -> bool {
+        self.deltas.contains_key(name)
+    }
+
+    /// Adds the adapter to row `index` of the matrix `name`.
+    pub(crate) fn add(&self, name: &str, index: usize, row: &mut [f32]) {
+        let Some(delta) = self.deltas.get(name) else {
+            return;
+        };
+        let up = &delta.up[index * delta.rank..][..delta.rank];
+        let downs = delta.down.chunks_exact(delta.inputs);
+        let mut sum = vec![0.0; row.len()];
+        for (up, down) in up.iter().zip(downs) {
+            for (sum, down) in sum.iter_mut().zip(down) {
+                *sum += up * down;
+            }
+        }
+        for (row, sum) in row.iter_mut().zip(sum) {
+            *row += delta.scale * sum;
+        }
+    }
+}
+
+struct Half {
+    name: String,
+    rows: usize,
+    cols: usize,
+    numbers: Vec<f32>,
+}
+
+/// The module of a tensor, and whether it is `lora_A` (0) or `lora_B` (1).
+fn module(name: &str) -> Option<(String, usize)> {
+    let rest = name.strip_prefix(PREFIX)?.strip_suffix(".weight")?;
+    // Old versions have the adapter's name behind.
+    let rest = rest.strip_suffix(".default").unwrap_or(rest);
+    for (suffix, which) in [(".lora_A", 0), (".lora_B", 1)] {
+        if let Some(module) = rest.strip_suffix(suffix) {
+            return Some((module.to_owned(), which));
+        }
+    }
+    None
+}
+
+fn numbers(bytes: &[u8], encoding: Encoding) -> Vec<f32> {
+    let halves = |to: fn([u8; 2]) -> f32| bytes.as_chunks::<2>().0.iter().map(|x| to(*x)).collect();
+    match encoding {
+        Encoding::Numbers(DType::F16) => halves(|x| half::f16::from_le_bytes(x).to_f32()),
+        Encoding::Numbers(DType::BF16) => halves(|x| half::bf16::from_le_bytes(x).to_f32()),
+        _ => bytes
+            .as_chunks::<4>()
+            .0
+            .iter()
+            .map(|x| f32::from_le_bytes(*x))
+            .collect(),
+    }
+}
+
+fn wrong_shape(path: &Path, name: &str, expected: &str, found: &[usize]) -> Error {
+    Error::new(ErrorKind::InvalidFile, "tensor has the wrong shape")
+        .with_path(path)
+        .with_key(one_line(name))
+        .with_why(format!("expected {expected}, found {found:?}"))
+        .with_help("save the adapter again with PEFT")
+}
+
+/// `adapter_config.json`.
+struct Config {
+    path: PathBuf,
+    fields: Map<String, Value>,
+}
+
+impl Config {
+    fn read(directory: &Directory) -> Result<Self> {
+        let path = directory.path().join(CONFIG);
+        let Some(bytes) = directory.read(CONFIG, MAX_CONFIG)? else {
+            return Err(Error::new(ErrorKind::NotFound, "no such file")
+                .with_path(path)
+                .with_help("is this the directory of a PEFT adapter?"));
+        };
+        let fields = serde_json::from_slice(&bytes).map_err(|error| {
+            Error::new(ErrorKind::InvalidFile, "file is not valid JSON")
+                .with_path(&path)
+                .with_why(error.to_string())
+                .with_source(error)
+                .with_help("save the adapter again with PEFT")
+        })?;
+        let config = Self { path, fields };
+        config.refuse_what_is_not_done()?;
+        Ok(config)
+    }
+
+    fn refuse_what_is_not_done(&self) -> Result<()> {
+        let kind = self.fields.get("peft_type").and_then(Value::as_str);
+        if kind != Some("LORA") {
+            return Err(self.unsupported("adapter is not a LoRA", "peft_type", "LORA is read"));
+        }
+        let kinds = [
+            "use_dora",
+            "use_qalora",
+            "use_bdlora",
+            "fan_in_fan_out",
+            "lora_bias",
+            "layer_replication",
+            "alora_invocation_tokens",
+            "trainable_token_indices",
+        ];
+        for key in kinds {
+            let is_off = |value: &Value| matches!(value, Value::Null | Value::Bool(false));
+            if self.fields.get(key).is_some_and(|value| !is_off(value)) {
+                return Err(self.unsupported(
+                    "kind of LoRA is not supported",
+                    key,
+                    "train without it",
+                ));
+            }
+        }
+        let bias = self.fields.get("bias").and_then(Value::as_str);
+        if bias.is_some_and(|bias| bias != "none") {
+            return Err(self.unsupported("kind of LoRA is not supported", "bias", "none is read"));
+        }
+        let modules = self.fields.get("modules_to_save").and_then(Value::as_array);
+        if modules.is_some_and(|modules| !modules.is_empty()) {
+            let help = "merge the adapter with PEFT";
+            return Err(self.unsupported("whole modules are not read", "modules_to_save", help));
+        }
+        Ok(())
+    }
+
+    fn unsupported(&self, what: &str, key: &str, help: &str) -> Error {
+        Error::new(ErrorKind::Unsupported, what)
+            .with_path(&self.path)
+            .with_key(one_line(key))
+            .with_help(help)
+    }
+
+    fn invalid(&self, key: &str, why: String) -> Error {
+        Error::new(ErrorKind::InvalidFile, "invalid adapter config")
+            .with_path(&self.path)
+            .with_key(key)
+            .with_why(why)
+            .with_help("save the adapter again with PEFT")
+    }
+
+    /// `lora_alpha / r`, or with `use_rslora` `lora_alpha / √r` (arXiv:2312.03732).
+    fn scale(&self, module: &str, rank: usize) -> Result<f32> {
+        let told = self.number("rank_pattern", "r", module)?;
+        if told != rank as f64 {
+            let why = format!(
+                "{told}, but the tensors of {} have {rank}",
+                one_line(module)
+            );
+            return Err(self.invalid("r", why));
+        }
+        let alpha = self.number("alpha_pattern", "lora_alpha", module)?;
+        let rslora = self.fields.get("use_rslora").and_then(Value::as_bool);
+        let rank = rank as f64;
+        let divisor = if rslora == Some(true) {
+            rank.sqrt()
+        } else {
+            rank
+        };
+        Ok((alpha / divisor) as f32)
+    }
+
+    /// What a pattern says of a module, else what holds for all.
+    fn number(&self, patterns: &str, key: &str, module: &str) -> Result<f64> {
+        let number = |key: &str, value: Option<&Value>| {
+            let number = value
+                .and_then(Value::as_f64)
+                .filter(|number| number.is_finite());
+            number.ok_or_else(|| self.invalid(key, "not a number".to_owned()))
+        };
+        let table = self.fields.get(patterns).and_then(Value::as_object);
+        for (pattern, value) in table.into_iter().flatten() {
+            // As PEFT: the name's end, or a regular expression for it.
+            let whole = Regex::new(&format!(r"^(.*\.)?({pattern})$"))
+                .map_err(|error| self.invalid(patterns, error.to_string()))?;
+            if whole.is_match(module) {
+                return number(patterns, Some(value));
+            }
+        }
+        number(key, self.fields.get(key))
+    }
+}
+
+/// A matrix with the adapter added, in the precision that it is stored in, blocks and groups in bf16.
+pub(crate) fn merged(
+    name: &str,
+    stored: &StoredTensor,
+    adapter: &Adapter,
+    rows: &dyn Fn(&StoredTensor, usize, &mut [f32]),
+) -> StoredTensor {
+    let dtype = match stored.encoding {
+        Encoding::Numbers(dtype) => dtype,
+        _ => DType::BF16,
+    };
+    let cols = stored.shape.last().copied().unwrap_or(1);
+    let mut bytes =
+        Vec::with_capacity(stored.shape.iter().product::<usize>() * dtype.size_in_bytes());
+    let mut row = vec![0.0; cols];
+    for index in 0..stored.shape[0] {
+        rows(stored, index, &mut row);
+        adapter.add(name, index, &mut row);
+        for x in &row {
+            match dtype {
+                DType::F32 => bytes.extend(x.to_le_bytes()),
+                DType::F16 => bytes.extend(half::f16::from_f32(*x).to_le_bytes()),
+                DType::BF16 => bytes.extend(half::bf16::from_f32(*x).to_le_bytes()),
+            }
+        }
+    }
+    StoredTensor {
+        encoding: Encoding::Numbers(dtype),
+        shape: stored.shape.clone(),
+        bytes: aligned(bytes),
+        groups: None,
+    }
+}
+
+/// Numbers begin at a multiple of their size.
+fn aligned(bytes: Vec<u8>) -> bytes::Bytes {
+    super::shards::aligned(bytes.into(), size_of::<f32>())
+}
