@@ -320,6 +320,20 @@ qwen2_status qwen2_convert(const char *source,
                            void *user_data,
                            qwen2_error **error);
 
+// As `qwen2_convert`, with the LoRA adapter in the directory `adapter`, as PEFT saves it, added to the
+// weights.
+qwen2_status qwen2_merge_lora(const char *source,
+                              size_t source_len,
+                              const char *adapter,
+                              size_t adapter_len,
+                              const char *destination,
+                              size_t destination_len,
+                              const char *dtype,
+                              size_t dtype_len,
+                              qwen2_progress_fn progress,
+                              void *user_data,
+                              qwen2_error **error);
+
 // Loads a checkpoint: a directory with `config.json`, `tokenizer.json` and safetensors, or, where
 // the library was built with `hub`, an id such as "Qwen/Qwen2-0.5B-Instruct". `options` may be NULL
 // for the defaults. `*out` is freed with `qwen2_model_free`.

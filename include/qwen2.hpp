@@ -250,6 +250,13 @@ inline void convert(std::string_view source, std::string_view destination, std::
                  dtype.empty() ? nullptr : dtype.data(), dtype.size(), nullptr, nullptr);
 }
 
+/// As convert, with a LoRA adapter, as PEFT saves it, added to the weights.
+inline void merge_lora(std::string_view source, std::string_view adapter, std::string_view destination,
+                       std::string_view dtype = {}) {
+    detail::call(qwen2_merge_lora, source.data(), source.size(), adapter.data(), adapter.size(), destination.data(),
+                 destination.size(), dtype.empty() ? nullptr : dtype.data(), dtype.size(), nullptr, nullptr);
+}
+
 /// A loaded model; copies share the weights.
 class Model {
 public:

@@ -36,6 +36,7 @@ from qwen2_rs._qwen2 import (
     __version__,
     convert,
     devices,
+    merge_lora,
     quantize,
 )
 from qwen2_rs._types import Message, MessageDict, Prompt
@@ -73,5 +74,6 @@ __all__ = [
     "__version__",
     "convert",
     "devices",
+    "merge_lora",
     "quantize",
 ]

@@ -41,6 +41,7 @@ __all__ = [
     "__version__",
     "convert",
     "devices",
+    "merge_lora",
     "quantize",
     "run_cli",
 ]
@@ -61,6 +62,23 @@ def convert(
     directory of safetensors.
 
     source: a directory with a checkpoint, a GGUF file, or the id of a checkpoint on the Hugging Face hub.
+    destination: must not exist; it is there whole or not at all.
+    dtype: f32, f16 or bf16; None: as stored, and blocks of a GGUF file as bf16.
+    progress: as of Model.load.
+    """
+
+def merge_lora(
+    source: str | os.PathLike[str],
+    adapter: str | os.PathLike[str],
+    destination: str | os.PathLike[str],
+    dtype: str | None = None,
+    *,
+    progress: bool | Callable[[int, int], object] | None = False,
+) -> None:
+    """As convert, with a LoRA adapter added to the weights.
+
+    source: a directory with a checkpoint, a GGUF file, or the id of a checkpoint on the Hugging Face hub.
+    adapter: a directory with an adapter, as PEFT saves it.
     destination: must not exist; it is there whole or not at all.
     dtype: f32, f16 or bf16; None: as stored, and blocks of a GGUF file as bf16.
     progress: as of Model.load.

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import CONFORMANCE, DEMO, fixture_directory
-from qwen2_rs import InvalidArgumentError, Model, NotFoundError, Tokenizer, convert
+from qwen2_rs import InvalidArgumentError, Model, NotFoundError, Tokenizer, convert, merge_lora
 
 MODELS = sorted(path.name for path in (CONFORMANCE / "models").iterdir())
 
@@ -53,12 +53,15 @@ def test_perplexity_equals_the_reference(case: dict[str, Any]) -> None:
     assert got == pytest.approx(case["perplexity"], rel=1e-4)
 
 
-def test_an_adapter_gives_what_peft_gives() -> None:
+def test_an_adapter_gives_what_peft_gives(tmp_path: Path) -> None:
     vectors = json.loads((CONFORMANCE / "adapters" / "plain" / "reference.json").read_text())
     base = fixture_directory(vectors["base"])
     model = Model.load(base, device="cpu", kv_cache="f32", adapter=CONFORMANCE / "adapters" / "plain")
     want = np.array(vectors["logits"], np.float32)
     np.testing.assert_allclose(model.logits(vectors["tokens"]), want, rtol=0, atol=3e-4)
+    merge_lora(base, CONFORMANCE / "adapters" / "plain", tmp_path / "merged")
+    merged = Model.load(tmp_path / "merged", device="cpu", kv_cache="f32")
+    np.testing.assert_array_equal(merged.logits(vectors["tokens"]), model.logits(vectors["tokens"]))
     with pytest.raises(NotFoundError, match="nowhere"):
         Model.load(base, device="cpu", adapter="nowhere")
 

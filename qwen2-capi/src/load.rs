@@ -319,6 +319,40 @@ pub unsafe extern "C" fn qwen2_convert(
     })
 }
 
+/// As `qwen2_convert`, with the LoRA adapter in the directory `adapter`, as PEFT saves it, added to the
+/// weights.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn qwen2_merge_lora(
+    source: *const c_char,
+    source_len: usize,
+    adapter: *const c_char,
+    adapter_len: usize,
+    destination: *const c_char,
+    destination_len: usize,
+    dtype: *const c_char,
+    dtype_len: usize,
+    progress: qwen2_progress_fn,
+    user_data: *mut c_void,
+    error: *mut *mut qwen2_error,
+) -> qwen2_status {
+    fence::entry(error, || {
+        let source = fence::path(source, source_len)?;
+        let adapter = fence::path(adapter, adapter_len)?;
+        let destination = fence::path(destination, destination_len)?;
+        let dtype = match dtype.is_null() {
+            true => None,
+            false => Some(parse::<DType>(dtype, dtype_len, "dtype")?),
+        };
+        let callback = progress.map(|call| Callback { call, user_data });
+        let report = |progress| match &callback {
+            Some(callback) => callback.run(progress),
+            None => ControlFlow::Continue(()),
+        };
+        qwen2_core::merge_lora(source, adapter, destination, dtype, report)?;
+        Ok(QWEN2_OK)
+    })
+}
+
 unsafe fn parse<T>(text: *const c_char, len: usize, name: &'static str) -> Outcome<T>
 where
     T: std::str::FromStr<Err = qwen2_core::Error>,

@@ -42,6 +42,7 @@ fn _qwen2(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<results::Usage>()?;
     module.add_function(wrap_pyfunction!(devices, module)?)?;
     module.add_function(wrap_pyfunction!(model::convert, module)?)?;
+    module.add_function(wrap_pyfunction!(model::merge_lora, module)?)?;
     module.add_function(wrap_pyfunction!(model::quantize, module)?)?;
     module.add_function(wrap_pyfunction!(run_cli, module)?)?;
     error::add_classes(module)

@@ -536,6 +536,51 @@ pub(crate) fn convert(
     }
 }
 
+/// As convert, with a LoRA adapter added to the weights.
+///
+/// source: a directory with a checkpoint, a GGUF file, or the id of a checkpoint on the Hugging Face hub.
+/// adapter: a directory with an adapter, as PEFT saves it.
+/// destination: must not exist; it is there whole or not at all.
+/// dtype: f32, f16 or bf16; None: as stored, and blocks of a GGUF file as bf16.
+/// progress: as of Model.load.
+#[pyfunction]
+#[pyo3(
+    signature = (source, adapter, destination, dtype=None, *, progress=None),
+    text_signature = "(source, adapter, destination, dtype=None, *, progress=False)"
+)]
+pub(crate) fn merge_lora(
+    py: Python<'_>,
+    source: AnySource,
+    adapter: PathBuf,
+    destination: PathBuf,
+    dtype: Option<&str>,
+    progress: Option<Bound<'_, PyAny>>,
+) -> PyResult<()> {
+    let callback = progress_callback(py, progress)?;
+    let dtype = dtype
+        .map(str::parse::<DType>)
+        .transpose()
+        .map_err(Failure::from)?;
+    let work = |report: Report| {
+        let tell = move |progress| report.set(progress);
+        Ok(qwen2_core::merge_lora(
+            source.0,
+            adapter,
+            destination,
+            dtype,
+            tell,
+        )?)
+    };
+    match callback {
+        Some(callback) => enter::loading(py, &callback, work),
+        None => {
+            let cancel = CancelToken::new();
+            let report = Report::silent(cancel.clone());
+            enter::long(py, &cancel, || work(report))
+        }
+    }
+}
+
 /// What to call with the progress: the function itself, our bar for True, nothing for False.
 fn progress_callback<'py>(
     py: Python<'py>,

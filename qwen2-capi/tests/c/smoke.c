@@ -151,6 +151,8 @@ static void load_errors(const char *directory) {
           QWEN2_ERROR_INVALID_ARGUMENT); /* it exists */
     CHECK(qwen2_convert(directory, NUL, directory, NUL, NULL, 0, NULL, NULL, NULL) ==
           QWEN2_ERROR_INVALID_ARGUMENT);
+    CHECK(qwen2_merge_lora(directory, NUL, "/nowhere", NUL, "/other", NUL, NULL, 0, NULL, NULL, NULL) ==
+          QWEN2_ERROR_NOT_FOUND);
     FAILS(qwen2_convert(directory, NUL, "/nowhere", NUL, "q3", NUL, NULL, NULL, &error), QWEN2_ERROR_INVALID_ARGUMENT,
           "unknown dtype: dtype: q3");
     FAILS(qwen2_quantize(directory, NUL, "/nowhere", NUL, "q3", NUL, NULL, NULL, &error), QWEN2_ERROR_INVALID_ARGUMENT,
