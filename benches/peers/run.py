@@ -146,9 +146,7 @@ def convert(work: Path, engine: Engine, checkpoint: Path, target: Path) -> None:
     elif engine.venv == "llama.cpp":
         source = target.with_name("BF16.gguf")
         if not source.exists():
-            subprocess.run(
-                [python(work, "transformers"), HERE / "to_gguf.py", checkpoint, source], check=True
-            )
+            subprocess.run([command(), "convert", checkpoint, source], check=True)
         if not target.exists():
             subprocess.run([python(work, "llama.cpp"), HERE / "quantize_gguf.py", source, target], check=True)
     else:
