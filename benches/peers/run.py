@@ -38,7 +38,7 @@ SHAPES = {
     },
 }
 PACKAGES = {
-    "transformers": ["torch", "transformers", "gguf"],
+    "transformers": ["torch", "transformers"],
     "llama.cpp": ["llama-cpp-python"],
     "openvino": ["openvino-genai", "optimum-intel[openvino]"],
 }

@@ -135,14 +135,7 @@ impl Model {
                 .progress(move |progress| report.set(progress))
                 .load()?)
         };
-        let model = match callback {
-            Some(callback) => enter::loading(py, &callback, load)?,
-            None => {
-                let cancel = CancelToken::new();
-                let report = Report::silent(cancel.clone());
-                enter::long(py, &cancel, || load(report))?
-            }
-        };
+        let model = reporting(py, callback, load)?;
         Ok(Self {
             handle: Mutex::new(Some(model)),
             quantize,
@@ -488,14 +481,7 @@ pub(crate) fn quantize(
             tell,
         )?)
     };
-    match callback {
-        Some(callback) => enter::loading(py, &callback, work),
-        None => {
-            let cancel = CancelToken::new();
-            let report = Report::silent(cancel.clone());
-            enter::long(py, &cancel, || work(report))
-        }
-    }
+    reporting(py, callback, work)
 }
 
 /// Converts the checkpoint source into destination: a GGUF file if its name ends in .gguf, else a
@@ -526,14 +512,7 @@ pub(crate) fn convert(
         let tell = move |progress| report.set(progress);
         Ok(qwen2_core::convert(source.0, destination, dtype, tell)?)
     };
-    match callback {
-        Some(callback) => enter::loading(py, &callback, work),
-        None => {
-            let cancel = CancelToken::new();
-            let report = Report::silent(cancel.clone());
-            enter::long(py, &cancel, || work(report))
-        }
-    }
+    reporting(py, callback, work)
 }
 
 /// As convert, with a LoRA adapter added to the weights.
@@ -571,14 +550,7 @@ pub(crate) fn merge_lora(
             tell,
         )?)
     };
-    match callback {
-        Some(callback) => enter::loading(py, &callback, work),
-        None => {
-            let cancel = CancelToken::new();
-            let report = Report::silent(cancel.clone());
-            enter::long(py, &cancel, || work(report))
-        }
-    }
+    reporting(py, callback, work)
 }
 
 /// What to call with the progress: the function itself, our bar for True, nothing for False.
@@ -599,6 +571,22 @@ fn progress_callback<'py>(
     Err(PyTypeError::new_err(
         "progress is a bool or a function of two numbers",
     ))
+}
+
+/// Does `work` with its progress told to `callback`, where there is one.
+fn reporting<T: Send>(
+    py: Python<'_>,
+    callback: Option<Bound<'_, PyAny>>,
+    work: impl FnOnce(Report) -> Result<T, Failure> + Send,
+) -> PyResult<T> {
+    match callback {
+        Some(callback) => enter::loading(py, &callback, work),
+        None => {
+            let cancel = CancelToken::new();
+            let report = Report::silent(cancel.clone());
+            enter::long(py, &cancel, || work(report))
+        }
+    }
 }
 
 /// A serializable value as plain Python objects.
