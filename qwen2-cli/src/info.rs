@@ -33,7 +33,11 @@ pub(crate) fn run(args: &InfoArgs) -> Result<(), Failure> {
     let mut facts = match &args.model {
         None => of_directory(&demo::directory()?)?,
         Some(model) => match directory_of(model) {
-            Some(directory) => of_directory(&directory)?,
+            Some(directory) => match of_directory(&directory)? {
+                // What its matrices become is for their headers to say.
+                facts if facts.config.group_quantization.is_some() => of_checkpoint(model)?,
+                facts => facts,
+            },
             None => of_checkpoint(model)?,
         },
     };

@@ -525,6 +525,13 @@ fn a_checkpoint_is_converted_quantized_and_measured() {
     let formats: Vec<_> = info["formats"].as_object().unwrap().keys().collect();
     assert_eq!(formats, ["Q4_0", "Q8_0", "f32"]);
     assert!(info["weight_bytes"].as_u64() <= info["stored_bytes"].as_u64());
+    let gptq = root()
+        .join("conformance/grouped/gptq4")
+        .display()
+        .to_string();
+    let info = qwen2(&["info", &gptq, "--json"]).json();
+    let formats: Vec<_> = info["formats"].as_object().unwrap().keys().collect();
+    assert_eq!(formats, ["f16", "grouped"]);
     let perplexity = |model: &str| {
         let args = [
             "perplexity",
