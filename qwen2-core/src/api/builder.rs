@@ -9,8 +9,8 @@ use burn::tensor::{Device as BurnDevice, TensorData};
 
 use super::model::{Inner, Model, display_name};
 use super::quantize::{Quantization, copy, keep, keep_packed, refuse_packed, screen};
-use super::stored::{burn_dtype, keep_stored, rows};
-use crate::checkpoint::adapter::{Adapter, merged};
+use super::stored::{burn_dtype, keep_stored, merged};
+use crate::checkpoint::adapter::Adapter;
 use crate::checkpoint::mmap::arena::Arena;
 use crate::checkpoint::{Checkpoint, Encoding, Progress, Source, cancelled, names};
 use crate::config::{DType, GenerationConfig, ModelConfig};
@@ -270,7 +270,7 @@ impl ModelBuilder {
                 let in_file = stored.bytes.as_ptr_range();
                 done += stored.stored_bytes();
                 if let Some(adapter) = adapter.as_ref().filter(|adapter| adapter.changes(name)) {
-                    stored = merged(name, &stored, adapter, &rows);
+                    stored = merged(name, &stored, adapter, &threads);
                 }
                 let mut data = match stored.encoding {
                     Encoding::Packed => keep_packed(name, stored, &shapes, checkpoint.path())?,

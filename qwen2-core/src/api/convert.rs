@@ -7,8 +7,8 @@ use serde_json::json;
 
 use super::builder::start_threads;
 use super::quantize::{Quantization, refuse_packed};
-use super::stored::{convert as convert_tensor, rows};
-use crate::checkpoint::adapter::{Adapter, merged};
+use super::stored::{convert as convert_tensor, merged, rows};
+use crate::checkpoint::adapter::Adapter;
 use crate::checkpoint::gguf::blocks::Kind;
 use crate::checkpoint::gguf::write as gguf;
 use crate::checkpoint::write::{self, Planned};
@@ -84,7 +84,7 @@ fn convert_merged(
     };
     if is_gguf(destination) {
         let kind = |name: &str, _| written(name).map(plain);
-        let tensors = Seen::new(&checkpoint, adapter, progress);
+        let tensors = Seen::new(&checkpoint, adapter, progress)?;
         return write_gguf(tensors, tied, destination, &kind);
     }
     let mut plan = Vec::new();
@@ -98,7 +98,7 @@ fn convert_merged(
     }
     let matrices = plan.iter().find(|tensor| tensor.shape.len() == 2);
     let most = matrices.map(|tensor| written(&tensor.name)).transpose()?;
-    let mut seen = Seen::new(&checkpoint, adapter, progress);
+    let mut seen = Seen::new(&checkpoint, adapter, progress)?;
     write::write(
         &checkpoint,
         destination,
@@ -140,7 +140,7 @@ pub(super) fn quantize_gguf(
         })
     };
     write_gguf(
-        Seen::new(checkpoint, None, progress),
+        Seen::new(checkpoint, None, progress)?,
         tied,
         destination,
         &kind,
@@ -169,7 +169,6 @@ fn write_gguf(
 ) -> Result<()> {
     let checkpoint = seen.checkpoint;
     let plan = gguf::plan(&checkpoint.config, tied, kind)?;
-    let threads = start_threads(None, false)?;
     gguf::write(checkpoint, destination, &plan, &mut |name, kind| {
         let stored = seen.take(name)?;
         let as_dtype = |dtype| {
@@ -184,7 +183,7 @@ fn write_gguf(
             kind => {
                 let cols = stored.shape.last().copied().unwrap_or_default();
                 let row = |index: usize, out: &mut [f32]| rows(&stored, index, out);
-                blocks(kind, stored.shape[0], cols, &row, &threads)
+                blocks(kind, stored.shape[0], cols, &row, &seen.threads)
             }
         })
     })
@@ -227,6 +226,7 @@ fn blocks(
 struct Seen<'a> {
     checkpoint: &'a Checkpoint,
     adapter: Option<Adapter>,
+    threads: Threads,
     progress: &'a mut dyn FnMut(Progress) -> ControlFlow<()>,
     done: u64,
     last: Option<String>,
@@ -237,14 +237,15 @@ impl<'a> Seen<'a> {
         checkpoint: &'a Checkpoint,
         adapter: Option<Adapter>,
         progress: &'a mut dyn FnMut(Progress) -> ControlFlow<()>,
-    ) -> Self {
-        Self {
+    ) -> Result<Self> {
+        Ok(Self {
             checkpoint,
             adapter,
+            threads: start_threads(None, false)?,
             progress,
             done: 0,
             last: None,
-        }
+        })
     }
 
     /// The next tensor; the memory of the one before may go.
@@ -257,7 +258,9 @@ impl<'a> Seen<'a> {
         let total = self.checkpoint.total_bytes();
         match (self.progress)(Progress::new(self.done, total)) {
             ControlFlow::Continue(()) => Ok(match &self.adapter {
-                Some(adapter) if adapter.changes(name) => merged(name, &stored, adapter, &rows),
+                Some(adapter) if adapter.changes(name) => {
+                    merged(name, &stored, adapter, &self.threads)
+                }
                 _ => stored,
             }),
             ControlFlow::Break(()) => Err(cancelled(self.checkpoint.path())),

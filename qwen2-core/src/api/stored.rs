@@ -1,9 +1,10 @@
 //! A stored tensor on its way into the network: converted, packed, or as it is.
 
 use burn::tensor::{Bytes, DType as BurnDType, TensorData};
-use half::f16;
+use half::{bf16, f16};
 
 use super::quantize::{Quantization, keep, pack_rows, shared, take};
+use crate::checkpoint::adapter::Adapter;
 use crate::checkpoint::gguf::blocks::Kind;
 use crate::checkpoint::mmap::arena::Arena;
 use crate::checkpoint::{Encoding, StoredTensor};
@@ -163,6 +164,53 @@ pub(super) fn convert(stored: StoredTensor, dtype: Option<DType>) -> TensorData 
     match dtype.map(burn_dtype) {
         Some(dtype) if dtype != data.dtype() => data.convert_dtype(dtype),
         _ => data,
+    }
+}
+
+/// A matrix with an adapter added, in the precision that it is stored in; blocks and groups become bf16.
+pub(super) fn merged(
+    name: &str,
+    stored: &StoredTensor,
+    adapter: &Adapter,
+    threads: &Threads,
+) -> StoredTensor {
+    let dtype = match stored.encoding {
+        Encoding::Numbers(dtype) => dtype,
+        _ => DType::BF16,
+    };
+    let cols = stored.shape.last().copied().unwrap_or(1);
+    let n: usize = stored.shape.iter().product();
+    // Words, so that numbers begin at a multiple of their size.
+    let mut words = vec![0_u32; (n * dtype.size_in_bytes()).div_ceil(size_of::<u32>())];
+    let bytes = &mut bytemuck::cast_slice_mut(&mut words)[..n * dtype.size_in_bytes()];
+    threads.each_chunk(
+        bytes,
+        cols * dtype.size_in_bytes(),
+        &|index, out: &mut [u8]| {
+            let mut row = vec![0.0; cols];
+            rows(stored, index, &mut row);
+            adapter.add(name, index, &mut row);
+            for (x, out) in row.iter().zip(out.chunks_exact_mut(dtype.size_in_bytes())) {
+                match dtype {
+                    DType::F32 => out.copy_from_slice(&x.to_le_bytes()),
+                    DType::F16 => out.copy_from_slice(&f16::from_f32(*x).to_le_bytes()),
+                    DType::BF16 => out.copy_from_slice(&bf16::from_f32(*x).to_le_bytes()),
+                }
+            }
+        },
+    );
+    struct Words(Vec<u32>);
+    impl AsRef<[u8]> for Words {
+        fn as_ref(&self) -> &[u8] {
+            bytemuck::cast_slice(&self.0)
+        }
+    }
+    let len = bytes.len();
+    StoredTensor {
+        encoding: Encoding::Numbers(dtype),
+        shape: stored.shape.clone(),
+        bytes: bytes::Bytes::from_owner(Words(words)).slice(..len),
+        groups: None,
     }
 }
 

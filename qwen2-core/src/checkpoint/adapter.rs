@@ -6,10 +6,10 @@ use std::path::{Path, PathBuf};
 use regex::Regex;
 use serde_json::{Map, Value};
 
+use super::Encoding;
 use super::directory::Directory;
 use super::mmap;
 use super::safetensors::{self, Extra};
-use super::{Encoding, StoredTensor};
 use crate::config::{DType, one_line};
 use crate::error::{Error, ErrorKind, Result};
 
@@ -331,43 +331,4 @@ impl Config {
         }
         number(key, self.fields.get(key))
     }
-}
-
-/// A matrix with the adapter added, in the precision that it is stored in, blocks and groups in bf16.
-pub(crate) fn merged(
-    name: &str,
-    stored: &StoredTensor,
-    adapter: &Adapter,
-    rows: &dyn Fn(&StoredTensor, usize, &mut [f32]),
-) -> StoredTensor {
-    let dtype = match stored.encoding {
-        Encoding::Numbers(dtype) => dtype,
-        _ => DType::BF16,
-    };
-    let cols = stored.shape.last().copied().unwrap_or(1);
-    let mut bytes =
-        Vec::with_capacity(stored.shape.iter().product::<usize>() * dtype.size_in_bytes());
-    let mut row = vec![0.0; cols];
-    for index in 0..stored.shape[0] {
-        rows(stored, index, &mut row);
-        adapter.add(name, index, &mut row);
-        for x in &row {
-            match dtype {
-                DType::F32 => bytes.extend(x.to_le_bytes()),
-                DType::F16 => bytes.extend(half::f16::from_f32(*x).to_le_bytes()),
-                DType::BF16 => bytes.extend(half::bf16::from_f32(*x).to_le_bytes()),
-            }
-        }
-    }
-    StoredTensor {
-        encoding: Encoding::Numbers(dtype),
-        shape: stored.shape.clone(),
-        bytes: aligned(bytes),
-        groups: None,
-    }
-}
-
-/// Numbers begin at a multiple of their size.
-fn aligned(bytes: Vec<u8>) -> bytes::Bytes {
-    super::shards::aligned(bytes.into(), size_of::<f32>())
 }
