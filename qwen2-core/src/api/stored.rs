@@ -7,7 +7,7 @@ use super::quantize::{Quantization, keep, pack_rows, shared, take};
 use crate::checkpoint::adapter::Adapter;
 use crate::checkpoint::gguf::blocks::Kind;
 use crate::checkpoint::mmap::arena::Arena;
-use crate::checkpoint::{Encoding, StoredTensor};
+use crate::checkpoint::{Encoding, StoredTensor, aligned};
 use crate::config::DType;
 use crate::error::Result;
 use crate::model::Kept;
@@ -180,11 +180,9 @@ pub(super) fn merged(
     };
     let cols = stored.shape.last().copied().unwrap_or(1);
     let n: usize = stored.shape.iter().product();
-    // Words, so that numbers begin at a multiple of their size.
-    let mut words = vec![0_u32; (n * dtype.size_in_bytes()).div_ceil(size_of::<u32>())];
-    let bytes = &mut bytemuck::cast_slice_mut(&mut words)[..n * dtype.size_in_bytes()];
+    let mut bytes = vec![0; n * dtype.size_in_bytes()];
     threads.each_chunk(
-        bytes,
+        &mut bytes,
         cols * dtype.size_in_bytes(),
         &|index, out: &mut [u8]| {
             let mut row = vec![0.0; cols];
@@ -199,17 +197,10 @@ pub(super) fn merged(
             }
         },
     );
-    struct Words(Vec<u32>);
-    impl AsRef<[u8]> for Words {
-        fn as_ref(&self) -> &[u8] {
-            bytemuck::cast_slice(&self.0)
-        }
-    }
-    let len = bytes.len();
     StoredTensor {
         encoding: Encoding::Numbers(dtype),
         shape: stored.shape.clone(),
-        bytes: bytes::Bytes::from_owner(Words(words)).slice(..len),
+        bytes: aligned(bytes.into(), dtype.size_in_bytes()),
         groups: None,
     }
 }

@@ -21,6 +21,7 @@ use std::path::{Path, PathBuf};
 
 use bytes::Bytes;
 
+pub(crate) use shards::aligned;
 pub use source::Source;
 
 use crate::config::{DType, GenerationConfig, ModelConfig};

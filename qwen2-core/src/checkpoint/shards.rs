@@ -332,7 +332,7 @@ fn file_name(path: &Path) -> String {
 
 /// The bytes themselves where they lie on a multiple of their number's size, else an aligned copy:
 /// the format pads its header only by convention.
-pub(super) fn aligned(bytes: Bytes, size: usize) -> Bytes {
+pub(crate) fn aligned(bytes: Bytes, size: usize) -> Bytes {
     if bytes.as_ptr().align_offset(size) == 0 {
         return bytes;
     }
