@@ -131,7 +131,7 @@ class Model:
         device: auto, cpu, wgpu, vulkan, metal, cuda, with an index for a GPU, as in cuda:1.
         dtype: auto (as stored), f32, f16 or bf16.
         quantize: q8 or q4 packs the matrices into fewer bits.
-        kv_cache: f32, f16 or bf16, the precision of keys and values; by default f32 for f32 weights,
+        kv_cache: f32, f16, bf16, q8 or q4, what keys and values are kept in; by default f32 for f32 weights,
             else f16.
         activations: f32, or bf16 for a faster prefill of bf16 weights that rounds them.
         preload: True copies the weights into memory of this process instead of using them from the

@@ -316,8 +316,8 @@ def test_a_packed_directory_is_a_model_like_others(tmp_path: Path) -> None:
     [
         ({"device": "gpu"}, "unknown device: device: `gpu`"),
         ({"dtype": "int8"}, "unknown dtype: dtype: int8"),
-        ({"kv_cache": "q3"}, "unknown dtype: dtype: q3"),
-        ({"activations": "q3"}, "unknown dtype: dtype: q3"),
+        ({"kv_cache": "q3"}, "unknown kind of cache: kv_cache: q3"),
+        ({"activations": "q3"}, "unknown kind of cache: kv_cache: q3"),
         ({"quantize": "q3"}, "unknown quantization: quantize: `q3`"),
         ({"context_length": 0}, "setting is out of range: context_length: 0"),
         ({"context_length": -1}, "setting is out of range: context_length: -1"),

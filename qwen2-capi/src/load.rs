@@ -4,7 +4,7 @@ use std::ffi::{c_char, c_void};
 use std::ops::ControlFlow;
 use std::path::PathBuf;
 
-use qwen2_core::{DType, Device, ModelBuilder, Progress, Quantization};
+use qwen2_core::{DType, Device, KvCacheType, ModelBuilder, Progress, Quantization};
 
 use crate::error::{QWEN2_OK, qwen2_error, qwen2_status};
 use crate::fence::{self, Handle, Outcome};
@@ -15,7 +15,7 @@ pub struct qwen2_load_options {
     device: Option<Device>,
     dtype: Option<DType>,
     quantize: Option<Quantization>,
-    kv_cache: Option<DType>,
+    kv_cache: Option<KvCacheType>,
     activations: Option<DType>,
     preload: bool,
     screened_head: bool,
@@ -166,7 +166,7 @@ pub unsafe extern "C" fn qwen2_load_options_set_quantize(
     })
 }
 
-/// The precision of keys and values in the cache: "f32", "f16" or "bf16"; default: f32 for f32
+/// What keys and values are kept in: "f32", "f16", "bf16", "q8" or "q4"; default: f32 for f32
 /// weights, else f16.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn qwen2_load_options_set_kv_cache(

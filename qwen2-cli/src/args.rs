@@ -51,7 +51,7 @@ pub(crate) struct LoadArgs {
     /// What prefill multiplies bf16 weights in, f32 or bf16 [default: f32].
     #[arg(long)]
     pub(crate) activations: Option<String>,
-    /// Precision of keys and values in the cache, f32, f16 or bf16 [default: f16, beside f32 f32].
+    /// What keys and values are kept in, f32, f16, bf16, q8 or q4 [default: f16, beside f32 f32].
     #[arg(long)]
     pub(crate) kv_cache: Option<String>,
     /// Copy the weights into memory instead of using them from the file.
@@ -266,7 +266,7 @@ pub(crate) struct BenchArgs {
     /// What prefill multiplies bf16 weights in, f32 or bf16 [default: f32].
     #[arg(long)]
     pub(crate) activations: Option<String>,
-    /// Precision of keys and values in the cache, f32, f16 or bf16 [default: f16, beside f32 f32].
+    /// What keys and values are kept in, f32, f16, bf16, q8 or q4 [default: f16, beside f32 f32].
     #[arg(long)]
     pub(crate) kv_cache: Option<String>,
     /// Copy the weights into memory instead of using them from the file.

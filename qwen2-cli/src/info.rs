@@ -5,7 +5,7 @@ use std::ffi::OsStr;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use qwen2_core::{DType, Device, ModelConfig, inspect, instruction_set};
+use qwen2_core::{DType, Device, KvCacheType, ModelConfig, inspect, instruction_set};
 use serde_json::{Value, json};
 
 use crate::args::InfoArgs;
@@ -157,7 +157,7 @@ impl Facts {
 
     fn cache_bytes_per_token(&self) -> u64 {
         let cache = match self.config.packed || !self.is_dense() {
-            true => DType::F16,
+            true => KvCacheType::F16,
             false => self.dtype.unwrap_or(DType::F32).default_kv_cache(),
         };
         self.config.kv_bytes_per_token(cache)

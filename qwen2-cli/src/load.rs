@@ -6,7 +6,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use indicatif::{ProgressBar, ProgressStyle};
-use qwen2_core::{Model, ModelBuilder, Progress, Source};
+use qwen2_core::{KvCacheType, Model, ModelBuilder, Progress, Source};
 
 use crate::args::LoadArgs;
 use crate::failure::Failure;
@@ -41,7 +41,7 @@ pub(crate) fn apply(mut builder: ModelBuilder, args: &LoadArgs) -> Result<ModelB
         builder = builder.activations(dtype.parse()?);
     }
     if let Some(dtype) = &args.kv_cache {
-        builder = builder.kv_cache(dtype.parse()?);
+        builder = builder.kv_cache(dtype.parse::<KvCacheType>()?);
     }
     builder = builder
         .preload(args.preload)

@@ -2,6 +2,7 @@
 
 mod fields;
 mod groups;
+mod kv_cache;
 mod read;
 
 use std::fmt;
@@ -12,6 +13,7 @@ use serde::{Serialize, Serializer};
 
 pub(crate) use fields::{json_why, one_line};
 pub use groups::{GroupMethod, GroupQuantization};
+pub use kv_cache::KvCacheType;
 
 use crate::error::{Error, ErrorKind, Result};
 use read::MAX_CONTEXT;
@@ -283,10 +285,11 @@ impl ModelConfig {
         }
     }
 
-    /// Bytes of keys and values that one token takes in all layers, stored as `dtype`.
-    pub fn kv_bytes_per_token(&self, dtype: DType) -> u64 {
-        let row = (self.num_key_value_heads * self.head_dim * dtype.size_in_bytes()) as u64;
-        2 * self.num_hidden_layers as u64 * row
+    /// Bytes of keys and values that one token takes in all layers (on GPUs the scales of `Q8` and
+    /// `Q4` take twice as much).
+    pub fn kv_bytes_per_token(&self, kv_cache: impl Into<KvCacheType>) -> u64 {
+        let row = self.num_key_value_heads * kv_cache.into().row_bytes(self.head_dim);
+        2 * self.num_hidden_layers as u64 * row as u64
     }
 }
 
@@ -320,10 +323,10 @@ impl DType {
     /// What a model with weights of this precision keeps its keys and values in, unless asked
     /// otherwise: f32 beside f32, so that nothing is rounded; else f16, which has three bits
     /// of mantissa more than bf16.
-    pub fn default_kv_cache(self) -> Self {
+    pub fn default_kv_cache(self) -> KvCacheType {
         match self {
-            Self::F32 => Self::F32,
-            Self::F16 | Self::BF16 => Self::F16,
+            Self::F32 => KvCacheType::F32,
+            Self::F16 | Self::BF16 => KvCacheType::F16,
         }
     }
 

@@ -4,7 +4,7 @@
 mod common;
 
 use common::{builder, device, fixture, floats, ids, json, max_difference, root, rows, unrounded};
-use qwen2_core::{DType, ErrorKind, GenerateOptions, Prompt, RopeScaling};
+use qwen2_core::{DType, ErrorKind, GenerateOptions, KvCacheType, Prompt, RopeScaling};
 
 const MODELS: [&str; 16] = [
     "tied",
@@ -119,6 +119,26 @@ fn the_default_cache_rounds_an_eighth_of_what_the_reference_does() {
     let ours = model.logits(&ids(&reference["tokens"])).unwrap().values;
     let difference = max_difference(&ours, &exact);
     assert!(difference <= allowed / 8.0, "{difference} of {allowed}");
+}
+
+/// The quality of it is tests/quality.rs' matter; this runs on every device.
+#[test]
+fn a_packed_cache_rounds_and_no_more() {
+    for name in ["tied", "head_dim_10", "sliding"] {
+        let reference = json(fixture(name).join("reference.json"));
+        let (tokens, exact) = (ids(&reference["tokens"]), rows(&reference["logits"]));
+        let power = |values: &mut dyn Iterator<Item = f32>| values.map(|x| x * x).sum::<f32>();
+        for (kv_cache, share) in [(KvCacheType::Q8, 0.02), (KvCacheType::Q4, 0.3)] {
+            let model = builder(fixture(name)).kv_cache(kv_cache).load().unwrap();
+            let ours = model.logits(&tokens).unwrap().values;
+            let rounding = power(&mut ours.iter().zip(&exact).map(|(a, b)| a - b));
+            let rounding = (rounding / power(&mut exact.iter().copied())).sqrt();
+            assert!(
+                rounding > 1e-5 && rounding <= share,
+                "{name} {kv_cache}: {rounding}"
+            );
+        }
+    }
 }
 
 /// Rounded activations are off float32 by less than transformers is when it computes in bf16.

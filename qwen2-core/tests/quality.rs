@@ -9,7 +9,7 @@ use std::path::Path;
 
 use common::{builder, demo, fixture, ids, json, unrounded};
 use half::f16;
-use qwen2_core::{DType, GenerateOptions, Logits, Model, Prompt, Quantization};
+use qwen2_core::{DType, GenerateOptions, KvCacheType, Logits, Model, Prompt, Quantization};
 use safetensors::SafeTensors;
 use safetensors::tensor::{Dtype, TensorView};
 
@@ -108,6 +108,62 @@ fn packed_models_answer_as_well() {
     }
 }
 
+#[test]
+fn a_packed_cache_diverges_little_and_answers_as_well() {
+    let (whole, texts) = (exact(demo()), conversations());
+    let right = accuracy(&whole);
+    for (kv_cache, most, points) in [(KvCacheType::Q8, 1e-4, 0.5), (KvCacheType::Q4, 3e-2, 2.0)] {
+        let model = unrounded(demo()).dtype(DType::F32).kv_cache(kv_cache);
+        let model = model.load().unwrap();
+        let kl = mean_divergence(&whole, &model, &texts);
+        assert!(kl > 0.0 && kl <= most, "{kv_cache}: {kl}");
+        let accuracy = accuracy(&model);
+        assert!(
+            accuracy >= right - points,
+            "{kv_cache}: {accuracy} %, exact {right} %"
+        );
+        for name in ["tied", "gqa7", "head_dim_10", "yarn", "sliding", "moe"] {
+            let tokens = ids(&json(fixture(name).join("reference.json"))["tokens"]);
+            let model = builder(fixture(name)).kv_cache(kv_cache).load().unwrap();
+            let kl = mean_divergence(&exact(fixture(name)), &model, &[tokens]);
+            assert!(kl > 0.0 && kl <= most, "{name} {kv_cache}: {kl}");
+        }
+    }
+}
+
+/// Qwen2-7B's keys have channels many times the size of the others. Here such are planted:
+/// one channel of the keys times 16, the queries' divided by it, which exact numbers do not notice.
+#[test]
+fn a_large_channel_of_the_keys_does_not_spoil_a_packed_cache() {
+    let directory = tempfile::tempdir().unwrap();
+    let config = json(demo().join("config.json"));
+    let number = |key: &str| config[key].as_u64().unwrap() as usize;
+    let (hidden, heads) = (number("hidden_size"), number("num_attention_heads"));
+    let head_dim = hidden / heads;
+    write_changed(&demo(), directory.path(), &|name, width, values| {
+        let factor = match name {
+            _ if name.contains("k_proj") => 16.0,
+            _ if name.contains("q_proj") => 1.0 / 16.0,
+            _ => return,
+        };
+        for (row, values) in values.chunks_mut(width).enumerate() {
+            // A rotary pair: what turns together has one size.
+            if row % (head_dim / 2) == 5 {
+                values.iter_mut().for_each(|x| *x *= factor);
+            }
+        }
+    });
+    let planted = || unrounded(directory.path().to_owned());
+    let (whole, texts) = (exact(demo()), &conversations()[..20]);
+    let same = mean_divergence(&whole, &planted().load().unwrap(), texts);
+    assert!(same < 1e-6, "{same}");
+    for (kv_cache, most) in [(KvCacheType::Q8, 1e-3), (KvCacheType::Q4, 0.35)] {
+        let model = planted().kv_cache(kv_cache).load().unwrap();
+        let kl = mean_divergence(&whole, &model, texts);
+        assert!(kl > 0.0 && kl <= most, "{kv_cache}: {kl}");
+    }
+}
+
 /// Same bits a weight, same weights packed: the search for the scale has to pay.
 #[test]
 fn q4_diverges_no_more_than_llama_cpps_q4_0() {
@@ -124,6 +180,17 @@ fn q4_diverges_no_more_than_llama_cpps_q4_0() {
 /// The checkpoint with every matrix but the table rounded to Q4_0, in f32: what llama.cpp computes
 /// with, were its activations not rounded.
 fn write_q4_0(from: &Path, to: &Path) {
+    write_changed(from, to, &|name, width, values| {
+        if width > 1 && name != "model.embed_tokens.weight" {
+            assert_eq!(width % 32, 0, "{name}");
+            values.chunks_mut(32).for_each(q4_0);
+        }
+    });
+}
+
+/// The checkpoint in f32, with `change(name, columns, values)` done to every tensor; a vector has one
+/// column.
+fn write_changed(from: &Path, to: &Path, change: &dyn Fn(&str, usize, &mut [f32])) {
     for name in ["config.json", "tokenizer.json", "tokenizer_config.json"] {
         fs::copy(from.join(name), to.join(name)).unwrap();
     }
@@ -134,10 +201,8 @@ fn write_q4_0(from: &Path, to: &Path) {
         assert_eq!(view.dtype(), Dtype::BF16, "{name}");
         let wide = |pair: &[u8]| half::bf16::from_le_bytes([pair[0], pair[1]]).to_f32();
         let mut values: Vec<f32> = view.data().chunks(2).map(wide).collect();
-        if view.shape().len() == 2 && name != "model.embed_tokens.weight" {
-            assert_eq!(view.shape()[1] % 32, 0, "{name}");
-            values.chunks_mut(32).for_each(q4_0);
-        }
+        let columns = view.shape().get(1).copied().unwrap_or(1);
+        change(&name, columns, &mut values);
         let data = values.iter().flat_map(|x| x.to_le_bytes()).collect();
         bytes.insert(name, (view.shape().to_vec(), data));
     }

@@ -7,7 +7,7 @@ use numpy::{PyArray1, PyArray2, PyArrayMethods};
 use pyo3::exceptions::PyTypeError;
 use pyo3::prelude::*;
 use pyo3::types::{PyBool, PyDict, PyList};
-use qwen2_core::{CancelToken, DType, Device, GenerateOptions, Prompt, Quantization};
+use qwen2_core::{CancelToken, DType, Device, GenerateOptions, KvCacheType, Prompt, Quantization};
 
 use crate::enter::{self, Report};
 use crate::error::{Failure, lock, not_picklable};
@@ -67,7 +67,7 @@ impl Model {
     /// device: auto, cpu, wgpu, vulkan, metal, cuda, with an index for a GPU, as in cuda:1.
     /// dtype: auto (as stored), f32, f16 or bf16.
     /// quantize: q8 or q4 packs the matrices into fewer bits.
-    /// kv_cache: f32, f16 or bf16, the precision of keys and values; by default f32 for f32 weights,
+    /// kv_cache: f32, f16, bf16, q8 or q4, what keys and values are kept in; by default f32 for f32 weights,
     ///     else f16.
     /// activations: f32, or bf16 for a faster prefill of bf16 weights that rounds them.
     /// preload: True copies the weights into memory of this process instead of using them from the
@@ -115,7 +115,7 @@ impl Model {
             builder = builder.quantize(quantize);
         }
         if let Some(dtype) = kv_cache {
-            builder = builder.kv_cache(dtype.parse::<DType>().map_err(Failure::from)?);
+            builder = builder.kv_cache(dtype.parse::<KvCacheType>().map_err(Failure::from)?);
         }
         builder = builder
             .activations(activations.parse::<DType>().map_err(Failure::from)?)

@@ -162,7 +162,7 @@ static void load_errors(const char *directory) {
     FAILS(qwen2_load_options_set_adapter(options, NULL, 3, &error), QWEN2_ERROR_INVALID_ARGUMENT,
           "argument is NULL: path");
     FAILS(qwen2_load_options_set_kv_cache(options, "f8", NUL, &error), QWEN2_ERROR_INVALID_ARGUMENT,
-          "unknown dtype: dtype: f8");
+          "unknown kind of cache: kv_cache: f8");
     OK(qwen2_load_options_set_kv_cache(options, "bf16", NUL, &error));
     qwen2_load_options_set_preload(options, 1);
     qwen2_load_options_set_screened_head(options, 0);

@@ -13,12 +13,13 @@ use super::stored::{burn_dtype, keep_stored, merged};
 use crate::checkpoint::adapter::Adapter;
 use crate::checkpoint::mmap::arena::Arena;
 use crate::checkpoint::{Checkpoint, Encoding, Progress, Source, cancelled, names};
-use crate::config::{DType, GenerationConfig, ModelConfig};
+use crate::config::{DType, GenerationConfig, KvCacheType, ModelConfig};
 use crate::device::Device;
 use crate::error::{Error, ErrorKind, Result};
 use crate::generate::{Host, Network, SamplingDefaults};
 use crate::model::{self, Kept, SCREEN};
-use crate::ops::Threads;
+use crate::ops::codes::Bits;
+use crate::ops::{CacheFormat, Threads};
 use crate::text::Tokenizer;
 
 /// Tokens that one forward of the prefill takes: enough to read each weight once for many tokens,
@@ -39,7 +40,7 @@ pub struct ModelBuilder {
     threads: Option<usize>,
     prefill_chunk: usize,
     activations: DType,
-    kv_cache: Option<DType>,
+    kv_cache: Option<KvCacheType>,
     preload: bool,
     screened_head: bool,
     progress: Option<ProgressFn>,
@@ -148,10 +149,9 @@ impl ModelBuilder {
         self
     }
 
-    /// The precision of keys and values in the cache; default: f32 for f32 weights, else f16, as
-    /// on GPUs f32. Scores and sums are f32 in any case; in f16, numbers beyond ±65504 become that.
-    pub fn kv_cache(mut self, dtype: DType) -> Self {
-        self.kv_cache = Some(dtype);
+    /// What keys and values are kept in; default: f32 for f32 weights, else f16, as on GPUs f32.
+    pub fn kv_cache(mut self, kv_cache: impl Into<KvCacheType>) -> Self {
+        self.kv_cache = Some(kv_cache.into());
         self
     }
 
@@ -254,14 +254,14 @@ impl ModelBuilder {
         self.check_screen(&device, packed)?;
         let mut ranks = None;
         let total = checkpoint.total_bytes();
-        let cache_dtype = self.cache_dtype(&device, dtype, packed);
+        let kv_cache = self.kv_cache_type(&device, dtype, packed);
         let mut arena = Arena::default();
         let qwen2 = model::load(
             &config,
             burn_device,
             tied,
             self.screened_head,
-            burn_dtype(cache_dtype),
+            cache_format(kv_cache),
             &mut |name| {
                 if name == SCREEN {
                     return taken(&mut ranks);
@@ -312,7 +312,7 @@ impl ModelBuilder {
             threads,
             device,
             dtype,
-            cache_dtype,
+            kv_cache,
             weights,
             context_length,
         )
@@ -327,10 +327,10 @@ impl ModelBuilder {
         }
     }
 
-    fn cache_dtype(&self, device: &Device, weights: DType, packed: bool) -> DType {
+    fn kv_cache_type(&self, device: &Device, weights: DType, packed: bool) -> KvCacheType {
         self.kv_cache.unwrap_or(match packed {
-            _ if !device.is_cpu() => DType::F32,
-            true => DType::F16,
+            _ if !device.is_cpu() => KvCacheType::F32,
+            true => KvCacheType::F16,
             false => weights.default_kv_cache(),
         })
     }
@@ -350,7 +350,7 @@ impl ModelBuilder {
         self.check_screen(&device, self.quantize.is_some())?;
         let mut ranks = None;
         let shapes: HashMap<_, _> = names::expected(&config, tied).into_iter().collect();
-        let cache_dtype = self.cache_dtype(&device, dtype, self.quantize.is_some());
+        let kv_cache = self.kv_cache_type(&device, dtype, self.quantize.is_some());
         let mut arena = Arena::default();
         let screened = self.screened_head;
         let qwen2 = model::load(
@@ -358,7 +358,7 @@ impl ModelBuilder {
             burn_device,
             tied,
             screened,
-            burn_dtype(cache_dtype),
+            cache_format(kv_cache),
             &mut |name| {
                 if name == SCREEN {
                     return taken(&mut ranks);
@@ -395,7 +395,7 @@ impl ModelBuilder {
             threads,
             device,
             dtype,
-            cache_dtype,
+            kv_cache,
             weights,
             context_length,
         )
@@ -412,11 +412,11 @@ impl ModelBuilder {
         threads: Threads,
         device: Device,
         dtype: DType,
-        cache_dtype: DType,
+        kv_cache: KvCacheType,
         weights: WeightBytes,
         context_length: usize,
     ) -> Result<Model> {
-        let cache_per_token = config.kv_bytes_per_token(cache_dtype);
+        let cache_per_token = config.kv_bytes_per_token(kv_cache);
         tracing::info!(name, %device, threads = threads.count(), bytes = weights.all, "loaded");
         Ok(Model {
             inner: Arc::new(Inner {
@@ -600,6 +600,16 @@ impl WeightBytes {
         } else if !row_only && !few_only {
             self.per_token += bytes;
         }
+    }
+}
+
+fn cache_format(kv_cache: KvCacheType) -> CacheFormat {
+    match kv_cache {
+        KvCacheType::F32 => CacheFormat::Floats(burn_dtype(DType::F32)),
+        KvCacheType::F16 => CacheFormat::Floats(burn_dtype(DType::F16)),
+        KvCacheType::BF16 => CacheFormat::Floats(burn_dtype(DType::BF16)),
+        KvCacheType::Q8 => CacheFormat::Codes(Bits::Eight),
+        KvCacheType::Q4 => CacheFormat::Codes(Bits::Four),
     }
 }
 

@@ -29,10 +29,11 @@ impl Attention {
     ) -> Tensor<2> {
         let matrices = [&self.q_proj, &self.k_proj, &self.v_proj];
         let qkv = part("norm, q k v", || ops::project(&h, norm, matrices));
-        let q = part("rope, cache", || cache.append(qkv, tables, n_past)); // [n, heads, head_dim]
+        let q = part("rope, cache", || cache.append(qkv, tables, n_past)); // [rotations · n, heads, head_dim]
         let visible = Visible {
             n_past,
             window: self.sliding_window,
+            chunk: None,
         };
         // [n, heads · head_dim]
         let out = part("attention", || {

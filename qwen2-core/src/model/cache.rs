@@ -1,9 +1,9 @@
 //! The keys and values of one sequence, in buffers that grow in steps up to the context.
 
-use burn::tensor::{DType, Device, Tensor};
+use burn::tensor::{Device, Tensor};
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::ops::{self, CACHE_BLOCK, KeyValues, RopeTables};
+use crate::ops::{self, CACHE_BLOCK, CacheFormat, KeyValues, RopeTables};
 
 /// Positions that a fresh cache has room for.
 const FIRST_CAPACITY: usize = 256;
@@ -24,7 +24,7 @@ pub(crate) struct CacheShape {
     pub(crate) num_hidden_layers: usize,
     pub(crate) num_key_value_heads: usize,
     pub(crate) head_dim: usize,
-    pub(crate) dtype: DType,
+    pub(crate) format: CacheFormat,
     pub(crate) device: Device,
 }
 
@@ -60,8 +60,7 @@ impl Cache {
         (2 * s.num_hidden_layers
             * s.num_key_value_heads
             * self.capacity
-            * s.head_dim
-            * s.dtype.size()) as u64
+            * s.format.row_bytes(s.head_dim)) as u64
     }
 
     /// Makes room for `n` more positions.
@@ -93,30 +92,17 @@ impl Cache {
     fn grow(&mut self, capacity: usize) {
         let s = &self.shape;
         let dims = [s.num_key_value_heads, capacity, s.head_dim];
-        let empty = || Tensor::<3>::zeros(dims, (&s.device, s.dtype));
+        let empty = || KeyValues::zeros(s.format, dims, &s.device);
         // Whole blocks, since their order inside is the kernels' own.
         let kept = self.n_tokens.next_multiple_of(CACHE_BLOCK);
-        let copy = |old: Tensor<3>| {
-            let kept_rows = old.narrow(1, 0, kept);
-            empty().slice_assign([0..dims[0], 0..kept, 0..dims[2]], kept_rows)
-        };
         let old = std::mem::take(&mut self.layers);
         self.layers = if old.is_empty() || kept == 0 {
-            let layer = || KeyValues {
-                keys: empty(),
-                values: empty(),
-            };
             (0..s.num_hidden_layers)
-                .map(|_| LayerCache(Some(layer())))
+                .map(|_| LayerCache(Some(empty())))
                 .collect()
         } else {
             old.into_iter()
-                .map(|layer| {
-                    LayerCache(layer.0.map(|old| KeyValues {
-                        keys: copy(old.keys),
-                        values: copy(old.values),
-                    }))
-                })
+                .map(|layer| LayerCache(layer.0.map(|old| empty().take_over(old, kept))))
                 .collect()
         };
         self.capacity = capacity;
@@ -146,7 +132,7 @@ impl Cache {
 }
 
 impl LayerCache {
-    /// Writes the keys and values of `qkv` behind `n_past`; the queries, `[n, heads, head_dim]`.
+    /// Writes the keys and values of `qkv` behind `n_past`; the queries, as [`ops::append`] has them.
     pub(crate) fn append(
         &mut self,
         qkv: Tensor<2>,

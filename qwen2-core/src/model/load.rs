@@ -10,7 +10,7 @@ use super::rope::Rope;
 use super::{DecoderLayer, FeedForward, Qwen2};
 use crate::config::{ModelConfig, MoeConfig};
 use crate::error::{Error, ErrorKind, Result};
-use crate::ops::{Linear, RmsNorm, Weight, packed};
+use crate::ops::{CacheFormat, Linear, RmsNorm, Weight, packed};
 
 /// The head in few bits, made of the head when that was loaded.
 pub(crate) const SCREEN: &str = "lm_head.screen";
@@ -19,7 +19,7 @@ pub(crate) const SCREEN: &str = "lm_head.screen";
 ///
 /// `get` gives a tensor by its checkpoint name, in its checked shape and as it is to be kept;
 /// `tied` says that the embedding table is the head as well, `screened` that a copy of the head in few
-/// bits is to be had by the name [`SCREEN`]; `cache_dtype` is what keys and values are kept in.
+/// bits is to be had by the name [`SCREEN`]; `cache_format` is what keys and values are kept in.
 ///
 /// # Errors
 /// What `get` returns.
@@ -28,7 +28,7 @@ pub(crate) fn load(
     device: &Device,
     tied: bool,
     screened: bool,
-    cache_dtype: DType,
+    cache_format: CacheFormat,
     get: &mut dyn FnMut(&str) -> Result<Kept>,
 ) -> Result<Qwen2> {
     let mut source = Source { device, get };
@@ -57,7 +57,7 @@ pub(crate) fn load(
             num_hidden_layers: config.num_hidden_layers,
             num_key_value_heads: config.num_key_value_heads,
             head_dim: config.head_dim,
-            dtype: cache_dtype,
+            format: cache_format,
             device: device.clone(),
         },
     })

@@ -1,8 +1,10 @@
 //! The operations that decide the speed: one function each, taken to the kernel of the tensor's
 //! backend where there is one, else to the portable default.
 
+pub(crate) mod codes;
 #[cfg(feature = "cpu")]
 pub(crate) mod cpu;
+mod key_values;
 mod linear;
 pub(crate) mod packed;
 pub(crate) mod portable;
@@ -12,21 +14,12 @@ use std::sync::{Mutex, PoisonError};
 
 use burn::tensor::Tensor;
 
+pub(crate) use key_values::{CACHE_BLOCK, CacheFormat, KeyValues};
 pub(crate) use linear::{Linear, RmsNorm, Weight};
 pub(crate) use visible::Visible;
 
-/// The capacity of a cache is a multiple of this: kernels may order positions within such blocks.
-pub(crate) const CACHE_BLOCK: usize = 16;
-
-/// The keys and values of one layer, `[kv_heads, capacity, head_dim]` each, the positions of a block
-/// in the order that suits the device: only [`append`] writes them, only [`attention`] reads them.
-#[derive(Debug, Clone)]
-pub(crate) struct KeyValues {
-    pub(crate) keys: Tensor<3>,
-    pub(crate) values: Tensor<3>,
-}
-
-/// Cosines and sines of the positions of one forward, `[n, head_dim / 2]` f32 each.
+/// Cosines and sines of the positions of one forward, `[rotations · n, head_dim / 2]` f32 each: the
+/// first `n` rows for keys and queries, those behind them for the other rotations of the queries.
 #[derive(Debug, Clone)]
 pub(crate) struct RopeTables {
     pub(crate) cos: Tensor<2>,
@@ -114,7 +107,8 @@ pub(crate) fn experts(h: Tensor<2>, norm: &RmsNorm, visits: Vec<Visit<'_>>) -> T
 
 /// Takes queries, keys and values apart (`qkv` `[n, (heads + 2 · kv_heads) · head_dim]`), gives
 /// queries and keys their rotary embedding (arXiv:2104.09864, half-split pairing), and writes keys
-/// and values to the cache from position `start` on. The queries: `[n, heads, head_dim]`.
+/// and values to the cache from position `start` on. The queries, `[rotations · n, heads, head_dim]`:
+/// each once for all rows of the tables.
 pub(crate) fn append(
     qkv: Tensor<2>,
     tables: &RopeTables,
@@ -128,8 +122,8 @@ pub(crate) fn append(
     portable::append(qkv, tables, cache, start)
 }
 
-/// Grouped-query attention (arXiv:2305.13245) of `q` `[n, heads, head_dim]` over the cache; the
-/// result is `[n, heads · head_dim]`, scores and softmax in f32.
+/// Grouped-query attention (arXiv:2305.13245) of `q` `[rotations · n, heads, head_dim]` over the
+/// cache; the result is `[n, heads · head_dim]`, scores and softmax in f32.
 pub(crate) fn attention(q: Tensor<3>, cache: &KeyValues, visible: Visible) -> Tensor<2> {
     #[cfg(feature = "cpu")]
     if cpu::takes(&q) {

@@ -2,40 +2,39 @@
 //! scores and sums in f32.
 //!
 //! The query heads that share keys are the rows of one product, so the cache is read once for all of
-//! them. Keys lie in blocks of 16 positions, `[kv_heads, capacity / 16, head_dim, 16]`: a vector
-//! holds one element of 16 keys, and no sum runs across a vector. Values lie position by position,
-//! `[kv_heads, capacity, head_dim]`.
+//! them.
 
 use std::cell::Cell;
 
-use super::super::Visible;
+use super::super::visible::{Distance, Visible};
+use super::layout::{BLOCK, Dims, Layout};
 use super::pool;
-use super::simd::{Isa, Simd, Stored, exp, per_isa};
+use super::simd::{Isa, Simd, exp, per_isa};
+use crate::ops::codes::GROUP;
 
-/// Positions of one block of keys; the capacity of a cache is a multiple of it.
-pub(crate) const BLOCK: usize = 16;
 /// Rows of one register tile: the query heads of a group, of one token or more.
 const ROWS: usize = 8;
 /// Keys of one tile: with their values they stay in the first two levels of cache.
 const TILE: usize = 128;
-/// Values that are asked for ahead of their use.
-const AHEAD: usize = 64;
 /// Tokens of one task.
 const TOKENS: usize = 8;
 /// Keys below which a second task over the same queries does not pay for the merge.
 const MIN_KEYS: usize = 512;
 
-/// One attention: `q` `[n, heads, head_dim]` over the cache.
+/// One attention: `q` `[rotations, n, heads, head_dim]` over the cache.
 #[derive(Clone, Copy)]
-pub(crate) struct Attention<'a, W> {
+pub(crate) struct Attention<'a, L> {
     pub(crate) q: &'a [f32],
-    pub(crate) keys: &'a [W],
-    pub(crate) values: &'a [W],
+    pub(crate) cache: L,
     pub(crate) heads: usize,
-    pub(crate) kv_heads: usize,
-    pub(crate) head_dim: usize,
-    pub(crate) capacity: usize,
     pub(crate) visible: Visible,
+}
+
+impl<L: Layout> Attention<'_, L> {
+    /// Tokens.
+    fn n(&self) -> usize {
+        self.q.len() / self.visible.rotations() / (self.heads * self.cache.dims().head_dim)
+    }
 }
 
 /// The queries of some tokens against some of the keys.
@@ -63,26 +62,27 @@ unsafe impl Send for Out {}
 ///
 /// # Panics
 /// If a length does not fit the shape.
-pub(crate) fn attention<W: Stored>(isa: Isa, args: Attention<'_, W>, out: &mut [f32]) {
+pub(crate) fn attention<L: Layout>(isa: Isa, args: Attention<'_, L>, out: &mut [f32]) {
     let Attention {
         heads,
-        kv_heads,
-        head_dim,
-        capacity,
+        cache,
         visible,
         ..
     } = args;
-    let n = args.q.len() / (heads * head_dim);
-    assert_eq!(args.q.len(), out.len(), "output length");
-    assert_eq!(args.q.len(), n * heads * head_dim, "query length");
-    assert_eq!(heads % kv_heads, 0, "heads of a group");
-    assert_eq!(capacity % BLOCK, 0, "capacity in blocks");
+    let Dims {
+        kv_heads,
+        capacity,
+        head_dim,
+    } = cache.dims();
+    let n = args.n();
+    cache.check();
+    assert_eq!(out.len(), n * heads * head_dim, "output length");
     assert_eq!(
-        args.keys.len(),
-        kv_heads * capacity * head_dim,
-        "cache length"
+        args.q.len(),
+        visible.rotations() * out.len(),
+        "query length"
     );
-    assert_eq!(args.keys.len(), args.values.len(), "cache length");
+    assert_eq!(heads % kv_heads, 0, "heads of a group");
     assert!(visible.n_past + n <= capacity, "cache capacity");
     let (first, end) = (visible.first(visible.n_past), visible.n_past + n);
     let blocks = n.div_ceil(TOKENS);
@@ -112,9 +112,7 @@ pub(crate) fn attention<W: Stored>(isa: Isa, args: Attention<'_, W>, out: &mut [
     };
     let streams = |index| {
         let Task { kv_head, keys, .. } = task(index);
-        let start = (kv_head * capacity + keys.0) * head_dim;
-        let end = (kv_head * capacity + keys.1) * head_dim;
-        pool::streams(&args.keys[start..end], &args.values[start..end])
+        cache.streams(kv_head * capacity + keys.0..kv_head * capacity + keys.1)
     };
     pool::parallel_streams(kv_heads * blocks * shares, &streams, &|index| {
         let (share, task) = (index % shares, task(index));
@@ -177,14 +175,24 @@ thread_local! {
     static SCRATCH: Cell<Vec<f32>> = const { Cell::new(Vec::new()) };
 }
 
-per_isa!(run, run_kernel<W>, (args: Attention<'_, W>, task: Task, out: Out));
+per_isa!(run, run_kernel<L: Layout>, (args: Attention<'_, L>, task: Task, out: Out));
 
 /// # Safety
 /// The instruction set of `S` is present; the lengths are those that [`attention`] checked.
 #[inline(always)]
-unsafe fn run_kernel<S: Simd, W: Stored>(args: Attention<'_, W>, task: Task, out: Out) {
-    let d = args.head_dim;
-    let group = args.heads / args.kv_heads;
+unsafe fn run_kernel<S: Simd, L: Layout>(args: Attention<'_, L>, task: Task, out: Out) {
+    let Attention {
+        cache,
+        heads,
+        visible,
+        ..
+    } = args;
+    let Dims {
+        kv_heads,
+        capacity,
+        head_dim,
+    } = cache.dims();
+    let (d, group, n) = (cache.width(), heads / kv_heads, args.n());
     let rows = (task.tokens.1 - task.tokens.0) * group;
     let padded = rows.next_multiple_of(ROWS);
     let at = |row: usize| {
@@ -192,54 +200,95 @@ unsafe fn run_kernel<S: Simd, W: Stored>(args: Attention<'_, W>, task: Task, out
             task.tokens.0 + row / group,
             task.kv_head * group + row % group,
         );
-        token * args.heads + head
+        token * heads + head
     };
+    let position = |row: usize| visible.n_past + task.tokens.0 + row / group;
+    let rotations = visible.rotations();
     let mut scratch = SCRATCH.take();
     scratch.clear();
-    scratch.resize(2 * padded * d + 2 * padded + ROWS * TILE, 0.0);
-    let (queries, rest) = scratch.split_at_mut(padded * d);
+    scratch.resize(
+        (rotations + 1) * padded * d + 2 * padded + ROWS * (TILE + d),
+        0.0,
+    );
+    let (queries, rest) = scratch.split_at_mut(rotations * padded * d);
     let (sums, rest) = rest.split_at_mut(padded * d);
     let (maxima, rest) = rest.split_at_mut(padded);
-    let (totals, scores) = rest.split_at_mut(padded);
+    let (totals, rest) = rest.split_at_mut(padded);
+    let (scores, mixed) = rest.split_at_mut(ROWS * TILE);
     maxima.fill(f32::NEG_INFINITY);
-    // Queries in the order [rows / 8][d][8], which a tile of eight rows broadcasts from.
-    let scale = 1.0 / (d as f32).sqrt();
-    for row in 0..rows {
-        let q = &args.q[at(row) * d..][..d];
-        let tile = &mut queries[row / ROWS * ROWS * d..][..ROWS * d];
-        for (k, q) in q.iter().enumerate() {
-            tile[k * ROWS + row % ROWS] = q * scale;
+    // Queries in the order [rotations][rows / 8][d][8], which a tile of eight rows broadcasts from.
+    let scale = 1.0 / (head_dim as f32).sqrt();
+    for (rotation, queries) in queries.chunks_exact_mut(padded * d).enumerate() {
+        for row in 0..rows {
+            let q = &args.q[(rotation * n * heads + at(row)) * head_dim..][..head_dim];
+            let scaled = &mut mixed[..d];
+            scaled[head_dim..].fill(0.0);
+            for (scaled, q) in scaled.iter_mut().zip(q) {
+                *scaled = q * scale;
+            }
+            L::turn(scaled);
+            let tile = &mut queries[row / ROWS * ROWS * d..][..ROWS * d];
+            for (k, q) in scaled.iter().enumerate() {
+                tile[k * ROWS + row % ROWS] = *q;
+            }
         }
     }
-    let base = task.kv_head * args.capacity * d;
-    let mut tile = task.keys.0 / TILE * TILE;
+    let base = task.kv_head * capacity;
+    let mut tile = task.keys.0;
     while tile < task.keys.1 {
+        // A tile ends where a chunk does, so that all its keys are as far from a query.
+        let chunk_end = visible
+            .chunk
+            .map_or(usize::MAX, |chunk| (tile / chunk + 1) * chunk);
+        let tile_end = ((tile / TILE + 1) * TILE).min(chunk_end).min(task.keys.1);
         for first in (0..padded).step_by(ROWS) {
             let seen: [(usize, usize); ROWS] = std::array::from_fn(|r| {
                 if first + r >= rows {
                     return (tile, tile);
                 }
-                let position = args.visible.n_past + task.tokens.0 + (first + r) / group;
-                let from = args.visible.first(position).max(task.keys.0).max(tile);
-                let to = (position + 1).min(task.keys.1).min(tile + TILE);
+                let position = position(first + r);
+                let from = visible.first(position).max(tile);
+                let to = (position + 1).min(tile_end);
                 (from, to.max(from))
             });
-            let visible = seen.iter().filter(|(from, to)| from < to);
-            let from = visible
+            let some = seen.iter().filter(|(from, to)| from < to);
+            let from = some
                 .clone()
                 .fold(usize::MAX, |least, (from, _)| least.min(*from));
-            let to = visible.fold(0, |most, (_, to)| most.max(*to));
+            let to = some.fold(0, |most, (_, to)| most.max(*to));
             if from >= to {
                 continue;
             }
+            let rotation = |row: usize| match position(row.min(rows - 1)) {
+                position if position < tile => Distance::Intra, // sees nothing here
+                position => visible.distance(position, tile),
+            };
+            let rotated = |rotation: Distance| &queries[rotation as usize * padded * d..];
+            let last = rotation(first + ROWS - 1);
+            let q = if visible.chunk.is_none() || rotation(first) == last {
+                &rotated(last)[first * d..][..ROWS * d]
+            } else {
+                // The tokens of these rows are of two chunks.
+                for r in 0..ROWS {
+                    let source = &rotated(rotation(first + r))[first * d..][..ROWS * d];
+                    for k in 0..d {
+                        mixed[k * ROWS + r] = source[k * ROWS + r];
+                    }
+                }
+                &*mixed
+            };
             // Whole blocks are scored; what a row does not see is struck out.
             let (low, high) = (from / BLOCK * BLOCK, to.next_multiple_of(BLOCK));
             let mut factors = [1.0; ROWS];
             // SAFETY: `high <= capacity`, which is in blocks; the buffers have the lengths above.
             unsafe {
-                let keys = args.keys.as_ptr().add(base + low * d);
-                let q = queries.as_ptr().add(first * d);
-                score::<S, W>(q, keys, d, high - low, scores.as_mut_ptr());
+                score::<S, L>(
+                    q.as_ptr(),
+                    cache,
+                    base + low,
+                    high - low,
+                    scores.as_mut_ptr(),
+                );
                 for (r, (from, to)) in seen.into_iter().enumerate() {
                     let scores = &mut scores[r * TILE..][..high - low];
                     if from == to {
@@ -251,27 +300,26 @@ unsafe fn run_kernel<S: Simd, W: Stored>(args: Attention<'_, W>, task: Task, out
                     let row = first + r;
                     factors[r] = soften(scores, &mut maxima[row], &mut totals[row]);
                 }
-                let values = args.values.as_ptr().add(base + from * d);
                 let weights = scores.as_ptr().add(from - low);
                 let sums = sums.as_mut_ptr().add(first * d);
-                weigh::<S, W>(weights, values, d, to - from, &factors, sums);
+                weigh::<S, L>(weights, cache, base + from, to - from, &factors, sums);
             }
         }
-        tile += TILE;
+        tile = tile_end;
     }
     for row in 0..rows {
-        let sums = &sums[row * d..][..d];
+        let sums = &sums[row * d..][..head_dim];
         // SAFETY: the row is this task's own, in a buffer of the length that `attention` gave it.
         unsafe {
             match out {
                 Out::Whole(out) => {
                     let scale = 1.0 / totals[row];
                     for (k, sum) in sums.iter().enumerate() {
-                        *out.add(at(row) * d + k) = sum * scale;
+                        *out.add(at(row) * head_dim + k) = sum * scale;
                     }
                 }
                 Out::Part(out) => {
-                    let out = out.add(at(row) * (d + 2));
+                    let out = out.add(at(row) * (head_dim + 2));
                     *out = maxima[row];
                     *out.add(1) = totals[row];
                     for (k, sum) in sums.iter().enumerate() {
@@ -284,29 +332,22 @@ unsafe fn run_kernel<S: Simd, W: Stored>(args: Attention<'_, W>, task: Task, out
     SCRATCH.set(scratch);
 }
 
-/// Scores of eight rows against `n` keys (whole blocks) into `out`, `[8][TILE]`.
+/// Scores of eight rows against the `n` keys (whole blocks) from `row` on into `out`, `[8][TILE]`.
 ///
 /// # Safety
-/// The instruction set of `S` is present; `q` is `[d][8]`, `keys` has `n / 16` blocks.
+/// The instruction set of `S` is present; `q` is `[width][8]`, the cache has those keys.
 #[inline(always)]
-unsafe fn score<S: Simd, W: Stored>(
-    q: *const f32,
-    keys: *const W,
-    d: usize,
-    n: usize,
-    out: *mut f32,
-) {
+unsafe fn score<S: Simd, L: Layout>(q: *const f32, cache: L, row: usize, n: usize, out: *mut f32) {
     // SAFETY: the caller's promise; a step takes whole vectors of keys that are there.
     unsafe {
         let mut at = 0;
         // Two vectors of keys share a broadcast where the registers suffice.
         while S::LANES == BLOCK && at + 2 * BLOCK <= n {
-            score_step::<S, W, 2>(q, keys.add(at * d), d, out.add(at));
+            score_step::<S, L, 2>(q, cache, row + at, out.add(at));
             at += 2 * BLOCK;
         }
         while at < n {
-            let start = keys.add(at / BLOCK * BLOCK * d + at % BLOCK);
-            score_step::<S, W, 1>(q, start, d, out.add(at));
+            score_step::<S, L, 1>(q, cache, row + at, out.add(at));
             at += S::LANES;
         }
     }
@@ -317,27 +358,43 @@ unsafe fn score<S: Simd, W: Stored>(
 /// # Safety
 /// As [`score`].
 #[inline(always)]
-unsafe fn score_step<S: Simd, W: Stored, const V: usize>(
+unsafe fn score_step<S: Simd, L: Layout, const V: usize>(
     q: *const f32,
-    keys: *const W,
-    d: usize,
+    cache: L,
+    row: usize,
     out: *mut f32,
 ) {
+    let d = cache.width();
     // SAFETY: the caller's promise.
     unsafe {
         let mut acc = [[S::zero(); V]; ROWS];
-        for k in 0..d {
-            // The line of two steps on: the keys come as fast as memory gives them.
-            S::prefetch(keys.wrapping_add(2 * V * BLOCK * d + k * V * BLOCK));
-            let mut key = [S::zero(); V];
-            for (v, key) in key.iter_mut().enumerate() {
-                *key = W::load::<S>(keys.add(v * BLOCK * d + k * BLOCK));
-            }
-            for (r, acc) in acc.iter_mut().enumerate() {
-                let q = S::splat(*q.add(k * ROWS + r));
-                for (acc, key) in acc.iter_mut().zip(key) {
-                    *acc = key.mul_add(q, *acc);
+        let mut k = 0;
+        while k < d {
+            let mut scale = [S::zero(); V];
+            let mut end = d;
+            if L::SCALED {
+                end = k + GROUP;
+                for (v, scale) in scale.iter_mut().enumerate() {
+                    *scale = cache.key_scale(row + v * BLOCK, k / GROUP);
                 }
+            }
+            while k < end {
+                // The line of two steps on: the keys come as fast as memory gives them.
+                cache.prefetch_key::<S>(row, 2 * V * BLOCK * d + k * V * BLOCK);
+                let mut key = [S::zero(); V];
+                for (v, key) in key.iter_mut().enumerate() {
+                    *key = cache.key(row + v * BLOCK, k);
+                    if L::SCALED {
+                        *key = key.mul(scale[v]);
+                    }
+                }
+                for (r, acc) in acc.iter_mut().enumerate() {
+                    let q = S::splat(*q.add(k * ROWS + r));
+                    for (acc, key) in acc.iter_mut().zip(key) {
+                        *acc = key.mul_add(q, *acc);
+                    }
+                }
+                k += 1;
             }
         }
         for (r, acc) in acc.into_iter().enumerate() {
@@ -375,35 +432,37 @@ fn soften(scores: &mut [f32], max: &mut f32, total: &mut f32) -> f32 {
     factor
 }
 
-/// `sums[r] = sums[r] · factors[r] + Σ weights[r][j] · values[j]`, `values` `[n, d]`.
+/// `sums[r] = sums[r] · factors[r] + Σ weights[r][j] · values[j]` of the `n` values from `row` on.
 ///
 /// # Safety
-/// The instruction set of `S` is present; `weights` is `[8][TILE]`, `sums` `[8][d]`.
+/// The instruction set of `S` is present; `weights` is `[8][TILE]`, `sums` `[8][width]`, the cache
+/// has those values.
 #[inline(always)]
-unsafe fn weigh<S: Simd, W: Stored>(
+unsafe fn weigh<S: Simd, L: Layout>(
     weights: *const f32,
-    values: *const W,
-    d: usize,
+    cache: L,
+    row: usize,
     n: usize,
     factors: &[f32; ROWS],
     sums: *mut f32,
 ) {
+    let d = cache.width();
     // SAFETY: the caller's promise; `k` stays below `d`.
     unsafe {
         let mut k = 0;
         while S::LANES == BLOCK && k + 2 * S::LANES <= d {
-            weigh_step::<S, W, 2>(weights, values.add(k), d, n, factors, sums.add(k));
+            weigh_step::<S, L, 2>(weights, cache, (row, k), n, factors, sums.add(k));
             k += 2 * S::LANES;
         }
         while k + S::LANES <= d {
-            weigh_step::<S, W, 1>(weights, values.add(k), d, n, factors, sums.add(k));
+            weigh_step::<S, L, 1>(weights, cache, (row, k), n, factors, sums.add(k));
             k += S::LANES;
         }
         for k in k..d {
             for (r, factor) in factors.iter().enumerate() {
                 let mut sum = *sums.add(r * d + k) * factor;
                 for j in 0..n {
-                    sum += *weights.add(r * TILE + j) * (*values.add(j * d + k)).to_f32();
+                    sum += *weights.add(r * TILE + j) * cache.value_at(row + j, k);
                 }
                 *sums.add(r * d + k) = sum;
             }
@@ -411,19 +470,20 @@ unsafe fn weigh<S: Simd, W: Stored>(
     }
 }
 
-/// `V` vectors of columns of [`weigh`].
+/// `V` vectors of columns of [`weigh`]: those of a group at most, from column `k` on.
 ///
 /// # Safety
 /// As [`weigh`].
 #[inline(always)]
-unsafe fn weigh_step<S: Simd, W: Stored, const V: usize>(
+unsafe fn weigh_step<S: Simd, L: Layout, const V: usize>(
     weights: *const f32,
-    values: *const W,
-    d: usize,
+    cache: L,
+    (row, k): (usize, usize),
     n: usize,
     factors: &[f32; ROWS],
     sums: *mut f32,
 ) {
+    let d = cache.width();
     // SAFETY: the caller's promise.
     unsafe {
         let mut acc = [[S::zero(); V]; ROWS];
@@ -434,10 +494,13 @@ unsafe fn weigh_step<S: Simd, W: Stored, const V: usize>(
             }
         }
         for j in 0..n {
-            S::prefetch(values.wrapping_add((j + AHEAD) * d));
+            cache.prefetch_value::<S>(row + j, k);
             let mut value = [S::zero(); V];
             for (v, value) in value.iter_mut().enumerate() {
-                *value = W::load::<S>(values.add(j * d + v * S::LANES));
+                *value = cache.value(row + j, k + v * S::LANES);
+                if L::SCALED {
+                    *value = value.mul(S::splat(cache.value_scale(row + j, k / GROUP)));
+                }
             }
             for (r, acc) in acc.iter_mut().enumerate() {
                 let weight = S::splat(*weights.add(r * TILE + j));
@@ -454,53 +517,19 @@ unsafe fn weigh_step<S: Simd, W: Stored, const V: usize>(
     }
 }
 
-/// Where new positions go, and how the cache lies.
-#[derive(Clone, Copy)]
-pub(crate) struct Append {
-    pub(crate) kv_heads: usize,
-    pub(crate) head_dim: usize,
-    pub(crate) capacity: usize,
-    /// The first of the new positions.
-    pub(crate) start: usize,
-}
-
-impl Append {
-    /// Writes the key of head `kv_head` at `start + i`.
-    ///
-    /// # Panics
-    /// If the position is outside the cache.
-    #[inline(always)]
-    pub(crate) fn key<W: Stored>(self, cache: &mut [W], i: usize, kv_head: usize, key: &[f32]) {
-        let position = self.start + i;
-        let block = (kv_head * self.capacity + position / BLOCK * BLOCK) * self.head_dim;
-        let lanes = &mut cache[block..][..BLOCK * self.head_dim];
-        for (lanes, key) in lanes.chunks_exact_mut(BLOCK).zip(key) {
-            lanes[position % BLOCK] = W::from_f32(*key);
-        }
-    }
-
-    /// Writes the value of head `kv_head` at `start + i`.
-    ///
-    /// # Panics
-    /// If the position is outside the cache.
-    #[inline(always)]
-    pub(crate) fn value<W: Stored>(self, cache: &mut [W], i: usize, kv_head: usize, value: &[f32]) {
-        let at = (kv_head * self.capacity + self.start + i) * self.head_dim;
-        for (out, value) in cache[at..][..self.head_dim].iter_mut().zip(value) {
-            *out = W::from_f32(*value);
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use half::{bf16, f16};
     use proptest::prelude::*;
 
+    use super::super::layout::{Coded, CodedMut, Codes, CodesWriter, Floats, FloatsWriter, Writer};
+    use super::super::simd::Stored;
     use super::*;
+    use crate::ops::codes::{self, Bits, padded};
 
     /// One attention in plain order: keys and values `[kv_heads, n_past + n, head_dim]`.
     struct Case {
+        /// `[rotations, n, heads, head_dim]`.
         q: Vec<f32>,
         keys: Vec<f32>,
         values: Vec<f32>,
@@ -515,7 +544,7 @@ mod tests {
             let wave = |len: usize, f: f32| (0..len).map(|i| (i as f32 * f).sin()).collect();
             let len = kv_heads * (visible.n_past + n) * d;
             Self {
-                q: wave(n * kv_heads * group * d, 0.731),
+                q: wave(visible.rotations() * n * kv_heads * group * d, 0.731),
                 keys: wave(len, 0.377),
                 values: wave(len, 0.913),
                 heads: kv_heads * group,
@@ -529,20 +558,29 @@ mod tests {
             self.keys.len() / self.kv_heads / self.head_dim
         }
 
-        /// The definition in f64, over the cache as `W` rounds it.
-        fn reference<W: Stored>(&self) -> Vec<f32> {
+        fn dims(&self, spare: usize) -> Dims {
+            Dims {
+                kv_heads: self.kv_heads,
+                capacity: (self.length().div_ceil(BLOCK) + spare) * BLOCK,
+                head_dim: self.head_dim,
+            }
+        }
+
+        /// The definition in f64, over keys and values as the cache rounds them.
+        fn reference(&self, keys: &[f32], values: &[f32]) -> Vec<f32> {
             let (d, heads, length) = (self.head_dim, self.heads, self.length());
-            let round = |x: f32| f64::from(W::from_f32(x).to_f32());
-            let mut out = vec![0.0; self.q.len()];
+            let mut out = vec![0.0; self.q.len() / self.visible.rotations()];
+            let rotation_len = out.len();
             for (row, out) in out.chunks_mut(d).enumerate() {
                 let (i, head) = (row / heads, row % heads);
                 let kv = head / (heads / self.kv_heads) * length;
                 let position = self.visible.n_past + i;
                 let seen: Vec<usize> = (self.visible.first(position)..=position).collect();
                 let dot = |j: usize| -> f64 {
-                    let keys = &self.keys[(kv + j) * d..][..d];
-                    let products = self.q[row * d..][..d].iter().zip(keys);
-                    products.map(|(q, k)| f64::from(*q) * round(*k)).sum()
+                    let rotation = self.visible.distance(position, j) as usize;
+                    let q = &self.q[rotation * rotation_len + row * d..][..d];
+                    let products = q.iter().zip(&keys[(kv + j) * d..][..d]);
+                    products.map(|(q, k)| f64::from(*q) * f64::from(*k)).sum()
                 };
                 let weights: Vec<f64> = seen
                     .iter()
@@ -552,7 +590,7 @@ mod tests {
                 for (k, out) in out.iter_mut().enumerate() {
                     let weighted = seen.iter().zip(&weights);
                     let sum: f64 = weighted
-                        .map(|(j, w)| w * round(self.values[(kv + j) * d + k]))
+                        .map(|(j, w)| w * f64::from(values[(kv + j) * d + k]))
                         .sum();
                     *out = (sum / total) as f32;
                 }
@@ -560,47 +598,130 @@ mod tests {
             out
         }
 
-        /// The kernel's result, in a cache with `spare` blocks; what is not written is NaN.
-        fn run<W: Stored>(&self, isa: Isa, spare: usize) -> Vec<f32> {
+        fn write(&self, heads: Vec<impl Writer>) {
             let (d, length) = (self.head_dim, self.length());
-            let capacity = (length.div_ceil(BLOCK) + spare) * BLOCK;
-            let unwritten = W::from_f32(f32::NAN);
-            let mut keys = vec![unwritten; self.kv_heads * capacity * d];
-            let mut values = keys.clone();
-            let append = Append {
-                kv_heads: self.kv_heads,
-                head_dim: d,
-                capacity,
-                start: 0,
-            };
-            for row in 0..self.kv_heads * length {
-                let (head, position) = (row / length, row % length);
-                append.key(&mut keys, position, head, &self.keys[row * d..][..d]);
-                append.value(&mut values, position, head, &self.values[row * d..][..d]);
+            for (head, mut cache) in heads.into_iter().enumerate() {
+                for position in 0..length {
+                    let row = (head * length + position) * d;
+                    cache.key(position, &self.keys[row..][..d]);
+                    cache.value(position, &self.values[row..][..d]);
+                }
             }
+        }
+
+        fn attend<L: Layout>(&self, isa: Isa, cache: L) -> Vec<f32> {
             let args = Attention {
                 q: &self.q,
-                keys: &keys,
-                values: &values,
+                cache,
                 heads: self.heads,
-                kv_heads: self.kv_heads,
-                head_dim: d,
-                capacity,
                 visible: self.visible,
             };
-            let mut out = vec![f32::NAN; self.q.len()];
+            let mut out = vec![f32::NAN; self.q.len() / self.visible.rotations()];
             attention(isa, args, &mut out);
             out
         }
 
+        /// The kernel's result, in a cache with `spare` blocks; what is not written is NaN.
+        fn run<W: Stored>(&self, isa: Isa, spare: usize) -> Vec<f32> {
+            let dims = self.dims(spare);
+            let head = dims.capacity * self.head_dim;
+            let mut keys = vec![W::from_f32(f32::NAN); self.kv_heads * head];
+            let mut values = keys.clone();
+            let heads = keys.chunks_mut(head).zip(values.chunks_mut(head));
+            self.write(
+                heads
+                    .map(|(keys, values)| FloatsWriter {
+                        head_dim: self.head_dim,
+                        keys,
+                        values,
+                    })
+                    .collect(),
+            );
+            let (keys, values) = (&keys, &values);
+            self.attend(isa, Floats { dims, keys, values })
+        }
+
         fn check<W: Stored>(&self, spare: usize) {
-            let want = self.reference::<W>();
+            let round =
+                |x: &Vec<f32>| -> Vec<f32> { x.iter().map(|x| W::from_f32(*x).to_f32()).collect() };
+            let want = self.reference(&round(&self.keys), &round(&self.values));
             for isa in Isa::available() {
                 for (out, want) in self.run::<W>(isa, spare).iter().zip(&want) {
                     assert!((out - want).abs() < 1e-5, "{isa:?}: {out} {want}");
                 }
             }
         }
+
+        /// As [`Self::run`] in a cache of codes; what is not written has NaN for a scale.
+        fn check_codes<const BITS: usize>(&self, bits: Bits, spare: usize) {
+            let dims = self.dims(spare);
+            let width = padded(self.head_dim);
+            let rows = self.kv_heads * dims.capacity;
+            let buffers = || {
+                (
+                    vec![0x55; rows * width * BITS / 8],
+                    vec![bf16::NAN; rows * width / GROUP],
+                )
+            };
+            let ((mut kc, mut ks), (mut vc, mut vs)) = (buffers(), buffers());
+            let (codes, scales) = (kc.len() / self.kv_heads, ks.len() / self.kv_heads);
+            let coded = |(codes, scales)| CodedMut { codes, scales };
+            let keys = kc.chunks_mut(codes).zip(ks.chunks_mut(scales)).map(coded);
+            let values = vc.chunks_mut(codes).zip(vs.chunks_mut(scales)).map(coded);
+            self.write(
+                keys.zip(values)
+                    .map(|(keys, values)| CodesWriter {
+                        bits,
+                        head_dim: self.head_dim,
+                        keys,
+                        values,
+                    })
+                    .collect(),
+            );
+            let cache = Codes::<BITS> {
+                dims,
+                keys: Coded {
+                    codes: &kc,
+                    scales: &ks,
+                },
+                values: Coded {
+                    codes: &vc,
+                    scales: &vs,
+                },
+            };
+            let want = self.reference(
+                &rounded(bits, &self.keys, self.head_dim, true),
+                &rounded(bits, &self.values, self.head_dim, false),
+            );
+            for isa in Isa::available() {
+                for (out, want) in self.attend(isa, cache).iter().zip(&want) {
+                    assert!((out - want).abs() < 2e-5, "{isa:?} {bits:?}: {out} {want}");
+                }
+            }
+        }
+    }
+
+    /// What codes make of rows of `d` elements.
+    fn rounded(bits: Bits, rows: &[f32], d: usize, turned: bool) -> Vec<f32> {
+        let round = |row: &[f32]| {
+            let mut row = row.to_vec();
+            row.resize(padded(d), 0.0);
+            for group in row.as_chunks_mut::<GROUP>().0 {
+                if turned {
+                    codes::turn(group);
+                }
+                let (new, scale) = codes::encode(bits, group);
+                *group = new.map(|code| f32::from(code) * scale.to_f32());
+                if turned {
+                    codes::turn(group);
+                }
+            }
+            row
+        };
+        // What the padding takes is not part of a query's product.
+        rows.chunks(d)
+            .flat_map(|row| round(row).into_iter().take(d))
+            .collect()
     }
 
     proptest! {
@@ -609,12 +730,15 @@ mod tests {
         fn attention_matches_the_definition_for_odd_shapes(
             n in 1usize..20, n_past in 0usize..300, kv_heads in 1usize..4, group in 1usize..10,
             half_dim in 1usize..70, window in proptest::option::of(1usize..160), spare in 0usize..3,
+            chunk in proptest::option::of(1usize..200),
         ) {
-            let visible = Visible { n_past, window };
+            let visible = Visible { n_past, window, chunk };
             let case = Case::new(n, visible, (kv_heads, group), 2 * half_dim);
             case.check::<f32>(spare);
             case.check::<bf16>(spare);
             case.check::<f16>(spare);
+            case.check_codes::<8>(Bits::Eight, spare);
+            case.check_codes::<4>(Bits::Four, spare);
         }
     }
 
@@ -622,24 +746,28 @@ mod tests {
     fn shares_of_the_keys_add_up() {
         let pool = std::sync::Arc::new(pool::Pool::new(3).expect("threads start"));
         pool::with_pool(&pool, || {
-            for (n, n_past, window) in [(1, 4099, None), (1, 4099, Some(3000)), (3, 2000, None)] {
+            let cases = [
+                (1, 4099, None, None),
+                (1, 4099, Some(3000), None),
+                (3, 2000, None, Some(700)),
+            ];
+            for (n, n_past, window, chunk) in cases {
                 assert!(shares(n_past, 2) > 1);
-                Case::new(n, Visible { n_past, window }, (2, 7), 64).check::<f16>(1);
+                let visible = Visible {
+                    n_past,
+                    window,
+                    chunk,
+                };
+                let case = Case::new(n, visible, (2, 7), 64);
+                case.check::<f16>(1);
+                case.check_codes::<8>(Bits::Eight, 1);
             }
         });
     }
 
     #[test]
     fn scores_beyond_the_f16_range_stay_finite() {
-        let mut case = Case::new(
-            1,
-            Visible {
-                n_past: 1,
-                window: None,
-            },
-            (1, 1),
-            8,
-        );
+        let mut case = Case::new(1, Visible::all(1), (1, 1), 8);
         case.q.fill(400.0);
         case.keys.fill(400.0);
         case.values.fill(1.0);
@@ -654,15 +782,7 @@ mod tests {
 
     #[test]
     fn a_nan_reaches_the_output_of_its_row() {
-        let mut case = Case::new(
-            2,
-            Visible {
-                n_past: 3,
-                window: None,
-            },
-            (1, 2),
-            16,
-        );
+        let mut case = Case::new(2, Visible::all(3), (1, 2), 16);
         case.q[16] = f32::NAN; // the second head of the first token
         for isa in Isa::available() {
             let out = case.run::<f32>(isa, 0);

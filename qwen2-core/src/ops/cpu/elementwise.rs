@@ -1,8 +1,8 @@
 //! What stands between the matrices: the norm, and the rotary embedding on the way to the cache.
 
-use super::attention::Append;
+use super::layout::Writer;
 use super::pool;
-use super::simd::{Isa, Simd, Stored, per_isa};
+use super::simd::{Isa, Simd, per_isa};
 
 /// Elements below which a second thread does not pay for its wake-up.
 const WORTH_SHARING: usize = 1 << 15;
@@ -72,7 +72,8 @@ impl<'a> Tables<'a> {
     }
 }
 
-/// Rotates the queries of `qkv` `[n, width]`, its first columns, into `q` `[n, heads · 2 · half]`.
+/// Rotates the queries of `qkv` `[n, width]`, its first columns, into `q`
+/// `[rotations, n, heads · 2 · half]`: once by each of the `rotations · n` rows of the tables.
 pub(crate) fn rotate_queries(
     isa: Isa,
     qkv: &[f32],
@@ -80,68 +81,52 @@ pub(crate) fn rotate_queries(
     tables: Tables<'_>,
     q: &mut [f32],
 ) {
-    let queries = q.len() / (qkv.len() / width);
+    let n = qkv.len() / width;
+    let queries = q.len() / (tables.cos.len() / tables.half);
     by_row(q, queries, &|row, q| {
-        q.copy_from_slice(&qkv[row * width..][..queries]);
+        q.copy_from_slice(&qkv[row % n * width..][..queries]);
         let (cos, sin) = tables.row(row);
         rotate(isa, q, cos, sin);
     });
 }
 
 /// Rotates the keys of `qkv` `[n, width]`, and writes them and the values, its last columns, to the
-/// cache.
-pub(crate) fn append<W: Stored>(
+/// caches of the heads from position `start` on.
+pub(crate) fn append(
     isa: Isa,
     qkv: &[f32],
     width: usize,
     tables: Tables<'_>,
-    place: Append,
-    keys: &mut [W],
-    values: &mut [W],
+    start: usize,
+    heads: Vec<impl Writer>,
 ) {
-    let Append {
-        kv_heads,
-        head_dim,
-        capacity,
-        ..
-    } = place;
+    let (head_dim, kv_heads) = (2 * tables.half, heads.len());
     let first = width - 2 * kv_heads * head_dim;
     // A task for each head: the cache lies head by head.
-    let one = Append {
-        kv_heads: 1,
-        ..place
-    };
-    let heads = keys.chunks_exact_mut(capacity * head_dim);
-    let heads = heads.zip(values.chunks_exact_mut(capacity * head_dim));
-    let write = |head: usize, keys: &mut [W], values: &mut [W]| {
+    let write = |head: usize, cache: &mut dyn Writer| {
         let mut rotated = vec![0.0; head_dim];
         for (i, new) in qkv.chunks_exact(width).enumerate() {
             rotated.copy_from_slice(&new[first + head * head_dim..][..head_dim]);
             let (cos, sin) = tables.row(i);
             rotate(isa, &mut rotated, cos, sin);
-            one.key(keys, i, 0, &rotated);
-            one.value(
-                values,
-                i,
-                0,
-                &new[first + (kv_heads + head) * head_dim..][..head_dim],
-            );
+            cache.key(start + i, &rotated);
+            let value = &new[first + (kv_heads + head) * head_dim..][..head_dim];
+            cache.value(start + i, value);
         }
     };
     if qkv.len() < WORTH_SHARING {
-        for (head, (keys, values)) in heads.enumerate() {
-            write(head, keys, values);
+        for (head, mut cache) in heads.into_iter().enumerate() {
+            write(head, &mut cache);
         }
         return;
     }
-    let heads: Vec<_> = heads.map(std::sync::Mutex::new).collect();
+    let heads: Vec<_> = heads.into_iter().map(std::sync::Mutex::new).collect();
     pool::parallel(kv_heads, &|head| {
         // Each lock is taken once, by its own task.
         let mut cache = heads[head]
             .lock()
             .unwrap_or_else(std::sync::PoisonError::into_inner);
-        let (keys, values) = &mut *cache;
-        write(head, keys, values);
+        write(head, &mut *cache);
     });
 }
 
@@ -163,6 +148,7 @@ unsafe fn rotate_kernel<S: Simd>(x: &mut [f32], cos: &[f32], sin: &[f32]) {
 
 #[cfg(test)]
 mod tests {
+    use super::super::layout::FloatsWriter;
     use super::*;
 
     fn wave(len: usize, f: f32) -> Vec<f32> {
@@ -228,13 +214,14 @@ mod tests {
         for isa in Isa::available() {
             let mut keys = vec![f32::NAN; kv_heads * capacity * d];
             let mut values = keys.clone();
-            let place = Append {
-                kv_heads,
+            let caches = keys.chunks_mut(capacity * d);
+            let caches = caches.zip(values.chunks_mut(capacity * d));
+            let caches = caches.map(|(keys, values)| FloatsWriter {
                 head_dim: d,
-                capacity,
-                start,
-            };
-            append(isa, &qkv, width, tables, place, &mut keys, &mut values);
+                keys,
+                values,
+            });
+            append(isa, &qkv, width, tables, start, caches.collect());
             for (i, head, k) in (0..n * kv_heads * d).map(|x| (x / d / 2, x / d % 2, x % d)) {
                 let at = i * width + (heads + head) * d;
                 let (a, b) = (qkv[at + k % half], qkv[at + half + k % half]);

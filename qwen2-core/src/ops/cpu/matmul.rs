@@ -128,7 +128,7 @@ thread_local! {
     static SCRATCH: Cell<Vec<f32>> = const { Cell::new(Vec::new()) };
 }
 
-per_isa!(panel, panel_kernel<W>, (
+per_isa!(panel, panel_kernel<W: Stored>, (
     args: Linear<'_, W>, tokens: (usize, usize), rows: (usize, usize), sums: &mut [f32],
 ));
 

@@ -5,6 +5,7 @@ mod attention;
 mod bf16_gemm;
 mod elementwise;
 mod experts;
+mod layout;
 mod matmul;
 mod matrix;
 pub(crate) mod pool;
@@ -12,14 +13,16 @@ mod product;
 mod quantized;
 pub(crate) mod simd;
 
-use burn::backend::tensor::FloatTensor;
-use burn::backend::{Backend, Dispatch, backend_extension};
+use burn::backend::tensor::{FloatTensor, IntTensor};
+use burn::backend::{Backend, Dispatch, ExtensionType, backend_extension};
 use burn::tensor::{DType, Int, Shape, Tensor, TensorData};
 use burn_flex::{Flex, FlexTensor};
 use half::{bf16, f16};
 
+use super::codes::Bits;
 use super::{KeyValues, Linear, RmsNorm, RopeTables, Route, Visible, Visit, Weight, packed};
-use attention::{Append, Attention};
+use attention::Attention;
+use layout::{Coded, CodedMut, Codes, CodesWriter, Dims, Floats, FloatsWriter, Layout, Writer};
 use matrix::{Element, Gated, Input, Matrices, Matrix, elements, matrix};
 use product::{Finish, Target, run_all};
 use simd::Isa;
@@ -59,21 +62,85 @@ pub(crate) trait Qwen2Ops: Backend {
         #[extension_type] matrices: Matrices<Self>,
         routes: Vec<Route>,
     ) -> FloatTensor<Self>;
+    /// `qkv` stands with the cache, the queries come back in its place.
     fn qwen2_append(
-        qkv: FloatTensor<Self>,
+        #[extension_type] qkv: WithCache<Self>,
         cos: FloatTensor<Self>,
         sin: FloatTensor<Self>,
-        keys: FloatTensor<Self>,
-        values: FloatTensor<Self>,
         start: usize,
-    ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>);
-    fn qwen2_attention(
-        q: FloatTensor<Self>,
-        keys: FloatTensor<Self>,
-        values: FloatTensor<Self>,
-        n_past: usize,
-        window: usize,
-    ) -> FloatTensor<Self>;
+    ) -> WithCache<Self>;
+    fn qwen2_attention(#[extension_type] q: WithCache<Self>, visible: Visible)
+    -> FloatTensor<Self>;
+}
+
+/// A tensor and the keys and values that it goes with.
+#[derive(ExtensionType)]
+pub(crate) enum WithCache<B: Backend> {
+    /// The tensor, keys, values.
+    Floats(FloatTensor<B>, FloatTensor<B>, FloatTensor<B>),
+    /// The tensor, codes and scales of the keys, of the values; the bits and `head_dim`.
+    Codes(
+        FloatTensor<B>,
+        IntTensor<B>,
+        FloatTensor<B>,
+        IntTensor<B>,
+        FloatTensor<B>,
+        Bits,
+        usize,
+    ),
+}
+
+impl WithCache<Dispatch> {
+    fn new<const D: usize>(x: Tensor<D>, cache: KeyValues) -> Self {
+        let x = x.into_dispatch();
+        match cache {
+            KeyValues::Floats { keys, values } => {
+                Self::Floats(x, keys.into_dispatch(), values.into_dispatch())
+            }
+            KeyValues::Codes {
+                bits,
+                head_dim,
+                keys,
+                values,
+            } => Self::Codes(
+                x,
+                keys.words.into_dispatch(),
+                keys.scales.into_dispatch(),
+                values.words.into_dispatch(),
+                values.scales.into_dispatch(),
+                bits,
+                head_dim,
+            ),
+        }
+    }
+
+    fn split<const D: usize>(self) -> (Tensor<D>, KeyValues) {
+        let tensor = Tensor::from_dispatch;
+        match self {
+            Self::Floats(x, keys, values) => (
+                Tensor::from_dispatch(x),
+                KeyValues::Floats {
+                    keys: tensor(keys),
+                    values: tensor(values),
+                },
+            ),
+            Self::Codes(x, key_words, key_scales, value_words, value_scales, bits, head_dim) => (
+                Tensor::from_dispatch(x),
+                KeyValues::Codes {
+                    bits,
+                    head_dim,
+                    keys: super::key_values::Codes {
+                        words: Tensor::from_dispatch(key_words),
+                        scales: tensor(key_scales),
+                    },
+                    values: super::key_values::Codes {
+                        words: Tensor::from_dispatch(value_words),
+                        scales: tensor(value_scales),
+                    },
+                },
+            ),
+        }
+    }
 }
 
 impl Qwen2Ops for Flex {
@@ -153,36 +220,64 @@ impl Qwen2Ops for Flex {
     }
 
     fn qwen2_append(
-        qkv: FlexTensor,
+        qkv: WithCache<Self>,
         cos: FlexTensor,
         sin: FlexTensor,
-        keys: FlexTensor,
-        values: FlexTensor,
         start: usize,
-    ) -> (FlexTensor, FlexTensor, FlexTensor) {
-        match keys.dtype() {
-            DType::F32 => flex_append::<f32>(&qkv, &cos, &sin, keys, values, start),
-            DType::BF16 => flex_append::<bf16>(&qkv, &cos, &sin, keys, values, start),
-            DType::F16 => flex_append::<f16>(&qkv, &cos, &sin, keys, values, start),
-            other => unreachable!("caches are made as f32, bf16 or f16, not {other:?}"),
+    ) -> WithCache<Self> {
+        match qkv {
+            WithCache::Floats(qkv, mut keys, mut values) => {
+                let q = match keys.dtype() {
+                    DType::F32 => {
+                        append_floats::<f32>(&qkv, &cos, &sin, &mut keys, &mut values, start)
+                    }
+                    DType::BF16 => {
+                        append_floats::<bf16>(&qkv, &cos, &sin, &mut keys, &mut values, start)
+                    }
+                    DType::F16 => {
+                        append_floats::<f16>(&qkv, &cos, &sin, &mut keys, &mut values, start)
+                    }
+                    other => unreachable!("caches are made as f32, bf16 or f16, not {other:?}"),
+                };
+                WithCache::Floats(q, keys, values)
+            }
+            WithCache::Codes(qkv, mut kc, mut ks, mut vc, mut vs, bits, head_dim) => {
+                let [kv_heads, _, _] = dims(&kc);
+                let heads = coded_mut(&mut kc, &mut ks, kv_heads)
+                    .zip(coded_mut(&mut vc, &mut vs, kv_heads));
+                let heads = heads.map(|(keys, values)| CodesWriter {
+                    bits,
+                    head_dim,
+                    keys,
+                    values,
+                });
+                let q = flex_append(&qkv, &cos, &sin, heads.collect(), start);
+                WithCache::Codes(q, kc, ks, vc, vs, bits, head_dim)
+            }
         }
     }
 
-    fn qwen2_attention(
-        q: FlexTensor,
-        keys: FlexTensor,
-        values: FlexTensor,
-        n_past: usize,
-        window: usize,
-    ) -> FlexTensor {
-        let window = (window < usize::MAX).then_some(window);
-        let visible = Visible { n_past, window };
-        let q = q.to_contiguous();
-        match keys.dtype() {
-            DType::F32 => flex_attention::<f32>(&q, &keys, &values, visible),
-            DType::BF16 => flex_attention::<bf16>(&q, &keys, &values, visible),
-            DType::F16 => flex_attention::<f16>(&q, &keys, &values, visible),
-            other => unreachable!("caches are made as f32, bf16 or f16, not {other:?}"),
+    fn qwen2_attention(q: WithCache<Self>, visible: Visible) -> FlexTensor {
+        match q {
+            WithCache::Floats(q, keys, values) => match keys.dtype() {
+                DType::F32 => attend_floats::<f32>(&q, &keys, &values, visible),
+                DType::BF16 => attend_floats::<bf16>(&q, &keys, &values, visible),
+                DType::F16 => attend_floats::<f16>(&q, &keys, &values, visible),
+                other => unreachable!("caches are made as f32, bf16 or f16, not {other:?}"),
+            },
+            WithCache::Codes(q, kc, ks, vc, vs, bits, head_dim) => {
+                let [kv_heads, capacity, _] = dims(&kc);
+                let dims = Dims {
+                    kv_heads,
+                    capacity,
+                    head_dim,
+                };
+                let (keys, values) = (coded(&kc, &ks), coded(&vc, &vs));
+                match bits {
+                    Bits::Eight => flex_attention(&q, Codes::<8> { dims, keys, values }, visible),
+                    Bits::Four => flex_attention(&q, Codes::<4> { dims, keys, values }, visible),
+                }
+            }
         }
     }
 }
@@ -260,24 +355,12 @@ pub(crate) fn append(
         tables.cos.clone().into_dispatch(),
         tables.sin.clone().into_dispatch(),
     );
-    let (keys, values) = (cache.keys.into_dispatch(), cache.values.into_dispatch());
-    let (q, keys, values) =
-        Dispatch::qwen2_append(qkv.into_dispatch(), cos, sin, keys, values, start);
-    let cache = KeyValues {
-        keys: Tensor::from_dispatch(keys),
-        values: Tensor::from_dispatch(values),
-    };
-    (Tensor::from_dispatch(q), cache)
+    Dispatch::qwen2_append(WithCache::new(qkv, cache), cos, sin, start).split()
 }
 
 pub(crate) fn attention(q: Tensor<3>, cache: &KeyValues, visible: Visible) -> Tensor<2> {
-    let (keys, values) = (
-        cache.keys.clone().into_dispatch(),
-        cache.values.clone().into_dispatch(),
-    );
-    let window = visible.window.unwrap_or(usize::MAX);
-    let out = Dispatch::qwen2_attention(q.into_dispatch(), keys, values, visible.n_past, window);
-    Tensor::from_dispatch(out)
+    let q = WithCache::new(q, cache.clone());
+    Tensor::from_dispatch(Dispatch::qwen2_attention(q, visible))
 }
 
 /// Rows of a packed table, read where they lie.
@@ -341,60 +424,101 @@ fn normed(x: &FlexTensor, norm: &FlexTensor, eps: f64) -> Vec<f32> {
     out
 }
 
-fn flex_append<W: Element>(
+fn append_floats<W: Element>(
     qkv: &FlexTensor,
     cos: &FlexTensor,
     sin: &FlexTensor,
-    mut keys: FlexTensor,
-    mut values: FlexTensor,
+    keys: &mut FlexTensor,
+    values: &mut FlexTensor,
     start: usize,
-) -> (FlexTensor, FlexTensor, FlexTensor) {
+) -> FlexTensor {
+    let [_, capacity, head_dim] = dims(keys);
+    let head = capacity * head_dim;
+    let heads = keys.storage_mut::<W>().chunks_mut(head);
+    let heads = heads.zip(values.storage_mut::<W>().chunks_mut(head));
+    let heads = heads.map(|(keys, values)| FloatsWriter {
+        head_dim,
+        keys,
+        values,
+    });
+    flex_append(qkv, cos, sin, heads.collect(), start)
+}
+
+/// Writes to the caches of the heads; the queries.
+fn flex_append(
+    qkv: &FlexTensor,
+    cos: &FlexTensor,
+    sin: &FlexTensor,
+    heads: Vec<impl Writer>,
+    start: usize,
+) -> FlexTensor {
     let qkv = qkv.to_contiguous();
-    let [n, width] = dims(&qkv);
-    let [kv_heads, capacity, head_dim] = dims(&keys);
-    let heads = width / head_dim - 2 * kv_heads;
+    let [_, width] = dims(&qkv);
+    let [rows, half] = dims(cos); // rotations · n
+    let n_heads = width / (2 * half) - 2 * heads.len();
     let tables = elementwise::Tables {
         cos: elements(cos),
         sin: elements(sin),
-        half: head_dim / 2,
+        half,
     };
-    let mut q = vec![0.0; n * heads * head_dim];
+    let mut q = vec![0.0; rows * n_heads * 2 * half];
     let (isa, new) = (Isa::selected(), elements(&qkv));
     elementwise::rotate_queries(isa, new, width, tables, &mut q);
-    let append = Append {
-        kv_heads,
-        head_dim,
-        capacity,
-        start,
-    };
-    let (keys_out, values_out) = (keys.storage_mut::<W>(), values.storage_mut::<W>());
-    elementwise::append(isa, new, width, tables, append, keys_out, values_out);
-    (tensor(q, Shape::new([n, heads, head_dim])), keys, values)
+    elementwise::append(isa, new, width, tables, start, heads);
+    tensor(q, Shape::new([rows, n_heads, 2 * half]))
 }
 
-fn flex_attention<W: Element>(
+fn attend_floats<W: Element>(
     q: &FlexTensor,
     keys: &FlexTensor,
     values: &FlexTensor,
     visible: Visible,
 ) -> FlexTensor {
-    let [n, heads, head_dim] = dims(q);
-    let [kv_heads, capacity, _] = dims(keys);
-    let mut out = vec![0.0; n * heads * head_dim];
-    let (keys, values) = (elements::<W>(keys), elements::<W>(values));
-    let q = elements(q);
-    let args = Attention {
-        q,
-        keys,
-        values,
-        heads,
+    let [kv_heads, capacity, head_dim] = dims(keys);
+    let dims = Dims {
         kv_heads,
-        head_dim,
         capacity,
+        head_dim,
+    };
+    let (keys, values) = (elements::<W>(keys), elements::<W>(values));
+    flex_attention(q, Floats { dims, keys, values }, visible)
+}
+
+fn flex_attention<L: Layout>(q: &FlexTensor, cache: L, visible: Visible) -> FlexTensor {
+    let q = q.to_contiguous();
+    let [rows, heads, head_dim] = dims(&q); // rotations · n
+    let n = rows / visible.rotations();
+    let mut out = vec![0.0; n * heads * head_dim];
+    let args = Attention {
+        q: elements(&q),
+        cache,
+        heads,
         visible,
     };
     attention::attention(Isa::selected(), args, &mut out);
     tensor(out, Shape::new([n, heads * head_dim]))
+}
+
+fn coded<'a>(words: &'a FlexTensor, scales: &'a FlexTensor) -> Coded<'a> {
+    Coded {
+        codes: bytemuck::cast_slice(elements::<i32>(words)),
+        scales: elements(scales),
+    }
+}
+
+/// Those of each head.
+fn coded_mut<'a>(
+    words: &'a mut FlexTensor,
+    scales: &'a mut FlexTensor,
+    kv_heads: usize,
+) -> impl Iterator<Item = CodedMut<'a>> {
+    let codes: &mut [u8] = bytemuck::cast_slice_mut(words.storage_mut::<i32>());
+    let scales = scales.storage_mut::<bf16>();
+    let (head_codes, head_scales) = (codes.len() / kv_heads, scales.len() / kv_heads);
+    let parts = codes
+        .chunks_mut(head_codes)
+        .zip(scales.chunks_mut(head_scales));
+    parts.map(|(codes, scales)| CodedMut { codes, scales })
 }
 
 fn dims<const D: usize>(tensor: &FlexTensor) -> [usize; D] {

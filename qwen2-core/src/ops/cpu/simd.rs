@@ -105,10 +105,14 @@ pub(crate) trait Simd: Copy {
     /// Of `2 · LANES` elements those at even places and those at odd ones.
     unsafe fn load_bf16_pair(pointer: *const bf16) -> (Self, Self);
     unsafe fn load_f16(pointer: *const f16) -> Self;
+    unsafe fn load_i8(pointer: *const i8) -> Self;
+    /// Bits `shift..shift + 4` of each of `LANES` bytes, less 8.
+    unsafe fn load_i4(pointer: *const u8, shift: u32) -> Self;
     unsafe fn store(self, pointer: *mut f32);
     /// `self · b + c`.
     unsafe fn mul_add(self, b: Self, c: Self) -> Self;
     unsafe fn add(self, b: Self) -> Self;
+    unsafe fn mul(self, b: Self) -> Self;
     unsafe fn sum(self) -> f32;
     /// Asks for the cache line of an address, which need not be valid.
     fn prefetch<T>(address: *const T);
@@ -245,6 +249,21 @@ impl Simd for Portable {
         }))
     }
     #[inline(always)]
+    unsafe fn load_i8(pointer: *const i8) -> Self {
+        Self(std::array::from_fn(|i| {
+            // SAFETY: the caller's promise.
+            f32::from(unsafe { *pointer.add(i) })
+        }))
+    }
+    #[inline(always)]
+    unsafe fn load_i4(pointer: *const u8, shift: u32) -> Self {
+        // SAFETY: the caller's promise.
+        let byte = |i: usize| unsafe { *pointer.add(i) };
+        Self(std::array::from_fn(|i| {
+            f32::from(byte(i) >> shift & 15) - 8.0
+        }))
+    }
+    #[inline(always)]
     unsafe fn store(self, pointer: *mut f32) {
         for (i, value) in self.0.into_iter().enumerate() {
             // SAFETY: the caller's promise.
@@ -258,6 +277,10 @@ impl Simd for Portable {
     #[inline(always)]
     unsafe fn add(self, b: Self) -> Self {
         Self(std::array::from_fn(|i| self.0[i] + b.0[i]))
+    }
+    #[inline(always)]
+    unsafe fn mul(self, b: Self) -> Self {
+        Self(std::array::from_fn(|i| self.0[i] * b.0[i]))
     }
     #[inline(always)]
     unsafe fn sum(self) -> f32 {
@@ -323,6 +346,23 @@ mod x86 {
             unsafe { Self(_mm256_cvtph_ps(_mm_loadu_si128(pointer.cast()))) }
         }
         #[inline(always)]
+        unsafe fn load_i8(pointer: *const i8) -> Self {
+            unsafe {
+                let bytes = _mm_loadl_epi64(pointer.cast());
+                Self(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes)))
+            }
+        }
+        #[inline(always)]
+        unsafe fn load_i4(pointer: *const u8, shift: u32) -> Self {
+            unsafe {
+                let bytes = _mm_loadl_epi64(pointer.cast());
+                let shifted = _mm_srl_epi16(bytes, _mm_cvtsi32_si128(shift as i32));
+                let codes = _mm_and_si128(shifted, _mm_set1_epi8(15));
+                let codes = _mm_sub_epi8(codes, _mm_set1_epi8(8));
+                Self(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(codes)))
+            }
+        }
+        #[inline(always)]
         unsafe fn store(self, pointer: *mut f32) {
             unsafe { _mm256_storeu_ps(pointer, self.0) }
         }
@@ -333,6 +373,10 @@ mod x86 {
         #[inline(always)]
         unsafe fn add(self, b: Self) -> Self {
             unsafe { Self(_mm256_add_ps(self.0, b.0)) }
+        }
+        #[inline(always)]
+        unsafe fn mul(self, b: Self) -> Self {
+            unsafe { Self(_mm256_mul_ps(self.0, b.0)) }
         }
         #[inline(always)]
         unsafe fn sum(self) -> f32 {
@@ -394,6 +438,23 @@ mod x86 {
             unsafe { Self(_mm512_cvtph_ps(_mm256_loadu_si256(pointer.cast()))) }
         }
         #[inline(always)]
+        unsafe fn load_i8(pointer: *const i8) -> Self {
+            unsafe {
+                let bytes = _mm_loadu_si128(pointer.cast());
+                Self(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes)))
+            }
+        }
+        #[inline(always)]
+        unsafe fn load_i4(pointer: *const u8, shift: u32) -> Self {
+            unsafe {
+                let bytes = _mm_loadu_si128(pointer.cast());
+                let shifted = _mm_srl_epi16(bytes, _mm_cvtsi32_si128(shift as i32));
+                let codes = _mm_and_si128(shifted, _mm_set1_epi8(15));
+                let codes = _mm_sub_epi8(codes, _mm_set1_epi8(8));
+                Self(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(codes)))
+            }
+        }
+        #[inline(always)]
         unsafe fn store(self, pointer: *mut f32) {
             unsafe { _mm512_storeu_ps(pointer, self.0) }
         }
@@ -404,6 +465,10 @@ mod x86 {
         #[inline(always)]
         unsafe fn add(self, b: Self) -> Self {
             unsafe { Self(_mm512_add_ps(self.0, b.0)) }
+        }
+        #[inline(always)]
+        unsafe fn mul(self, b: Self) -> Self {
+            unsafe { Self(_mm512_mul_ps(self.0, b.0)) }
         }
         #[inline(always)]
         unsafe fn sum(self) -> f32 {
@@ -421,19 +486,19 @@ mod x86 {
 /// The kernel is inlined into a function that has the instruction set enabled, so that it is
 /// compiled for it. The caller must only pass what [`Isa::available`] listed.
 macro_rules! per_isa {
-    ($name:ident, $kernel:ident $(<$t:ident>)?, ($($arg:ident : $ty:ty),* $(,)?) $(-> $out:ty)?) => {
+    ($name:ident, $kernel:ident $(<$t:ident: $bound:path>)?, ($($arg:ident : $ty:ty),* $(,)?) $(-> $out:ty)?) => {
         #[allow(clippy::too_many_arguments)]
-        fn $name$(<$t: $crate::ops::cpu::simd::Stored>)?(isa: $crate::ops::cpu::simd::Isa, $($arg: $ty),*) $(-> $out)? {
+        fn $name$(<$t: $bound>)?(isa: $crate::ops::cpu::simd::Isa, $($arg: $ty),*) $(-> $out)? {
             use $crate::ops::cpu::simd;
             #[cfg(target_arch = "x86_64")]
             #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")]
-            fn avx512$(<$t: simd::Stored>)?($($arg: $ty),*) $(-> $out)? {
+            fn avx512$(<$t: $bound>)?($($arg: $ty),*) $(-> $out)? {
                 // SAFETY: the instruction set is enabled in this function.
                 unsafe { $kernel::<simd::Avx512 $(, $t)?>($($arg),*) }
             }
             #[cfg(target_arch = "x86_64")]
             #[target_feature(enable = "avx2,fma,f16c")]
-            fn avx2$(<$t: simd::Stored>)?($($arg: $ty),*) $(-> $out)? {
+            fn avx2$(<$t: $bound>)?($($arg: $ty),*) $(-> $out)? {
                 // SAFETY: the instruction set is enabled in this function.
                 unsafe { $kernel::<simd::Avx2 $(, $t)?>($($arg),*) }
             }

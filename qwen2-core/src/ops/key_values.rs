@@ -1,0 +1,157 @@
+//! The keys and values of one layer, as floats or as codes, in the order that suits the device.
+
+use burn::tensor::{DType, Device, Int, Tensor};
+
+use super::codes::{Bits, GROUP, padded};
+
+/// The capacity of a cache is a multiple of this: kernels may order positions within such blocks.
+pub(crate) const CACHE_BLOCK: usize = 16;
+
+/// What keys and values are kept as.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum CacheFormat {
+    /// f32, f16 or bf16.
+    Floats(DType),
+    Codes(Bits),
+}
+
+/// The positions of a block lie in the order that suits the device: only [`super::append`] writes
+/// them, only [`super::attention`] reads them.
+#[derive(Clone, Debug)]
+#[allow(clippy::large_enum_variant)] // there is one for each layer
+pub(crate) enum KeyValues {
+    /// `[kv_heads, capacity, head_dim]` each.
+    Floats { keys: Tensor<3>, values: Tensor<3> },
+    Codes {
+        bits: Bits,
+        head_dim: usize,
+        keys: Codes,
+        values: Codes,
+    },
+}
+
+/// Codes of keys or of values with their scales.
+#[derive(Clone, Debug)]
+pub(crate) struct Codes {
+    /// `[kv_heads, capacity, words]` i32.
+    pub(crate) words: Tensor<3, Int>,
+    /// `[kv_heads, capacity, groups]`.
+    pub(crate) scales: Tensor<3>,
+}
+
+impl CacheFormat {
+    /// Bytes of a key, or of a value.
+    pub(crate) fn row_bytes(self, head_dim: usize) -> usize {
+        match self {
+            Self::Floats(dtype) => head_dim * dtype.size(),
+            Self::Codes(bits) => bits.row_bytes(head_dim),
+        }
+    }
+}
+
+impl KeyValues {
+    /// Room for `capacity` positions, all zero.
+    pub(crate) fn zeros(
+        format: CacheFormat,
+        [kv_heads, capacity, head_dim]: [usize; 3],
+        device: &Device,
+    ) -> Self {
+        match format {
+            CacheFormat::Floats(dtype) => {
+                let zeros = || Tensor::zeros([kv_heads, capacity, head_dim], (device, dtype));
+                Self::Floats {
+                    keys: zeros(),
+                    values: zeros(),
+                }
+            }
+            CacheFormat::Codes(bits) => {
+                let width = padded(head_dim);
+                // bf16 is the kernels' choice; burn's GPU backends do not all have it.
+                let dtype = match *device == Device::flex() {
+                    true => DType::BF16,
+                    false => DType::F32,
+                };
+                let zeros = || Codes {
+                    words: Tensor::zeros(
+                        [kv_heads, capacity, bits.words(width)],
+                        (device, DType::I32),
+                    ),
+                    scales: Tensor::zeros([kv_heads, capacity, width / GROUP], (device, dtype)),
+                };
+                Self::Codes {
+                    bits,
+                    head_dim,
+                    keys: zeros(),
+                    values: zeros(),
+                }
+            }
+        }
+    }
+
+    /// Elements of a key.
+    pub(crate) fn head_dim(&self) -> usize {
+        match self {
+            Self::Floats { keys, .. } => keys.dims()[2],
+            Self::Codes { head_dim, .. } => *head_dim,
+        }
+    }
+
+    /// Heads of keys.
+    pub(crate) fn kv_heads(&self) -> usize {
+        match self {
+            Self::Floats { keys, .. } => keys.dims()[0],
+            Self::Codes { keys, .. } => keys.words.dims()[0],
+        }
+    }
+
+    /// Writes the first `n` positions of `old`, whole blocks, to the first of this one.
+    pub(crate) fn take_over(self, old: Self, n: usize) -> Self {
+        match (self, old) {
+            (
+                Self::Floats { keys, values },
+                Self::Floats {
+                    keys: old_keys,
+                    values: old_values,
+                },
+            ) => Self::Floats {
+                keys: copied(keys, old_keys, n),
+                values: copied(values, old_values, n),
+            },
+            (
+                Self::Codes {
+                    bits,
+                    head_dim,
+                    keys,
+                    values,
+                },
+                Self::Codes {
+                    keys: old_keys,
+                    values: old_values,
+                    ..
+                },
+            ) => Self::Codes {
+                bits,
+                head_dim,
+                keys: keys.take_over(old_keys, n),
+                values: values.take_over(old_values, n),
+            },
+            _ => unreachable!("a cache keeps its format"),
+        }
+    }
+}
+
+impl Codes {
+    fn take_over(self, old: Self, n: usize) -> Self {
+        let rows = old.words.narrow(1, 0, n);
+        let [heads, _, width] = self.words.dims();
+        Self {
+            words: self.words.slice_assign([0..heads, 0..n, 0..width], rows),
+            scales: copied(self.scales, old.scales, n),
+        }
+    }
+}
+
+fn copied(new: Tensor<3>, old: Tensor<3>, n: usize) -> Tensor<3> {
+    let [heads, _, width] = new.dims();
+    new.slice_assign([0..heads, 0..n, 0..width], old.narrow(1, 0, n))
+}
