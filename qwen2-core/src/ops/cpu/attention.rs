@@ -277,19 +277,20 @@ unsafe fn run_kernel<S: Simd, L: Layout>(args: Attention<'_, L>, task: Task, out
                 }
                 &*mixed
             };
+            // The groups of the published models have 6, 7 and 8 heads.
+            let used = (rows - first).min(ROWS);
             // Whole blocks are scored; what a row does not see is struck out.
             let (low, high) = (from / BLOCK * BLOCK, to.next_multiple_of(BLOCK));
             let mut factors = [1.0; ROWS];
             // SAFETY: `high <= capacity`, which is in blocks; the buffers have the lengths above.
             unsafe {
-                score::<S, L>(
-                    q.as_ptr(),
-                    cache,
-                    base + low,
-                    high - low,
-                    scores.as_mut_ptr(),
-                );
-                for (r, (from, to)) in seen.into_iter().enumerate() {
+                let (q, out) = (q.as_ptr(), scores.as_mut_ptr());
+                match used {
+                    ..=6 => score::<S, L, 6>(q, cache, base + low, high - low, out),
+                    7 => score::<S, L, 7>(q, cache, base + low, high - low, out),
+                    _ => score::<S, L, ROWS>(q, cache, base + low, high - low, out),
+                }
+                for (r, (from, to)) in seen.into_iter().enumerate().take(used) {
                     let scores = &mut scores[r * TILE..][..high - low];
                     if from == to {
                         scores.fill(0.0);
@@ -298,11 +299,16 @@ unsafe fn run_kernel<S: Simd, L: Layout>(args: Attention<'_, L>, task: Task, out
                     scores[..from - low].fill(f32::NEG_INFINITY);
                     scores[to - low..].fill(f32::NEG_INFINITY);
                     let row = first + r;
-                    factors[r] = soften(scores, &mut maxima[row], &mut totals[row]);
+                    factors[r] = soften::<S>(scores, &mut maxima[row], &mut totals[row]);
                 }
                 let weights = scores.as_ptr().add(from - low);
                 let sums = sums.as_mut_ptr().add(first * d);
-                weigh::<S, L>(weights, cache, base + from, to - from, &factors, sums);
+                let (row, n) = (base + from, to - from);
+                match used {
+                    ..=6 => weigh::<S, L, 6>(weights, cache, row, n, &factors, sums),
+                    7 => weigh::<S, L, 7>(weights, cache, row, n, &factors, sums),
+                    _ => weigh::<S, L, ROWS>(weights, cache, row, n, &factors, sums),
+                }
             }
         }
         tile = tile_end;
@@ -332,33 +338,39 @@ unsafe fn run_kernel<S: Simd, L: Layout>(args: Attention<'_, L>, task: Task, out
     SCRATCH.set(scratch);
 }
 
-/// Scores of eight rows against the `n` keys (whole blocks) from `row` on into `out`, `[8][TILE]`.
+/// Scores of `R` of eight rows against the `n` keys (whole blocks) from `row` on into `out`, `[8][TILE]`.
 ///
 /// # Safety
 /// The instruction set of `S` is present; `q` is `[width][8]`, the cache has those keys.
 #[inline(always)]
-unsafe fn score<S: Simd, L: Layout>(q: *const f32, cache: L, row: usize, n: usize, out: *mut f32) {
+unsafe fn score<S: Simd, L: Layout, const R: usize>(
+    q: *const f32,
+    cache: L,
+    row: usize,
+    n: usize,
+    out: *mut f32,
+) {
     // SAFETY: the caller's promise; a step takes whole vectors of keys that are there.
     unsafe {
         let mut at = 0;
         // Two vectors of keys share a broadcast where the registers suffice.
         while S::LANES == BLOCK && at + 2 * BLOCK <= n {
-            score_step::<S, L, 2>(q, cache, row + at, out.add(at));
+            score_step::<S, L, R, 2>(q, cache, row + at, out.add(at));
             at += 2 * BLOCK;
         }
         while at < n {
-            score_step::<S, L, 1>(q, cache, row + at, out.add(at));
+            score_step::<S, L, R, 1>(q, cache, row + at, out.add(at));
             at += S::LANES;
         }
     }
 }
 
-/// Eight rows against `V` vectors of keys.
+/// `R` rows against `V` vectors of keys.
 ///
 /// # Safety
 /// As [`score`].
 #[inline(always)]
-unsafe fn score_step<S: Simd, L: Layout, const V: usize>(
+unsafe fn score_step<S: Simd, L: Layout, const R: usize, const V: usize>(
     q: *const f32,
     cache: L,
     row: usize,
@@ -367,7 +379,7 @@ unsafe fn score_step<S: Simd, L: Layout, const V: usize>(
     let d = cache.width();
     // SAFETY: the caller's promise.
     unsafe {
-        let mut acc = [[S::zero(); V]; ROWS];
+        let mut acc = [[S::zero(); V]; R];
         let mut k = 0;
         while k < d {
             let mut scale = [S::zero(); V];
@@ -407,38 +419,39 @@ unsafe fn score_step<S: Simd, L: Layout, const V: usize>(
 
 /// Turns the scores of one row into weights against the new maximum; what the sums so far are to be
 /// multiplied with. The length is a multiple of the block.
+///
+/// # Safety
+/// The instruction set of `S` is present.
 #[inline(always)]
-fn soften(scores: &mut [f32], max: &mut f32, total: &mut f32) -> f32 {
-    let mut most = [f32::NEG_INFINITY; BLOCK];
-    for scores in scores.chunks_exact(BLOCK) {
-        for (most, score) in most.iter_mut().zip(scores) {
+unsafe fn soften<S: Simd>(scores: &mut [f32], max: &mut f32, total: &mut f32) -> f32 {
+    // SAFETY: a block holds whole vectors.
+    unsafe {
+        let mut most = S::splat(*max);
+        for scores in scores.chunks_exact(S::LANES) {
             // A NaN is passed over here and comes out of the exponential.
-            *most = if *score > *most { *score } else { *most };
+            most = S::load(scores.as_ptr()).max(most);
         }
-    }
-    let new = most
-        .into_iter()
-        .fold(*max, |max, x| if x > max { x } else { max });
-    let factor = exp(*max - new);
-    let mut sums = [0.0_f32; BLOCK];
-    for scores in scores.chunks_exact_mut(BLOCK) {
-        for (score, sum) in scores.iter_mut().zip(&mut sums) {
-            *score = exp(*score - new);
-            *sum += *score;
+        let new = most.largest();
+        let factor = exp(*max - new);
+        let (mut sum, low) = (S::zero(), S::splat(-new));
+        for scores in scores.chunks_exact_mut(S::LANES) {
+            let weight = S::load(scores.as_ptr()).add(low).exp();
+            weight.store(scores.as_mut_ptr());
+            sum = sum.add(weight);
         }
+        *max = new;
+        *total = *total * factor + sum.sum();
+        factor
     }
-    *max = new;
-    *total = *total * factor + sums.iter().sum::<f32>();
-    factor
 }
 
-/// `sums[r] = sums[r] · factors[r] + Σ weights[r][j] · values[j]` of the `n` values from `row` on.
+/// `sums[r] = sums[r] · factors[r] + Σ weights[r][j] · values[j]` for `R` of eight rows and the `n` values from `row` on.
 ///
 /// # Safety
 /// The instruction set of `S` is present; `weights` is `[8][TILE]`, `sums` `[8][width]`, the cache
 /// has those values.
 #[inline(always)]
-unsafe fn weigh<S: Simd, L: Layout>(
+unsafe fn weigh<S: Simd, L: Layout, const R: usize>(
     weights: *const f32,
     cache: L,
     row: usize,
@@ -451,15 +464,15 @@ unsafe fn weigh<S: Simd, L: Layout>(
     unsafe {
         let mut k = 0;
         while S::LANES == BLOCK && k + 2 * S::LANES <= d {
-            weigh_step::<S, L, 2>(weights, cache, (row, k), n, factors, sums.add(k));
+            weigh_step::<S, L, R, 2>(weights, cache, (row, k), n, factors, sums.add(k));
             k += 2 * S::LANES;
         }
         while k + S::LANES <= d {
-            weigh_step::<S, L, 1>(weights, cache, (row, k), n, factors, sums.add(k));
+            weigh_step::<S, L, R, 1>(weights, cache, (row, k), n, factors, sums.add(k));
             k += S::LANES;
         }
         for k in k..d {
-            for (r, factor) in factors.iter().enumerate() {
+            for (r, factor) in factors.iter().enumerate().take(R) {
                 let mut sum = *sums.add(r * d + k) * factor;
                 for j in 0..n {
                     sum += *weights.add(r * TILE + j) * cache.value_at(row + j, k);
@@ -475,7 +488,7 @@ unsafe fn weigh<S: Simd, L: Layout>(
 /// # Safety
 /// As [`weigh`].
 #[inline(always)]
-unsafe fn weigh_step<S: Simd, L: Layout, const V: usize>(
+unsafe fn weigh_step<S: Simd, L: Layout, const R: usize, const V: usize>(
     weights: *const f32,
     cache: L,
     (row, k): (usize, usize),
@@ -486,7 +499,7 @@ unsafe fn weigh_step<S: Simd, L: Layout, const V: usize>(
     let d = cache.width();
     // SAFETY: the caller's promise.
     unsafe {
-        let mut acc = [[S::zero(); V]; ROWS];
+        let mut acc = [[S::zero(); V]; R];
         for (r, acc) in acc.iter_mut().enumerate() {
             for (v, acc) in acc.iter_mut().enumerate() {
                 let old = S::load(sums.add(r * d + v * S::LANES));

@@ -114,6 +114,12 @@ pub(crate) trait Simd: Copy {
     unsafe fn add(self, b: Self) -> Self;
     unsafe fn mul(self, b: Self) -> Self;
     unsafe fn sum(self) -> f32;
+    /// The larger of each pair; that of `b` where the own one is NaN.
+    unsafe fn max(self, b: Self) -> Self;
+    /// The largest.
+    unsafe fn largest(self) -> f32;
+    /// As [`exp`]; what is subnormal there may be 0.
+    unsafe fn exp(self) -> Self;
     /// Asks for the cache line of an address, which need not be valid.
     fn prefetch<T>(address: *const T);
 }
@@ -288,6 +294,26 @@ impl Simd for Portable {
         ((a + e) + (c + g)) + ((b + f) + (d + h))
     }
     #[inline(always)]
+    unsafe fn max(self, b: Self) -> Self {
+        let larger = |i: usize| {
+            if self.0[i] > b.0[i] {
+                self.0[i]
+            } else {
+                b.0[i]
+            }
+        };
+        Self(std::array::from_fn(larger))
+    }
+    #[inline(always)]
+    unsafe fn largest(self) -> f32 {
+        let larger = |max, x| if x > max { x } else { max };
+        self.0.into_iter().fold(f32::NEG_INFINITY, larger)
+    }
+    #[inline(always)]
+    unsafe fn exp(self) -> Self {
+        Self(self.0.map(exp))
+    }
+    #[inline(always)]
     fn prefetch<T>(_: *const T) {}
 }
 
@@ -300,7 +326,24 @@ mod x86 {
 
     use half::{bf16, f16};
 
+    use std::f32::consts::LOG2_E;
+
     use super::Simd;
+
+    /// ln 2 in two parts (Cody and Waite), so that a remainder keeps all its bits.
+    const LN_2_HIGH: f32 = 0.693_359_4;
+    const LN_2_LOW: f32 = -2.121_944_4e-4;
+    /// Cephes' expf on [-ln 2 / 2, ln 2 / 2], highest power first.
+    const EXP: [f32; 8] = [
+        1.987_569_1e-4,
+        1.398_2e-3,
+        8.333_452e-3,
+        4.166_579_6e-2,
+        1.666_666_5e-1,
+        0.5,
+        1.0,
+        1.0,
+    ];
 
     #[derive(Clone, Copy)]
     pub(crate) struct Avx2(__m256);
@@ -390,6 +433,42 @@ mod x86 {
             }
         }
         #[inline(always)]
+        unsafe fn max(self, b: Self) -> Self {
+            unsafe { Self(_mm256_max_ps(self.0, b.0)) } // the second operand where one is NaN
+        }
+        #[inline(always)]
+        unsafe fn largest(self) -> f32 {
+            unsafe {
+                let half = _mm_max_ps(
+                    _mm256_castps256_ps128(self.0),
+                    _mm256_extractf128_ps::<1>(self.0),
+                );
+                let quarter = _mm_max_ps(half, _mm_movehl_ps(half, half));
+                _mm_cvtss_f32(_mm_max_ss(quarter, _mm_movehdup_ps(quarter)))
+            }
+        }
+        #[inline(always)]
+        unsafe fn exp(self) -> Self {
+            unsafe {
+                // A NaN is the second operand, which comes through.
+                let x = _mm256_max_ps(_mm256_set1_ps(-87.3), self.0);
+                let x = _mm256_min_ps(_mm256_set1_ps(88.7), x);
+                let power = _mm256_round_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(
+                    _mm256_mul_ps(x, _mm256_set1_ps(LOG2_E)),
+                );
+                let r = _mm256_fnmadd_ps(power, _mm256_set1_ps(LN_2_HIGH), x);
+                let r = _mm256_fnmadd_ps(power, _mm256_set1_ps(LN_2_LOW), r);
+                let mut p = _mm256_set1_ps(EXP[0]);
+                for factor in &EXP[1..] {
+                    p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(*factor));
+                }
+                let bits = _mm256_add_epi32(_mm256_cvtps_epi32(power), _mm256_set1_epi32(127));
+                let scale = _mm256_castsi256_ps(_mm256_slli_epi32::<23>(bits));
+                let normal = _mm256_cmp_ps::<_CMP_NLT_UQ>(self.0, _mm256_set1_ps(-87.3));
+                Self(_mm256_and_ps(_mm256_mul_ps(p, scale), normal))
+            }
+        }
+        #[inline(always)]
         fn prefetch<T>(address: *const T) {
             unsafe { _mm_prefetch::<_MM_HINT_T0>(address.cast()) }
         }
@@ -475,6 +554,31 @@ mod x86 {
             unsafe { _mm512_reduce_add_ps(self.0) }
         }
         #[inline(always)]
+        unsafe fn max(self, b: Self) -> Self {
+            unsafe { Self(_mm512_max_ps(self.0, b.0)) } // the second operand where one is NaN
+        }
+        #[inline(always)]
+        unsafe fn largest(self) -> f32 {
+            unsafe { _mm512_reduce_max_ps(self.0) }
+        }
+        #[inline(always)]
+        unsafe fn exp(self) -> Self {
+            unsafe {
+                // Below, the result is 0 in f32. A NaN is the second operand, which comes through.
+                let x = _mm512_max_ps(_mm512_set1_ps(-104.0), self.0);
+                let power = _mm512_roundscale_ps::<{ _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC }>(
+                    _mm512_mul_ps(x, _mm512_set1_ps(LOG2_E)),
+                );
+                let r = _mm512_fnmadd_ps(power, _mm512_set1_ps(LN_2_HIGH), x);
+                let r = _mm512_fnmadd_ps(power, _mm512_set1_ps(LN_2_LOW), r);
+                let mut p = _mm512_set1_ps(EXP[0]);
+                for factor in &EXP[1..] {
+                    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(*factor));
+                }
+                Self(_mm512_scalef_ps(p, power))
+            }
+        }
+        #[inline(always)]
         fn prefetch<T>(address: *const T) {
             unsafe { _mm_prefetch::<_MM_HINT_T0>(address.cast()) }
         }
@@ -556,19 +660,51 @@ impl MulAddFast for f32 {
 
 #[cfg(test)]
 mod tests {
-    use super::exp;
+    use super::{Isa, Simd, exp};
+
+    super::per_isa!(exp_of, exp_of_kernel, (x: &[f32; 16]) -> [f32; 16]);
+
+    /// # Safety
+    /// The instruction set of `S` is present.
+    #[inline(always)]
+    unsafe fn exp_of_kernel<S: Simd>(x: &[f32; 16]) -> [f32; 16] {
+        let mut out = [0.0; 16];
+        for at in (0..16).step_by(S::LANES) {
+            // SAFETY: a vector from `at` on is inside both.
+            unsafe {
+                S::load(x.as_ptr().add(at))
+                    .exp()
+                    .store(out.as_mut_ptr().add(at))
+            };
+        }
+        out
+    }
 
     #[test]
     fn exp_is_within_two_ulp_of_the_library() {
         let mut x = -87.0_f32;
         while x < 88.0 {
             let want = f64::from(x).exp() as f32;
-            let ulp = (want.to_bits() as i64 - exp(x).to_bits() as i64).abs();
-            assert!(ulp <= 2, "exp({x}): {} ulp", ulp);
+            let ulp = |got: f32| (want.to_bits() as i64 - got.to_bits() as i64).abs();
+            assert!(ulp(exp(x)) <= 2, "exp({x}): {} ulp", ulp(exp(x)));
+            for isa in Isa::available() {
+                let got = exp_of(isa, &[x; 16]);
+                assert!(got.iter().all(|got| ulp(*got) <= 2), "{isa:?} {x}: {got:?}");
+            }
             x += 0.0137;
         }
+    }
+
+    #[test]
+    fn exp_has_its_limits() {
         assert!(exp(f32::NAN).is_nan());
         assert_eq!(exp(f32::NEG_INFINITY), 0.0);
         assert_eq!(exp(0.0), 1.0);
+        for isa in Isa::available() {
+            assert!(exp_of(isa, &[f32::NAN; 16]).iter().all(|x| x.is_nan()));
+            for (x, want) in [(f32::NEG_INFINITY, 0.0), (-200.0, 0.0), (0.0, 1.0)] {
+                assert_eq!(exp_of(isa, &[x; 16]), [want; 16], "{isa:?}");
+            }
+        }
     }
 }

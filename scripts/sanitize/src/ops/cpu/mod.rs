@@ -6,6 +6,8 @@ mod attention;
 mod bf16_gemm;
 #[path = "../../../../../qwen2-core/src/ops/cpu/elementwise.rs"]
 mod elementwise;
+#[path = "../../../../../qwen2-core/src/ops/cpu/layout.rs"]
+mod layout;
 #[path = "../../../../../qwen2-core/src/ops/cpu/matmul.rs"]
 mod matmul;
 #[path = "../../../../../qwen2-core/src/ops/cpu/pool.rs"]
