@@ -253,7 +253,7 @@ qwen2_status qwen2_load_options_set_quantize(qwen2_load_options *options,
                                              size_t len,
                                              qwen2_error **error);
 
-// The precision of keys and values in the cache: "f32", "f16" or "bf16"; default: f32 for f32
+// What keys and values are kept in: "f32", "f16", "bf16", "q8" or "q4"; default: f32 for f32
 // weights, else f16.
 qwen2_status qwen2_load_options_set_kv_cache(qwen2_load_options *options,
                                              const char *kv_cache,
@@ -276,9 +276,16 @@ void qwen2_load_options_set_preload(qwen2_load_options *options, int32_t preload
 // loaded: it is for packed weights on the CPU.
 void qwen2_load_options_set_screened_head(qwen2_load_options *options, int32_t screened_head);
 
-// Tokens that prompt and answer may have together, at most what the model was made for; default:
-// all of it. Checked when a model is loaded.
+// Tokens that prompt and answer may have together; more than the model was made for stretches it, see
+// `qwen2_load_options_set_long_context`; default: all of it. Checked when a model is loaded.
 void qwen2_load_options_set_context_length(qwen2_load_options *options, size_t n_tokens);
+
+// What a context beyond the trained length is reached by: "yarn", the default; "yarn_when_needed", which
+// leaves sequences up to the trained length as they are; or "dual_chunk", attention in chunks.
+qwen2_status qwen2_load_options_set_long_context(qwen2_load_options *options,
+                                                 const char *long_context,
+                                                 size_t len,
+                                                 qwen2_error **error);
 
 // Threads on the processor, 1 to 1024; default: as many as affinity and cgroup allow. Checked when a
 // model is loaded.

@@ -234,6 +234,7 @@ struct LoadOptions {
     bool preload = false;                                            ///< copy the weights into memory
     bool screened_head = false;                                      ///< rank tokens in four bits first
     std::optional<std::size_t> context_length, threads;
+    std::string long_context;                                        ///< empty: yarn
     std::function<bool(std::uint64_t done, std::uint64_t total)> progress; ///< false stops; must not throw
 };
 
@@ -272,6 +273,7 @@ public:
         qwen2_load_options_set_preload(raw.get(), options.preload);
         qwen2_load_options_set_screened_head(raw.get(), options.screened_head);
         if (options.context_length) qwen2_load_options_set_context_length(raw.get(), *options.context_length);
+        if (!options.long_context.empty()) set(qwen2_load_options_set_long_context, options.long_context);
         if (options.threads) qwen2_load_options_set_threads(raw.get(), *options.threads);
         if (options.progress) qwen2_load_options_set_progress(raw.get(), on_progress, const_cast<LoadOptions *>(&options));
         qwen2_model *out = nullptr;

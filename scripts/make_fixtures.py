@@ -11,6 +11,7 @@ the same files.
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 import sys
@@ -178,7 +179,7 @@ def june_2024(**changes: Any) -> dict[str, Any]:
         "use_sliding_window": False,
         "vocab_size": VOCAB_SIZE,
     }
-    assert set(changes) <= set(config) | {"head_dim", "rope_scaling"}
+    assert set(changes) <= set(config) | {"head_dim", "rope_scaling", "dual_chunk_attention_config"}
     return dict(sorted((config | changes).items()))
 
 
@@ -328,6 +329,18 @@ FIXTURES = [
         ),
         n_tokens=48,
         differs_from={"rope_parameters": {"rope_theta": 1000.0, "rope_type": "default"}},
+    ),
+    Fixture(
+        "dual_chunk",  # chunks of 18 positions
+        june_2024(
+            dual_chunk_attention_config={
+                "chunk_size": 24,
+                "local_size": 6,
+                "original_max_position_embeddings": 40,
+            }
+        ),
+        n_tokens=60,
+        differs_from={"dual_chunk_attention_config": None},
     ),
     Fixture(
         "sliding",
@@ -480,7 +493,55 @@ def load(directory: Path, dtype: torch.dtype = torch.float32, **changes: Any) ->
         k: v for k, v in info.items() if v and k in ("missing_keys", "unexpected_keys", "mismatched_keys")
     }
     assert not problems, f"{directory.name}: {problems}"
+    if getattr(model.config, "dual_chunk_attention_config", None):
+        for layer in model.model.layers:
+            layer.self_attn.forward = functools.partial(attend_in_chunks, layer.self_attn)
     return model.eval()
+
+
+def attend_in_chunks(
+    module: Any, hidden_states: torch.Tensor, past_key_values: Any = None, **_: Any
+) -> tuple[torch.Tensor, None]:
+    """Dual chunk attention (arXiv:2402.17463) in Qwen2Attention's place, every score written out.
+
+    Distances, and what queries are multiplied by, are those of vLLM's DualChunkRotaryEmbedding and its
+    attention; the cache holds keys that are not rotated yet.
+    """
+    config = module.config
+    dual = config.dual_chunk_attention_config
+    chunk = dual["chunk_size"] - dual["local_size"]
+    n, d = hidden_states.shape[1], module.head_dim
+
+    def heads(projection: Any) -> torch.Tensor:
+        return projection(hidden_states).view(1, n, -1, d).transpose(1, 2)
+
+    def rotate(x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        inv_freq = config.rope_parameters["rope_theta"] ** (-torch.arange(0, d, 2, dtype=torch.float32) / d)
+        angles = positions[:, None].float() * inv_freq
+        a, b = x[..., : d // 2], x[..., d // 2 :]
+        return torch.cat([a * angles.cos() - b * angles.sin(), b * angles.cos() + a * angles.sin()], -1)
+
+    q, k, v = heads(module.q_proj), heads(module.k_proj), heads(module.v_proj)
+    if past_key_values is not None:
+        k, v = past_key_values.update(k, v, module.layer_idx)
+    k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+    keys = torch.arange(k.shape[2])
+    queries = keys[-n:]
+    k = rotate(k, keys % chunk).transpose(2, 3)
+    places = [
+        queries % chunk,
+        (queries % chunk + chunk).clamp(max=dual["chunk_size"]),
+        torch.full_like(queries, min(2 * chunk - 1, dual["chunk_size"])),
+    ]
+    chunks_between = (queries[:, None] // chunk - keys // chunk).clamp(max=2)
+    scores = torch.zeros(1, q.shape[1], n, len(keys))
+    for distance, place in enumerate(places):
+        scores = torch.where(chunks_between == distance, rotate(q, place) @ k, scores)
+    stretch = (queries + 1) / dual["original_max_position_embeddings"]
+    scores = scores * (0.1 * stretch.log() + 1).clamp(min=1)[:, None] / d**0.5
+    scores = scores.masked_fill(keys > queries[:, None], float("-inf"))
+    out = (scores.softmax(-1) @ v).transpose(1, 2).reshape(1, n, -1)
+    return module.o_proj(out), None
 
 
 def logits_of(model: Any, tokens: list[int]) -> torch.Tensor:

@@ -122,6 +122,7 @@ class Model:
         screened_head: bool = False,
         adapter: str | os.PathLike[str] | None = None,
         context_length: int | None = None,
+        long_context: str = "yarn",
         threads: int | None = None,
         progress: bool | Callable[[int, int], object] | None = False,
     ) -> Model:
@@ -140,7 +141,9 @@ class Model:
             the best by the head itself; for greedy choice and top_k up to 64.
         adapter: a directory with a LoRA adapter of PEFT's, which is added to the weights.
         context_length: tokens that prompt and answer may have together; more than the model has
-            stretches it with YaRN.
+            stretches it.
+        long_context: what a context beyond the trained length is reached by: yarn; yarn_when_needed, which
+            leaves sequences up to the trained length as they are; or dual_chunk, attention in chunks.
         threads: on the processor; by default as many as the system allows.
         progress: True for a bar on stderr, or a function that gets the bytes done and in all; what
             it raises stops the loading.

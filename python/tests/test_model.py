@@ -297,6 +297,24 @@ def test_settings_of_loading() -> None:
     assert answers[0].tokens == answers[1].tokens
 
 
+def test_a_packed_cache_is_smaller_and_answers_alike() -> None:
+    sizes = {}
+    for kv_cache in ("f16", "q8", "q4"):
+        model = Model.load(DEMO, kv_cache=kv_cache)
+        sizes[kv_cache] = model.memory.cache_per_token
+        assert "42" in model.chat(QUESTION, temperature=0).text
+    assert sizes["f16"] > 1.8 * sizes["q8"] > 3.3 * sizes["q4"]
+
+
+def test_contexts_beyond_the_trained_length() -> None:
+    for by in ("yarn", "yarn_when_needed", "dual_chunk"):
+        model = Model.load(DEMO, context_length=4096, long_context=by)
+        assert model.context_length == 4096
+        assert len(model.generate([1] * 1500, max_new_tokens=2, ignore_eos=True).tokens) == 2
+    plain = Model.load(DEMO).chat(QUESTION, temperature=0).text
+    assert model.chat(QUESTION, temperature=0).text == plain
+
+
 def test_a_packed_directory_is_a_model_like_others(tmp_path: Path) -> None:
     steps: list[tuple[int, int]] = []
     quantize(DEMO, tmp_path / "packed", "q8", progress=lambda done, total: steps.append((done, total)))
@@ -317,7 +335,8 @@ def test_a_packed_directory_is_a_model_like_others(tmp_path: Path) -> None:
         ({"device": "gpu"}, "unknown device: device: `gpu`"),
         ({"dtype": "int8"}, "unknown dtype: dtype: int8"),
         ({"kv_cache": "q3"}, "unknown kind of cache: kv_cache: q3"),
-        ({"activations": "q3"}, "unknown kind of cache: kv_cache: q3"),
+        ({"activations": "q3"}, "unknown dtype: dtype: q3"),
+        ({"long_context": "ntk"}, "unknown kind of long context: long_context: ntk"),
         ({"quantize": "q3"}, "unknown quantization: quantize: `q3`"),
         ({"context_length": 0}, "setting is out of range: context_length: 0"),
         ({"context_length": -1}, "setting is out of range: context_length: -1"),

@@ -4,7 +4,7 @@ use std::ffi::{c_char, c_void};
 use std::ops::ControlFlow;
 use std::path::PathBuf;
 
-use qwen2_core::{DType, Device, KvCacheType, ModelBuilder, Progress, Quantization};
+use qwen2_core::{DType, Device, KvCacheType, LongContext, ModelBuilder, Progress, Quantization};
 
 use crate::error::{QWEN2_OK, qwen2_error, qwen2_status};
 use crate::fence::{self, Handle, Outcome};
@@ -21,6 +21,7 @@ pub struct qwen2_load_options {
     screened_head: bool,
     adapter: Option<PathBuf>,
     context_length: Option<usize>,
+    long_context: LongContext,
     threads: Option<usize>,
     progress: Option<Callback>,
 }
@@ -78,6 +79,7 @@ impl qwen2_load_options {
         if let Some(adapter) = &self.adapter {
             builder = builder.adapter(adapter);
         }
+        builder = builder.long_context(self.long_context);
         if let Some(n_tokens) = self.context_length {
             builder = builder.context_length(n_tokens);
         }
@@ -221,14 +223,30 @@ pub unsafe extern "C" fn qwen2_load_options_set_screened_head(
     });
 }
 
-/// Tokens that prompt and answer may have together, at most what the model was made for; default:
-/// all of it. Checked when a model is loaded.
+/// Tokens that prompt and answer may have together; more than the model was made for stretches it, see
+/// `qwen2_load_options_set_long_context`; default: all of it. Checked when a model is loaded.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn qwen2_load_options_set_context_length(
     options: *mut qwen2_load_options,
     n_tokens: usize,
 ) {
     fence::change(options, |options| options.context_length = Some(n_tokens));
+}
+
+/// What a context beyond the trained length is reached by: "yarn", the default; "yarn_when_needed", which
+/// leaves sequences up to the trained length as they are; or "dual_chunk", attention in chunks.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn qwen2_load_options_set_long_context(
+    options: *mut qwen2_load_options,
+    long_context: *const c_char,
+    len: usize,
+    error: *mut *mut qwen2_error,
+) -> qwen2_status {
+    fence::entry(error, || {
+        let options = fence::borrow_mut(options)?;
+        options.long_context = parse(long_context, len, "long_context")?;
+        Ok(QWEN2_OK)
+    })
 }
 
 /// Threads on the processor, 1 to 1024; default: as many as affinity and cgroup allow. Checked when a

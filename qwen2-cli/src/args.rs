@@ -66,6 +66,9 @@ pub(crate) struct LoadArgs {
     /// Tokens of prompt and answer together [default: all the model can].
     #[arg(long)]
     pub(crate) context_length: Option<usize>,
+    /// What reaches beyond the trained length, yarn, yarn_when_needed or dual_chunk [default: yarn].
+    #[arg(long)]
+    pub(crate) long_context: Option<String>,
     /// Threads on the processor [default: all that may be used].
     #[arg(long)]
     pub(crate) threads: Option<usize>,
@@ -169,6 +172,9 @@ pub(crate) struct InfoArgs {
     /// Memory for this context [default: all the model can].
     #[arg(long)]
     pub(crate) context_length: Option<usize>,
+    /// What reaches beyond the trained length, yarn, yarn_when_needed or dual_chunk [default: yarn].
+    #[arg(long)]
+    pub(crate) long_context: Option<String>,
     /// One JSON object instead of lines.
     #[arg(long)]
     pub(crate) json: bool,

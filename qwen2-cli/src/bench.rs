@@ -68,6 +68,7 @@ pub(crate) fn run(args: &BenchArgs) -> Result<(), Failure> {
         screened_head: args.screened_head,
         adapter: None,
         context_length: None,
+        long_context: None,
         threads: args.threads,
     };
     let start = Instant::now();

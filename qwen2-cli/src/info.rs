@@ -5,7 +5,7 @@ use std::ffi::OsStr;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use qwen2_core::{DType, Device, KvCacheType, ModelConfig, inspect, instruction_set};
+use qwen2_core::{DType, Device, KvCacheType, LongContext, ModelConfig, inspect, instruction_set};
 use serde_json::{Value, json};
 
 use crate::args::InfoArgs;
@@ -51,9 +51,13 @@ pub(crate) fn run(args: &InfoArgs) -> Result<(), Failure> {
                 "leave it out for all the model can",
             ));
         }
-        facts.config = facts.config.stretched_to(wanted)?;
         facts.context_length = wanted;
     }
+    let by = args
+        .long_context
+        .as_deref()
+        .map_or(Ok(LongContext::default()), str::parse)?;
+    facts.config = facts.config.stretched_to(facts.context_length, by)?;
     match args.json {
         true => output::print_json(&facts.json()),
         false => output::print(&facts.lines()),
@@ -167,6 +171,10 @@ impl Facts {
         self.cache_bytes_per_token() * self.context_length as u64
     }
 
+    fn packed_cache_bytes(&self, kv_cache: KvCacheType) -> u64 {
+        self.config.kv_bytes_per_token(kv_cache) * self.context_length as u64
+    }
+
     fn json(&self) -> Value {
         json!({
             "name": self.name,
@@ -179,6 +187,8 @@ impl Facts {
             "weight_bytes": self.weight_bytes(),
             "cache_bytes_per_token": self.cache_bytes_per_token(),
             "cache_bytes": self.cache_bytes(),
+            "cache_bytes_q8": self.packed_cache_bytes(KvCacheType::Q8),
+            "cache_bytes_q4": self.packed_cache_bytes(KvCacheType::Q4),
             "devices": Device::compiled(),
             "instruction_set": instruction_set(),
             "threads": threads(),
@@ -221,8 +231,10 @@ impl Facts {
             (
                 "cache",
                 format!(
-                    "{} for the whole context, {} a token",
+                    "{} for the whole context ({} in q8, {} in q4), {} a token",
                     human_bytes(self.cache_bytes()),
+                    human_bytes(self.packed_cache_bytes(KvCacheType::Q8)),
+                    human_bytes(self.packed_cache_bytes(KvCacheType::Q4)),
                     human_bytes(self.cache_bytes_per_token())
                 ),
             ),

@@ -52,6 +52,9 @@ pub(crate) fn apply(mut builder: ModelBuilder, args: &LoadArgs) -> Result<ModelB
     if let Some(n_tokens) = args.context_length {
         builder = builder.context_length(n_tokens);
     }
+    if let Some(by) = &args.long_context {
+        builder = builder.long_context(by.parse()?);
+    }
     if let Some(threads) = args.threads {
         builder = builder.threads(threads);
     }

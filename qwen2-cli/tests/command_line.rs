@@ -459,6 +459,8 @@ fn info_tells_what_a_checkpoint_is_and_needs() {
             "weight_bytes",
             "cache_bytes_per_token",
             "cache_bytes",
+            "cache_bytes_q8",
+            "cache_bytes_q4",
             "devices",
             "instruction_set",
             "threads",
@@ -600,7 +602,7 @@ fn info_takes_a_precision_and_a_context() {
         (
             Some(2),
             Some(
-                "error: context is longer than the model's: context_length: 4097, the model has 128 and YaRN stretches them 32 times at most"
+                "error: context is longer than the model's: context_length: 4097, the model has 128 and is stretched 32 times at most"
             )
         )
     );
@@ -813,7 +815,7 @@ fn errors_are_a_line_with_a_way_out_on_stderr() {
         (
             &["generate", &tied, "x", "--context-length", "4097"],
             2,
-            "error: context is longer than the model's: context_length: 4097, the model has 128 and YaRN stretches them 32 times at most",
+            "error: context is longer than the model's: context_length: 4097, the model has 128 and is stretched 32 times at most",
         ),
         (
             &["tokenize", &tied, "--decode", "1 x"],

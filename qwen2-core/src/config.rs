@@ -3,6 +3,7 @@
 mod fields;
 mod groups;
 mod kv_cache;
+mod long_context;
 mod read;
 
 use std::fmt;
@@ -14,6 +15,7 @@ use serde::{Serialize, Serializer};
 pub(crate) use fields::{json_why, one_line};
 pub use groups::{GroupMethod, GroupQuantization};
 pub use kv_cache::KvCacheType;
+pub use long_context::{DualChunkAttention, LongContext};
 
 use crate::error::{Error, ErrorKind, Result};
 use read::MAX_CONTEXT;
@@ -51,6 +53,9 @@ pub struct ModelConfig {
     pub rope_theta: f64,
     /// How positions beyond the trained ones are reached; `None`: plain.
     pub rope_scaling: Option<RopeScaling>,
+    /// Attention in chunks, for sequences that are longer than one; of `rope_scaling` it takes nothing
+    /// but the length that was trained, for `None` in `original_max_position_embeddings`.
+    pub dual_chunk_attention: Option<DualChunkAttention>,
     /// Per layer, how many positions it looks back including its own; `None`: all.
     pub layer_sliding_windows: Vec<Option<usize>>,
     /// The precision that the config announces; the stored tensors decide.
@@ -71,8 +76,6 @@ pub struct ModelConfig {
 pub(crate) const PACKED: &str = "qwen2-packed";
 pub(crate) const PACKED_VERSION: usize = 1;
 
-/// YaRN's paper goes no further.
-const MOST_STRETCH: usize = 32;
 /// transformers' and vLLM's.
 const DEFAULT_BETA_FAST: f64 = 32.0;
 const DEFAULT_BETA_SLOW: f64 = 1.0;
@@ -175,6 +178,7 @@ impl Default for ModelConfig {
             tie_word_embeddings: false,
             rope_theta: 10_000.0,
             rope_scaling: None,
+            dual_chunk_attention: None,
             layer_sliding_windows: vec![None; 32],
             dtype: None,
             bos_token_id: None,
@@ -215,46 +219,6 @@ impl ModelConfig {
                     .max((stretched as usize).min(MAX_CONTEXT))
             }
         }
-    }
-
-    /// This model for `context_length` tokens: as it is where it has as many, else with YaRN by the ratio of
-    /// that to the length it was trained on, as the model cards do with factor 4 for 131,072 tokens.
-    ///
-    /// # Errors
-    /// `InvalidArgument` for more than 32 times the trained length, or where YaRN is set and not enough.
-    pub fn stretched_to(&self, context_length: usize) -> Result<Self> {
-        let most = self.context_length();
-        if context_length <= most {
-            return Ok(self.clone());
-        }
-        let refuse = |why: String, help: &str| {
-            let what = "context is longer than the model's";
-            Err(Error::new(ErrorKind::InvalidArgument, what)
-                .with_key("context_length")
-                .with_why(why)
-                .with_help(help))
-        };
-        if self.rope_scaling.is_some() {
-            let why = format!("{context_length}, the model has {most}");
-            return refuse(why, "raise factor in rope_scaling of config.json");
-        }
-        let trained = self.max_position_embeddings;
-        if context_length > trained.saturating_mul(MOST_STRETCH) {
-            let why = format!(
-                "{context_length}, the model has {most} and YaRN stretches them {MOST_STRETCH} times at most"
-            );
-            return refuse(why, "ask for less: quality falls with every doubling");
-        }
-        Ok(Self {
-            rope_scaling: Some(RopeScaling::Yarn {
-                factor: context_length as f64 / trained as f64,
-                original_max_position_embeddings: trained,
-                attention_factor: None,
-                beta_fast: DEFAULT_BETA_FAST,
-                beta_slow: DEFAULT_BETA_SLOW,
-            }),
-            ..self.clone()
-        })
     }
 
     /// Weights of the network, embeddings included, a tied table counted once.

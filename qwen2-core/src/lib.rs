@@ -21,8 +21,8 @@ pub use api::{
 };
 pub use checkpoint::{Progress, Source};
 pub use config::{
-    DType, GenerationConfig, GroupMethod, GroupQuantization, KvCacheType, ModelConfig, MoeConfig,
-    RopeScaling,
+    DType, DualChunkAttention, GenerationConfig, GroupMethod, GroupQuantization, KvCacheType,
+    LongContext, ModelConfig, MoeConfig, RopeScaling,
 };
 pub use device::Device;
 pub use error::{Error, ErrorKind, Result};

@@ -6,7 +6,7 @@ mod common;
 use common::{builder, device, fixture, floats, ids, json, max_difference, root, rows, unrounded};
 use qwen2_core::{DType, ErrorKind, GenerateOptions, KvCacheType, Prompt, RopeScaling};
 
-const MODELS: [&str; 16] = [
+const MODELS: [&str; 17] = [
     "tied",
     "untied",
     "tied_flag_untied_weights",
@@ -18,6 +18,7 @@ const MODELS: [&str; 16] = [
     "f16",
     "yarn",
     "yarn5",
+    "dual_chunk",
     "sliding",
     "sliding5",
     "moe",

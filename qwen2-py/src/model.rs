@@ -76,14 +76,16 @@ impl Model {
     ///     the best by the head itself; for greedy choice and top_k up to 64.
     /// adapter: a directory with a LoRA adapter of PEFT's, which is added to the weights.
     /// context_length: tokens that prompt and answer may have together; more than the model has
-    ///     stretches it with YaRN.
+    ///     stretches it.
+    /// long_context: what a context beyond the trained length is reached by: yarn; yarn_when_needed, which
+    ///     leaves sequences up to the trained length as they are; or dual_chunk, attention in chunks.
     /// threads: on the processor; by default as many as the system allows.
     /// progress: True for a bar on stderr, or a function that gets the bytes done and in all; what
     ///     it raises stops the loading.
     #[staticmethod]
     #[pyo3(
-        signature = (source, *, device="auto", dtype="auto", quantize=None, kv_cache=None, activations="f32", preload=false, screened_head=false, adapter=None, context_length=None, threads=None, progress=None),
-        text_signature = "(source, *, device='auto', dtype='auto', quantize=None, kv_cache=None, activations='f32', preload=False, screened_head=False, adapter=None, context_length=None, threads=None, progress=False)"
+        signature = (source, *, device="auto", dtype="auto", quantize=None, kv_cache=None, activations="f32", preload=false, screened_head=false, adapter=None, context_length=None, long_context="yarn", threads=None, progress=None),
+        text_signature = "(source, *, device='auto', dtype='auto', quantize=None, kv_cache=None, activations='f32', preload=False, screened_head=False, adapter=None, context_length=None, long_context='yarn', threads=None, progress=False)"
     )]
     #[allow(clippy::too_many_arguments)] // the settings, by name
     fn load(
@@ -98,6 +100,7 @@ impl Model {
         screened_head: bool,
         adapter: Option<PathBuf>,
         context_length: Option<Whole>,
+        long_context: &str,
         threads: Option<Whole>,
         progress: Option<Bound<'_, PyAny>>,
     ) -> PyResult<Self> {
@@ -118,6 +121,7 @@ impl Model {
             builder = builder.kv_cache(dtype.parse::<KvCacheType>().map_err(Failure::from)?);
         }
         builder = builder
+            .long_context(long_context.parse().map_err(Failure::from)?)
             .activations(activations.parse::<DType>().map_err(Failure::from)?)
             .preload(preload)
             .screened_head(screened_head);

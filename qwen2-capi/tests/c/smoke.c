@@ -164,6 +164,9 @@ static void load_errors(const char *directory) {
     FAILS(qwen2_load_options_set_kv_cache(options, "f8", NUL, &error), QWEN2_ERROR_INVALID_ARGUMENT,
           "unknown kind of cache: kv_cache: f8");
     OK(qwen2_load_options_set_kv_cache(options, "bf16", NUL, &error));
+    FAILS(qwen2_load_options_set_long_context(options, "ntk", NUL, &error), QWEN2_ERROR_INVALID_ARGUMENT,
+          "unknown kind of long context: long_context: ntk");
+    OK(qwen2_load_options_set_long_context(options, "dual_chunk", NUL, &error));
     qwen2_load_options_set_preload(options, 1);
     qwen2_load_options_set_screened_head(options, 0);
     FAILS(qwen2_load_options_set_activations(options, "f8", NUL, &error), QWEN2_ERROR_INVALID_ARGUMENT,

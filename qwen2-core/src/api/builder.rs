@@ -13,11 +13,11 @@ use super::stored::{burn_dtype, keep_stored, merged};
 use crate::checkpoint::adapter::Adapter;
 use crate::checkpoint::mmap::arena::Arena;
 use crate::checkpoint::{Checkpoint, Encoding, Progress, Source, cancelled, names};
-use crate::config::{DType, GenerationConfig, KvCacheType, ModelConfig};
+use crate::config::{DType, GenerationConfig, KvCacheType, LongContext, ModelConfig};
 use crate::device::Device;
 use crate::error::{Error, ErrorKind, Result};
 use crate::generate::{Host, Network, SamplingDefaults};
-use crate::model::{self, Kept, SCREEN};
+use crate::model::{self, Kept, SCREEN, Settings};
 use crate::ops::codes::Bits;
 use crate::ops::{CacheFormat, Threads};
 use crate::text::Tokenizer;
@@ -36,6 +36,7 @@ pub struct ModelBuilder {
     dtype: Option<DType>,
     quantize: Option<Quantization>,
     context_length: Option<usize>,
+    long_context: LongContext,
     adapter: Option<PathBuf>,
     threads: Option<usize>,
     prefill_chunk: usize,
@@ -67,6 +68,7 @@ impl ModelBuilder {
             dtype: None,
             quantize: None,
             context_length: None,
+            long_context: LongContext::default(),
             adapter: None,
             threads: None,
             prefill_chunk: PREFILL_CHUNK,
@@ -138,6 +140,12 @@ impl ModelBuilder {
     /// Tokens that are read at once in prefill; default 512.
     pub fn prefill_chunk(mut self, n_tokens: usize) -> Self {
         self.prefill_chunk = n_tokens;
+        self
+    }
+
+    /// What a context beyond the trained length is reached by; default [`LongContext::Yarn`].
+    pub fn long_context(mut self, by: LongContext) -> Self {
+        self.long_context = by;
         self
     }
 
@@ -259,9 +267,7 @@ impl ModelBuilder {
         let qwen2 = model::load(
             &config,
             burn_device,
-            tied,
-            self.screened_head,
-            cache_format(kv_cache),
+            self.settings(tied, kv_cache),
             &mut |name| {
                 if name == SCREEN {
                     return taken(&mut ranks);
@@ -327,6 +333,15 @@ impl ModelBuilder {
         }
     }
 
+    fn settings(&self, tied: bool, kv_cache: KvCacheType) -> Settings {
+        Settings {
+            tied,
+            screened: self.screened_head,
+            cache_format: cache_format(kv_cache),
+            yarn_when_needed: self.long_context == LongContext::YarnWhenNeeded,
+        }
+    }
+
     fn kv_cache_type(&self, device: &Device, weights: DType, packed: bool) -> KvCacheType {
         self.kv_cache.unwrap_or(match packed {
             _ if !device.is_cpu() => KvCacheType::F32,
@@ -356,9 +371,7 @@ impl ModelBuilder {
         let qwen2 = model::load(
             &config,
             burn_device,
-            tied,
-            screened,
-            cache_format(kv_cache),
+            self.settings(tied, kv_cache),
             &mut |name| {
                 if name == SCREEN {
                     return taken(&mut ranks);
@@ -467,15 +480,14 @@ impl ModelBuilder {
 
     /// The config for the context that is asked for, and that context.
     fn with_context(&self, config: &ModelConfig) -> Result<(ModelConfig, usize)> {
-        let Some(wanted) = self.context_length else {
-            return Ok((config.clone(), config.context_length()));
-        };
-        let stretched = config.stretched_to(wanted)?;
-        if stretched.rope_scaling != config.rope_scaling {
+        let wanted = self.context_length.unwrap_or(config.context_length());
+        let stretched = config.stretched_to(wanted, self.long_context)?;
+        if stretched != *config {
             tracing::info!(
                 context_length = wanted,
                 trained = config.max_position_embeddings,
-                "YaRN"
+                long_context = self.long_context.name(),
+                "stretched"
             );
         }
         Ok((stretched, wanted))

@@ -162,6 +162,11 @@ impl Model {
     pub fn logits(&self, tokens: &[u32]) -> Result<Logits> {
         self.check_tokens(tokens)?;
         let mut cache = self.new_cache();
+        self.inner
+            .host
+            .network
+            .qwen2
+            .ready(&mut cache, tokens.len());
         let mut values = Vec::new();
         for chunk in tokens.chunks(self.inner.host.prefill_chunk) {
             values.extend(
@@ -186,6 +191,11 @@ impl Model {
     pub fn score(&self, tokens: &[u32]) -> Result<Vec<f32>> {
         self.check_tokens(tokens)?;
         let mut cache = self.new_cache();
+        self.inner
+            .host
+            .network
+            .qwen2
+            .ready(&mut cache, tokens.len());
         let mut scores = Vec::with_capacity(tokens.len());
         let vocab_size = self.inner.config.vocab_size;
         for chunk in tokens.chunks(self.inner.host.prefill_chunk) {

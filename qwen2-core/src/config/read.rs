@@ -6,6 +6,7 @@ use serde_json::Value;
 
 use super::fields::Fields;
 use super::groups::{GroupQuantization, group_quantization};
+use super::long_context::dual_chunk_attention;
 use super::{
     DEFAULT_BETA_FAST, DEFAULT_BETA_SLOW, DType, GenerationConfig, ModelConfig, MoeConfig, PACKED,
     PACKED_VERSION, RopeScaling,
@@ -54,6 +55,7 @@ pub(super) fn model_config(bytes: &[u8], path: &Path) -> Result<ModelConfig> {
         tie_word_embeddings: fields.boolean("tie_word_embeddings")?.unwrap_or(false),
         rope_theta,
         rope_scaling,
+        dual_chunk_attention: dual_chunk_attention(&fields)?,
         layer_sliding_windows: layer_sliding_windows(&fields, num_hidden_layers, is_moe)?,
         dtype: stored_dtype(&fields)?,
         bos_token_id: fields.id("bos_token_id")?,
@@ -141,14 +143,6 @@ fn refuse_what_is_not_done(fields: &Fields<'_>) -> Result<()> {
             "hidden_act",
             activation,
             "Qwen2 uses silu",
-        ));
-    }
-    if fields.get("dual_chunk_attention_config").is_some() {
-        return Err(fields.unsupported(
-            "dual chunk attention is not supported yet",
-            "dual_chunk_attention_config",
-            "present",
-            "remove the key from config.json and keep prompts within the trained length",
         ));
     }
     refuse_attention_variants(fields)

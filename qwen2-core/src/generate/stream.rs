@@ -56,6 +56,7 @@ impl Run {
         processor: Option<Box<dyn LogitsProcessor>>,
     ) -> Result<Self> {
         let room = check_fit(tokens.len(), cache.context_length(), &options)?;
+        let cached_tokens = host.network.qwen2.keeps(cache, tokens.len());
         Ok(Self {
             sampler: Sampler::new(&options),
             stop: StopMatcher::new(&options.stop),
@@ -64,7 +65,7 @@ impl Run {
             usage: Usage {
                 prompt_tokens: tokens.len(),
                 // At least one token must run to give logits.
-                cached_tokens: cache.n_tokens().min(tokens.len() - 1),
+                cached_tokens: cached_tokens.min(tokens.len() - 1),
                 completion_tokens: 0,
             },
             host,
@@ -139,6 +140,7 @@ impl Run {
     fn forward(&mut self, cache: &mut Cache) -> Result<Option<Vec<f32>>> {
         // The last token must run again to give its logits, if the cache has it already.
         cache.truncate(self.tokens.len() - 1);
+        self.host.network.qwen2.ready(cache, self.tokens.len());
         loop {
             if self.cancel.is_cancelled() {
                 return Ok(None);

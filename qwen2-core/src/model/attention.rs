@@ -33,7 +33,7 @@ impl Attention {
         let visible = Visible {
             n_past,
             window: self.sliding_window,
-            chunk: None,
+            chunk: tables.chunk,
         };
         // [n, heads · head_dim]
         let out = part("attention", || {

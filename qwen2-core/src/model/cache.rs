@@ -14,6 +14,10 @@ pub(crate) struct Cache {
     layers: Vec<LayerCache>,
     n_tokens: usize,
     capacity: usize,
+    /// Positions that will come at least, as far as is known.
+    expected: usize,
+    /// Whether its keys have the rotations of long sequences.
+    long: bool,
     context_length: usize,
     shape: CacheShape,
 }
@@ -39,6 +43,8 @@ impl Cache {
             layers: Vec::new(),
             n_tokens: 0,
             capacity: 0,
+            expected: 0,
+            long: false,
             context_length,
             shape,
         }
@@ -52,6 +58,24 @@ impl Cache {
     /// Positions that this cache may ever hold.
     pub(crate) fn context_length(&self) -> usize {
         self.context_length
+    }
+
+    /// Says how many positions there will be at least, so that it grows to that at once.
+    pub(crate) fn expect(&mut self, n_tokens: usize) {
+        self.expected = n_tokens;
+    }
+
+    /// Whether its keys have the rotations of long sequences.
+    pub(crate) fn is_long(&self) -> bool {
+        self.long
+    }
+
+    /// Changes the rotations, and so forgets what was computed with others.
+    pub(crate) fn set_long(&mut self, long: bool) {
+        if self.long != long {
+            self.long = long;
+            self.n_tokens = 0;
+        }
     }
 
     /// Bytes of its buffers.
@@ -81,6 +105,7 @@ impl Cache {
             // Doubling: the copies cost less than one more pass over what they hold.
             let capacity = needed
                 .max(2 * self.capacity)
+                .max(self.expected)
                 .max(FIRST_CAPACITY)
                 .min(self.context_length)
                 .next_multiple_of(CACHE_BLOCK);

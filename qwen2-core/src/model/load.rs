@@ -15,22 +15,37 @@ use crate::ops::{CacheFormat, Linear, RmsNorm, Weight, packed};
 /// The head in few bits, made of the head when that was loaded.
 pub(crate) const SCREEN: &str = "lm_head.screen";
 
+/// What the config does not say.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Settings {
+    /// The embedding table is the head as well.
+    pub(crate) tied: bool,
+    /// A copy of the head in few bits is to be had by the name [`SCREEN`].
+    pub(crate) screened: bool,
+    /// What keys and values are kept in.
+    pub(crate) cache_format: CacheFormat,
+    /// YaRN is for sequences beyond the trained length only.
+    pub(crate) yarn_when_needed: bool,
+}
+
 /// Builds the network of `config` on `device`.
 ///
-/// `get` gives a tensor by its checkpoint name, in its checked shape and as it is to be kept;
-/// `tied` says that the embedding table is the head as well, `screened` that a copy of the head in few
-/// bits is to be had by the name [`SCREEN`]; `cache_format` is what keys and values are kept in.
+/// `get` gives a tensor by its checkpoint name, in its checked shape and as it is to be kept.
 ///
 /// # Errors
 /// What `get` returns.
 pub(crate) fn load(
     config: &ModelConfig,
     device: &Device,
-    tied: bool,
-    screened: bool,
-    cache_format: CacheFormat,
+    settings: Settings,
     get: &mut dyn FnMut(&str) -> Result<Kept>,
 ) -> Result<Qwen2> {
+    let Settings {
+        tied,
+        screened,
+        cache_format,
+        yarn_when_needed,
+    } = settings;
     let mut source = Source { device, get };
     let embed_tokens = source.matrix("model.embed_tokens.weight")?;
     let layers = (0..config.num_hidden_layers)
@@ -52,7 +67,7 @@ pub(crate) fn load(
         norm,
         lm_head,
         screen,
-        rope: Rope::new(config),
+        rope: Rope::new(config, yarn_when_needed),
         cache_shape: CacheShape {
             num_hidden_layers: config.num_hidden_layers,
             num_key_value_heads: config.num_key_value_heads,

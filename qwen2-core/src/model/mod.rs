@@ -22,7 +22,7 @@ use mlp::Mlp;
 use moe::Moe;
 use rope::Rope;
 
-pub(crate) use load::{Kept, SCREEN, load};
+pub(crate) use load::{Kept, SCREEN, Settings, load};
 
 /// Qwen2 (arXiv:2407.10671), dense or with experts.
 #[derive(Debug)]
@@ -82,10 +82,11 @@ impl Qwen2 {
         rows: Rows,
     ) -> Result<Option<Tensor<2>>> {
         cache.reserve(tokens.len())?;
+        let long = cache.is_long();
         let (layers, n_past) = cache.parts();
         let device = &self.cache_shape.device;
         let tables = part("rope tables", || {
-            self.rope.tables(n_past, tokens.len(), device)
+            self.rope.tables(n_past, tokens.len(), long, device)
         });
         let mut h = part("embed", || ops::embed(&self.embed_tokens, tokens)); // [n, hidden]
         for (layer, cache) in self.layers.iter().zip(layers) {
@@ -116,6 +117,21 @@ impl Qwen2 {
         part("norm, head", || {
             ops::screened_head(&h, &self.norm, &self.lm_head, screen)
         })
+    }
+
+    /// Readies a cache for a sequence that has `n_tokens` tokens by now: forgets what it holds if that
+    /// was computed with other frequencies than so long a sequence takes.
+    pub(crate) fn ready(&self, cache: &mut Cache, n_tokens: usize) {
+        cache.set_long(self.rope.is_long(n_tokens));
+        cache.expect(n_tokens);
+    }
+
+    /// Positions of a cache that a sequence of `n_tokens` tokens can build on.
+    pub(crate) fn keeps(&self, cache: &Cache, n_tokens: usize) -> usize {
+        match self.rope.is_long(n_tokens) == cache.is_long() {
+            true => cache.n_tokens(),
+            false => 0,
+        }
     }
 
     /// An empty cache for one sequence.

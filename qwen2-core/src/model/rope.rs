@@ -1,24 +1,131 @@
-//! Rotary tables: cosines and sines of the positions of one forward, in f32; plain or YaRN.
+//! Rotary tables: cosines and sines of the positions of one forward, in f32; plain, YaRN, or in chunks.
 
 use burn::tensor::{Device, Tensor, TensorData};
 
 use crate::config::{ModelConfig, RopeScaling};
-use crate::ops::RopeTables;
+use crate::ops::{Angles, RopeTables};
 
-/// The frequencies of a model.
+/// The rotations of a model.
 #[derive(Debug, Clone)]
 pub(crate) struct Rope {
+    usual: Frequencies,
+    /// Those of sequences that are longer than so many tokens.
+    beyond: Option<(usize, Frequencies)>,
+    chunks: Option<Chunks>,
+}
+
+#[derive(Debug, Clone)]
+struct Frequencies {
     /// `[head_dim / 2]`, f32: bf16 cannot hold positions above 256.
     inv_freq: Vec<f32>,
     /// What YaRN multiplies cosine and sine with (arXiv:2309.00071, section 3.4); else 1.
     attention_factor: f32,
 }
 
+/// Dual chunk attention (arXiv:2402.17463), as vLLM computes its rotations.
+#[derive(Debug, Clone, Copy)]
+struct Chunks {
+    /// Positions of a chunk.
+    length: usize,
+    /// No query is further from a key.
+    chunk_size: usize,
+    original_max_position_embeddings: Option<usize>,
+}
+
 impl Rope {
-    pub(crate) fn new(config: &ModelConfig) -> Self {
+    /// `when_needed`: YaRN is for sequences beyond the trained length only.
+    pub(crate) fn new(config: &ModelConfig, when_needed: bool) -> Self {
+        let plain = || Frequencies::new(config, None);
+        let scaling = config.rope_scaling.as_ref();
+        let trained = scaling.map(
+            |RopeScaling::Yarn {
+                 original_max_position_embeddings,
+                 ..
+             }| *original_max_position_embeddings,
+        );
+        if let Some(dual) = config.dual_chunk_attention {
+            return Self {
+                usual: plain(),
+                beyond: None,
+                chunks: Some(Chunks {
+                    length: dual.chunk_length(),
+                    chunk_size: dual.chunk_size,
+                    original_max_position_embeddings: dual
+                        .original_max_position_embeddings
+                        .or(trained),
+                }),
+            };
+        }
+        let stretched = || Frequencies::new(config, scaling);
+        let (usual, beyond) = match trained.filter(|_| when_needed) {
+            None => (stretched(), None),
+            Some(trained) => (plain(), Some((trained, stretched()))),
+        };
+        Self {
+            usual,
+            beyond,
+            chunks: None,
+        }
+    }
+
+    /// Whether a sequence of so many tokens takes the frequencies of long ones.
+    pub(crate) fn is_long(&self, n_tokens: usize) -> bool {
+        self.beyond
+            .as_ref()
+            .is_some_and(|(trained, _)| n_tokens > *trained)
+    }
+
+    /// Cosines and sines of the positions `start..start + n`; `long` as [`Self::is_long`] tells.
+    pub(crate) fn tables(&self, start: usize, n: usize, long: bool, device: &Device) -> RopeTables {
+        let frequencies = match &self.beyond {
+            Some((_, frequencies)) if long => frequencies,
+            _ => &self.usual,
+        };
+        let positions = start..start + n;
+        let Some(chunks) = self.chunks else {
+            let angles = frequencies.angles(positions.map(|p| (p, 1.0)), device);
+            return RopeTables {
+                keys: angles.clone(),
+                queries: angles,
+                chunk: None,
+            };
+        };
+        let Chunks {
+            length, chunk_size, ..
+        } = chunks;
+        let all = |place: &dyn Fn(usize) -> usize| -> Vec<(usize, f32)> {
+            let of = |p| (place(p), chunks.query_factor(p));
+            positions.clone().map(of).collect()
+        };
+        let queries = [
+            all(&|p| p % length),
+            all(&|p| (p % length + length).min(chunk_size)),
+            all(&|_| (2 * length - 1).min(chunk_size)),
+        ];
+        RopeTables {
+            keys: frequencies.angles(positions.clone().map(|p| (p % length, 1.0)), device),
+            queries: frequencies.angles(queries.concat().into_iter(), device),
+            chunk: Some(length),
+        }
+    }
+}
+
+impl Chunks {
+    /// What the query at a position is multiplied by, in f64 as its source has f32 of few digits.
+    fn query_factor(self, position: usize) -> f32 {
+        let Some(original) = self.original_max_position_embeddings else {
+            return 1.0;
+        };
+        let stretch = (position + 1) as f64 / original as f64;
+        (0.1 * stretch.ln() + 1.0).max(1.0) as f32
+    }
+}
+
+impl Frequencies {
+    fn new(config: &ModelConfig, scaling: Option<&RopeScaling>) -> Self {
         let half = config.head_dim / 2;
         let plain = |j: usize| config.rope_theta.powf(-(j as f64) / half as f64);
-        match &config.rope_scaling {
+        match scaling {
             Some(RopeScaling::Yarn {
                 factor,
                 original_max_position_embeddings,
@@ -47,20 +154,25 @@ impl Rope {
         }
     }
 
-    /// Cosines and sines of the positions `start..start + n`.
-    pub(crate) fn tables(&self, start: usize, n: usize, device: &Device) -> RopeTables {
-        let shape = [n, self.inv_freq.len()];
-        let mut cos = Vec::with_capacity(n * self.inv_freq.len());
-        let mut sin = Vec::with_capacity(n * self.inv_freq.len());
-        for position in start..start + n {
+    /// Of positions with what each is multiplied by.
+    fn angles(
+        &self,
+        positions: impl ExactSizeIterator<Item = (usize, f32)>,
+        device: &Device,
+    ) -> Angles {
+        let shape = [positions.len(), self.inv_freq.len()];
+        let mut cos = Vec::with_capacity(shape[0] * shape[1]);
+        let mut sin = Vec::with_capacity(shape[0] * shape[1]);
+        for (position, factor) in positions {
+            let factor = factor * self.attention_factor;
             for inv_freq in &self.inv_freq {
                 let (s, c) = (position as f32 * inv_freq).sin_cos();
-                cos.push(c * self.attention_factor);
-                sin.push(s * self.attention_factor);
+                cos.push(c * factor);
+                sin.push(s * factor);
             }
         }
         let upload = |values| Tensor::from_data(TensorData::new(values, shape), device);
-        RopeTables {
+        Angles {
             cos: upload(cos),
             sin: upload(sin),
         }

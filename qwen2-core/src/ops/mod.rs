@@ -18,10 +18,20 @@ pub(crate) use key_values::{CACHE_BLOCK, CacheFormat, KeyValues};
 pub(crate) use linear::{Linear, RmsNorm, Weight};
 pub(crate) use visible::Visible;
 
-/// Cosines and sines of the positions of one forward, `[rotations · n, head_dim / 2]` f32 each: the
-/// first `n` rows for keys and queries, those behind them for the other rotations of the queries.
+/// Cosines and sines of the positions of one forward.
 #[derive(Debug, Clone)]
 pub(crate) struct RopeTables {
+    /// `n` rows.
+    pub(crate) keys: Angles,
+    /// `rotations · n` rows.
+    pub(crate) queries: Angles,
+    /// As [`Visible`] has it.
+    pub(crate) chunk: Option<usize>,
+}
+
+/// Cosines and sines, `[rows, head_dim / 2]` f32 each.
+#[derive(Debug, Clone)]
+pub(crate) struct Angles {
     pub(crate) cos: Tensor<2>,
     pub(crate) sin: Tensor<2>,
 }
@@ -108,7 +118,7 @@ pub(crate) fn experts(h: Tensor<2>, norm: &RmsNorm, visits: Vec<Visit<'_>>) -> T
 /// Takes queries, keys and values apart (`qkv` `[n, (heads + 2 · kv_heads) · head_dim]`), gives
 /// queries and keys their rotary embedding (arXiv:2104.09864, half-split pairing), and writes keys
 /// and values to the cache from position `start` on. The queries, `[rotations · n, heads, head_dim]`:
-/// each once for all rows of the tables.
+/// each in all its rotations.
 pub(crate) fn append(
     qkv: Tensor<2>,
     tables: &RopeTables,

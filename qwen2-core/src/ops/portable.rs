@@ -4,7 +4,7 @@ use burn::tensor::{DType, Device, IndexingUpdateOp, Int, Tensor, TensorData, act
 
 use super::codes::{Bits, GROUP, padded};
 use super::key_values::Codes;
-use super::{KeyValues, Linear, RmsNorm, RopeTables, Visible, Visit, Weight, packed};
+use super::{Angles, KeyValues, Linear, RmsNorm, RopeTables, Visible, Visit, Weight, packed};
 
 pub(crate) fn project<const N: usize>(
     x: &Tensor<2>,
@@ -53,10 +53,10 @@ pub(crate) fn append(
     let heads = width / head_dim - 2 * kv_heads;
     let qkv = qkv.reshape([n, heads + 2 * kv_heads, head_dim]);
     let q = qkv.clone().narrow(1, 0, heads);
-    let rotations = tables.cos.dims()[0] / n;
-    let queries = (0..rotations).map(|rotation| rope(q.clone(), tables, rotation));
+    let rotations = tables.queries.cos.dims()[0] / n;
+    let queries = (0..rotations).map(|rotation| rope(q.clone(), &tables.queries, rotation));
     let q = Tensor::cat(queries.collect(), 0);
-    let k = rope(qkv.clone().narrow(1, heads, kv_heads), tables, 0).swap_dims(0, 1);
+    let k = rope(qkv.clone().narrow(1, heads, kv_heads), &tables.keys, 0).swap_dims(0, 1);
     let v = qkv.narrow(1, heads + kv_heads, kv_heads).swap_dims(0, 1);
     let write = |buffer: Tensor<3>, new: Tensor<3>| {
         let [_, _, width] = buffer.dims();
@@ -212,8 +212,8 @@ fn rms_norm(x: Tensor<2>, norm: &RmsNorm) -> Tensor<2> {
     x * scale * norm.weight.clone().cast(DType::F32).unsqueeze()
 }
 
-/// `x` `[n, heads, head_dim]` by one of the rotations of the tables.
-fn rope(x: Tensor<3>, tables: &RopeTables, rotation: usize) -> Tensor<3> {
+/// `x` `[n, heads, head_dim]` by one of the rotations.
+fn rope(x: Tensor<3>, angles: &Angles, rotation: usize) -> Tensor<3> {
     let [n, _, head_dim] = x.dims();
     let half = head_dim / 2;
     let rows = |table: &Tensor<2>| {
@@ -222,7 +222,7 @@ fn rope(x: Tensor<3>, tables: &RopeTables, rotation: usize) -> Tensor<3> {
             .narrow(0, rotation * n, n)
             .unsqueeze_dim::<3>(1)
     };
-    let (cos, sin) = (rows(&tables.cos), rows(&tables.sin)); // [n, 1, head_dim / 2]
+    let (cos, sin) = (rows(&angles.cos), rows(&angles.sin)); // [n, 1, head_dim / 2]
     let a = x.clone().narrow(2, 0, half);
     let b = x.narrow(2, half, half);
     Tensor::cat(
@@ -379,9 +379,14 @@ mod tests {
                 for (n_past, n) in [(0, 13), (13, 6)] {
                     let width = (heads + 2 * kv_heads) * head_dim;
                     let qkv = wave([n, width], 0.37 + n as f32);
+                    let angles = |rows, f| Angles {
+                        cos: wave([rows, head_dim / 2], f),
+                        sin: wave([rows, head_dim / 2], f + 0.1),
+                    };
                     let tables = RopeTables {
-                        cos: wave([rotations * n, head_dim / 2], 0.9),
-                        sin: wave([rotations * n, head_dim / 2], 0.8),
+                        keys: angles(n, 0.8),
+                        queries: angles(rotations * n, 0.7),
+                        chunk,
                     };
                     let visible = Visible {
                         n_past,

@@ -193,6 +193,12 @@ fn model_keys(checkpoint: &Checkpoint, plan: &[Planned], keys: &mut Keys) -> Res
             *original_max_position_embeddings as u32,
         );
     }
+    if config.dual_chunk_attention.is_some() {
+        return unsupported(
+            "dual_chunk_attention_config",
+            "llama.cpp has no attention in chunks",
+        );
+    }
     if let Some(moe) = &config.moe {
         if moe.norm_topk_prob {
             return unsupported(

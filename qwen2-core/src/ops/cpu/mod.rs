@@ -20,7 +20,9 @@ use burn_flex::{Flex, FlexTensor};
 use half::{bf16, f16};
 
 use super::codes::Bits;
-use super::{KeyValues, Linear, RmsNorm, RopeTables, Route, Visible, Visit, Weight, packed};
+use super::{
+    Angles, KeyValues, Linear, RmsNorm, RopeTables, Route, Visible, Visit, Weight, packed,
+};
 use attention::Attention;
 use layout::{Coded, CodedMut, Codes, CodesWriter, Dims, Floats, FloatsWriter, Layout, Writer};
 use matrix::{Element, Gated, Input, Matrices, Matrix, elements, matrix};
@@ -65,12 +67,38 @@ pub(crate) trait Qwen2Ops: Backend {
     /// `qkv` stands with the cache, the queries come back in its place.
     fn qwen2_append(
         #[extension_type] qkv: WithCache<Self>,
-        cos: FloatTensor<Self>,
-        sin: FloatTensor<Self>,
+        #[extension_type] keys: Rotations<Self>,
+        #[extension_type] queries: Rotations<Self>,
         start: usize,
     ) -> WithCache<Self>;
     fn qwen2_attention(#[extension_type] q: WithCache<Self>, visible: Visible)
     -> FloatTensor<Self>;
+}
+
+/// Cosines and sines.
+#[derive(ExtensionType)]
+pub(crate) struct Rotations<B: Backend> {
+    cos: FloatTensor<B>,
+    sin: FloatTensor<B>,
+}
+
+impl Rotations<Dispatch> {
+    fn new(angles: &Angles) -> Self {
+        Self {
+            cos: angles.cos.clone().into_dispatch(),
+            sin: angles.sin.clone().into_dispatch(),
+        }
+    }
+}
+
+impl Rotations<Flex> {
+    fn tables(&self) -> elementwise::Tables<'_> {
+        elementwise::Tables {
+            cos: elements(&self.cos),
+            sin: elements(&self.sin),
+            half: dims::<2>(&self.cos)[1],
+        }
+    }
 }
 
 /// A tensor and the keys and values that it goes with.
@@ -221,22 +249,19 @@ impl Qwen2Ops for Flex {
 
     fn qwen2_append(
         qkv: WithCache<Self>,
-        cos: FlexTensor,
-        sin: FlexTensor,
+        keys: Rotations<Self>,
+        queries: Rotations<Self>,
         start: usize,
     ) -> WithCache<Self> {
+        let angles = (keys.tables(), queries.tables());
         match qkv {
             WithCache::Floats(qkv, mut keys, mut values) => {
                 let q = match keys.dtype() {
-                    DType::F32 => {
-                        append_floats::<f32>(&qkv, &cos, &sin, &mut keys, &mut values, start)
-                    }
+                    DType::F32 => append_floats::<f32>(&qkv, angles, &mut keys, &mut values, start),
                     DType::BF16 => {
-                        append_floats::<bf16>(&qkv, &cos, &sin, &mut keys, &mut values, start)
+                        append_floats::<bf16>(&qkv, angles, &mut keys, &mut values, start)
                     }
-                    DType::F16 => {
-                        append_floats::<f16>(&qkv, &cos, &sin, &mut keys, &mut values, start)
-                    }
+                    DType::F16 => append_floats::<f16>(&qkv, angles, &mut keys, &mut values, start),
                     other => unreachable!("caches are made as f32, bf16 or f16, not {other:?}"),
                 };
                 WithCache::Floats(q, keys, values)
@@ -251,7 +276,7 @@ impl Qwen2Ops for Flex {
                     keys,
                     values,
                 });
-                let q = flex_append(&qkv, &cos, &sin, heads.collect(), start);
+                let q = flex_append(&qkv, angles, heads.collect(), start);
                 WithCache::Codes(q, kc, ks, vc, vs, bits, head_dim)
             }
         }
@@ -351,11 +376,11 @@ pub(crate) fn append(
     cache: KeyValues,
     start: usize,
 ) -> (Tensor<3>, KeyValues) {
-    let (cos, sin) = (
-        tables.cos.clone().into_dispatch(),
-        tables.sin.clone().into_dispatch(),
+    let (keys, queries) = (
+        Rotations::new(&tables.keys),
+        Rotations::new(&tables.queries),
     );
-    Dispatch::qwen2_append(WithCache::new(qkv, cache), cos, sin, start).split()
+    Dispatch::qwen2_append(WithCache::new(qkv, cache), keys, queries, start).split()
 }
 
 pub(crate) fn attention(q: Tensor<3>, cache: &KeyValues, visible: Visible) -> Tensor<2> {
@@ -426,8 +451,7 @@ fn normed(x: &FlexTensor, norm: &FlexTensor, eps: f64) -> Vec<f32> {
 
 fn append_floats<W: Element>(
     qkv: &FlexTensor,
-    cos: &FlexTensor,
-    sin: &FlexTensor,
+    angles: (elementwise::Tables<'_>, elementwise::Tables<'_>),
     keys: &mut FlexTensor,
     values: &mut FlexTensor,
     start: usize,
@@ -441,30 +465,26 @@ fn append_floats<W: Element>(
         keys,
         values,
     });
-    flex_append(qkv, cos, sin, heads.collect(), start)
+    flex_append(qkv, angles, heads.collect(), start)
 }
 
 /// Writes to the caches of the heads; the queries.
 fn flex_append(
     qkv: &FlexTensor,
-    cos: &FlexTensor,
-    sin: &FlexTensor,
+    angles: (elementwise::Tables<'_>, elementwise::Tables<'_>),
     heads: Vec<impl Writer>,
     start: usize,
 ) -> FlexTensor {
     let qkv = qkv.to_contiguous();
     let [_, width] = dims(&qkv);
-    let [rows, half] = dims(cos); // rotations · n
+    let (of_keys, of_queries) = angles;
+    let half = of_keys.half;
+    let rows = of_queries.cos.len() / half; // rotations · n
     let n_heads = width / (2 * half) - 2 * heads.len();
-    let tables = elementwise::Tables {
-        cos: elements(cos),
-        sin: elements(sin),
-        half,
-    };
     let mut q = vec![0.0; rows * n_heads * 2 * half];
     let (isa, new) = (Isa::selected(), elements(&qkv));
-    elementwise::rotate_queries(isa, new, width, tables, &mut q);
-    elementwise::append(isa, new, width, tables, start, heads);
+    elementwise::rotate_queries(isa, new, width, of_queries, &mut q);
+    elementwise::append(isa, new, width, of_keys, start, heads);
     tensor(q, Shape::new([rows, n_heads, 2 * half]))
 }
 
