@@ -150,7 +150,12 @@ fn encode(rows: Tensor<3>, bits: Bits, scales: DType) -> (Tensor<3, Int>, Tensor
         .reshape([all * GROUP / per_word, per_word]);
     let mask = (1 << bits.count()) - 1;
     let part = |i: usize| {
-        let code = codes.clone().narrow(1, i, 1).bitwise_and_scalar(mask);
+        let code = codes.clone().narrow(1, i, 1);
+        // The highest one keeps its sign, so that no number passes what 32 bits hold (ndarray checks).
+        let code = match i + 1 == per_word {
+            true => code,
+            false => code.bitwise_and_scalar(mask),
+        };
         code.bitwise_left_shift_scalar((i * bits.count()) as i32)
     };
     let words = (1..per_word).fold(part(0), |words, i| words.bitwise_or(part(i)));
