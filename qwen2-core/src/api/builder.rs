@@ -447,6 +447,7 @@ impl ModelBuilder {
                 weights,
                 cache_per_token,
                 context_length,
+                adapters: Vec::new(),
             }),
         })
     }
@@ -580,7 +581,7 @@ pub(crate) struct WeightBytes {
     pub(crate) all: u64,
     /// Of those that each token reads.
     pub(crate) per_token: u64,
-    tied: bool,
+    pub(super) tied: bool,
     screened: bool,
     /// Of so many experts a token visits so many.
     visits: (u64, u64),
@@ -598,6 +599,12 @@ impl WeightBytes {
             screened,
             visits,
         }
+    }
+
+    /// Adds what every token reads.
+    pub(super) fn add(&mut self, bytes: u64) {
+        self.all += bytes;
+        self.per_token += bytes;
     }
 
     fn count(&mut self, name: &str, kept: &Kept) {

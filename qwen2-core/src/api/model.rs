@@ -1,18 +1,20 @@
 //! The model handle: every public verb, each a few lines of delegation.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use super::builder::{ModelBuilder, WeightBytes};
 use super::session::Session;
-use crate::checkpoint::Source;
+use crate::checkpoint::adapter::Adapter;
+use crate::checkpoint::{Source, names};
 use crate::config::{DType, GenerationConfig, ModelConfig};
 use crate::device::Device;
 use crate::error::{Error, ErrorKind, Result};
+use crate::fence::fenced;
 use crate::generate::{
-    GenerateOptions, Generation, Host, LogitsProcessor, Run, SamplingDefaults, TokenStream,
+    GenerateOptions, Generation, Host, LogitsProcessor, Network, Run, SamplingDefaults, TokenStream,
 };
-use crate::model::Rows;
+use crate::model::{Delta, Rows};
 use crate::text::{Message, Tokenizer};
 
 /// A loaded model: a handle that is cheap to clone and shared between threads.
@@ -32,6 +34,7 @@ pub(crate) struct Inner {
     pub(crate) weights: WeightBytes,
     pub(crate) cache_per_token: u64,
     pub(crate) context_length: usize,
+    pub(crate) adapters: Vec<PathBuf>,
 }
 
 /// What the model answers to: text, tokens or a conversation.
@@ -153,6 +156,69 @@ impl Model {
     /// A conversation that keeps its cache.
     pub fn session(&self) -> Session {
         Session::new(self.clone())
+    }
+
+    /// This model with a LoRA adapter of PEFT's beside its weights, which both share: what the adapter
+    /// adds is computed next to them. Each handle keeps its own adapters, so that requests with
+    /// different ones go on side by side; on top of an adapter a second one adds up with it.
+    ///
+    /// To have an adapter's cost once instead, see [`ModelBuilder::adapter`] and
+    /// [`merge_lora`](crate::merge_lora).
+    ///
+    /// # Errors
+    /// `NotFound`, `InvalidFile` and `Unsupported` for files of the adapter, and where it is for another
+    /// model.
+    pub fn with_adapter(&self, directory: impl AsRef<Path>) -> Result<Self> {
+        let inner = &*self.inner;
+        let adapter = Adapter::open(directory.as_ref())?;
+        adapter.check(&names::expected(&inner.config, inner.weights.tied))?;
+        adapter.refuse(TABLE)?;
+        let mut weights = inner.weights;
+        weights.add(adapter.bytes());
+        let mut adapters = inner.adapters.clone();
+        adapters.push(directory.as_ref().to_owned());
+        let network = &inner.host.network;
+        let delta = |name: &str| {
+            let delta = adapter.delta(name)?;
+            Some(Delta {
+                down: &delta.down,
+                up: &delta.up,
+                rank: delta.rank,
+                scale: delta.scale,
+            })
+        };
+        let qwen2 = fenced(|| network.qwen2.with_adapter(&delta)).map_err(|why| {
+            Error::new(
+                ErrorKind::DeviceFailed,
+                "adapter cannot be put on the device",
+            )
+            .with_path(directory.as_ref())
+            .with_why(why)
+        })?;
+        Ok(Self {
+            inner: Arc::new(Inner {
+                name: inner.name.clone(),
+                config: inner.config.clone(),
+                generation_config: inner.generation_config.clone(),
+                defaults: inner.defaults.clone(),
+                host: Host {
+                    network: Arc::new(Network {
+                        qwen2,
+                        threads: network.threads.clone(),
+                    }),
+                    ..inner.host.clone()
+                },
+                device: inner.device.clone(),
+                weights,
+                adapters,
+                ..*inner
+            }),
+        })
+    }
+
+    /// The directories of the adapters beside its weights, in the order they were added.
+    pub fn adapters(&self) -> &[PathBuf] {
+        &self.inner.adapters
     }
 
     /// The logits of every token of `tokens`, `[n_tokens, vocab_size]`.
@@ -315,6 +381,9 @@ impl Model {
         }
     }
 }
+
+/// Not multiplied with, so nothing can be computed next to it.
+const TABLE: &str = "model.embed_tokens.weight";
 
 /// Log-probability of `token` under the softmax of `row`.
 fn log_softmax(row: &[f32], token: u32) -> f32 {

@@ -28,15 +28,15 @@ pub(crate) struct Adapter {
 
 /// `scale · up · down` is added to a matrix.
 #[derive(Debug)]
-struct Delta {
+pub(crate) struct Delta {
     /// `lora_A`, `[rank, inputs]`.
-    down: Vec<f32>,
+    pub(crate) down: Vec<f32>,
     /// `lora_B`, `[outputs, rank]`.
-    up: Vec<f32>,
+    pub(crate) up: Vec<f32>,
     inputs: usize,
     outputs: usize,
-    rank: usize,
-    scale: f32,
+    pub(crate) rank: usize,
+    pub(crate) scale: f32,
 }
 
 impl Adapter {
@@ -145,6 +145,37 @@ impl Adapter {
             }
         }
         Ok(())
+    }
+
+    /// What is added to the matrix `name`.
+    pub(crate) fn delta(&self, name: &str) -> Option<&Delta> {
+        self.deltas.get(name)
+    }
+
+    /// Bytes of its matrices in f32.
+    pub(crate) fn bytes(&self) -> u64 {
+        let numbers = self
+            .deltas
+            .values()
+            .map(|delta| delta.down.len() + delta.up.len());
+        4 * numbers.sum::<usize>() as u64
+    }
+
+    /// Checks that it does not change the tensor `name`.
+    ///
+    /// # Errors
+    /// `Unsupported` if it does.
+    pub(crate) fn refuse(&self, name: &str) -> Result<()> {
+        if !self.changes(name) {
+            return Ok(());
+        }
+        Err(Error::new(
+            ErrorKind::Unsupported,
+            "matrix cannot have an adapter beside it",
+        )
+        .with_path(&self.path)
+        .with_key(name)
+        .with_help("add the adapter while loading, or merge it"))
     }
 
     /// Whether a tensor of this name changes.

@@ -56,6 +56,7 @@ pub(crate) fn load(
         Linear {
             weight: embed_tokens.clone(), // a handle, not a copy
             bias: None,
+            adapters: Vec::new(),
         }
     } else {
         source.linear("lm_head", false)?
@@ -158,7 +159,11 @@ impl Source<'_> {
         } else {
             None
         };
-        Ok(Linear { weight, bias })
+        Ok(Linear {
+            weight,
+            bias,
+            adapters: Vec::new(),
+        })
     }
 
     fn mlp(&mut self, name: &str) -> Result<Mlp> {

@@ -4,6 +4,7 @@
 //! `num_key_value_heads`, `hidden` = `hidden_size`, `intermediate` = `intermediate_size`. Everything
 //! between the matrices is f32.
 
+mod adapt;
 mod attention;
 pub(crate) mod cache;
 mod load;
@@ -22,10 +23,11 @@ use mlp::Mlp;
 use moe::Moe;
 use rope::Rope;
 
+pub(crate) use adapt::Delta;
 pub(crate) use load::{Kept, SCREEN, Settings, load};
 
 /// Qwen2 (arXiv:2407.10671), dense or with experts.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(crate) struct Qwen2 {
     embed_tokens: Weight,
     layers: Vec<DecoderLayer>,
@@ -38,7 +40,7 @@ pub(crate) struct Qwen2 {
     cache_shape: CacheShape,
 }
 
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 struct DecoderLayer {
     input_layernorm: RmsNorm,
     self_attn: Attention,
@@ -47,7 +49,7 @@ struct DecoderLayer {
 }
 
 /// The second half of a layer.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 enum FeedForward {
     Dense(Box<Mlp>),
     Sparse(Box<Moe>),

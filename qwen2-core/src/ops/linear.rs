@@ -3,13 +3,25 @@
 
 use burn::tensor::{Int, Tensor};
 
-use super::packed;
+use super::{LowRank, packed};
 
 /// `y = x Wᵀ + b`, the weight `[out_features, in_features]`.
 #[derive(Debug, Clone)]
 pub(crate) struct Linear {
     pub(crate) weight: Weight,
     pub(crate) bias: Option<Tensor<1>>,
+    /// What is added to the product.
+    pub(crate) adapters: Vec<LowRank>,
+}
+
+impl Linear {
+    /// Rows of the matrix.
+    pub(crate) fn out_features(&self) -> usize {
+        match &self.weight {
+            Weight::Dense(weight) => weight.dims()[0],
+            Weight::Packed { shape, .. } => shape.rows,
+        }
+    }
 }
 
 /// A matrix as the loader chose to keep it.

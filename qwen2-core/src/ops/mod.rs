@@ -6,6 +6,7 @@ pub(crate) mod codes;
 pub(crate) mod cpu;
 mod key_values;
 mod linear;
+mod low_rank;
 pub(crate) mod packed;
 pub(crate) mod portable;
 mod visible;
@@ -16,6 +17,7 @@ use burn::tensor::Tensor;
 
 pub(crate) use key_values::{CACHE_BLOCK, CacheFormat, KeyValues};
 pub(crate) use linear::{Linear, RmsNorm, Weight};
+pub(crate) use low_rank::LowRank;
 pub(crate) use visible::Visible;
 
 /// Cosines and sines of the positions of one forward.
@@ -42,6 +44,15 @@ pub(crate) fn project<const N: usize>(
     norm: &RmsNorm,
     matrices: [&Linear; N],
 ) -> Tensor<2> {
+    let y = base_project(x, norm, matrices);
+    low_rank::add_normed(y, x, norm, &matrices)
+}
+
+fn base_project<const N: usize>(
+    x: &Tensor<2>,
+    norm: &RmsNorm,
+    matrices: [&Linear; N],
+) -> Tensor<2> {
     #[cfg(feature = "cpu")]
     if cpu::takes(x) {
         return cpu::project(x, norm, matrices);
@@ -63,7 +74,7 @@ pub(crate) fn screened_head(
     screen: &Weight,
 ) -> Tensor<2> {
     #[cfg(feature = "cpu")]
-    if cpu::takes(x) {
+    if cpu::takes(x) && head.adapters.is_empty() {
         return cpu::screened_head(x, norm, head, screen);
     }
     let _ = screen; // elsewhere all are exact
@@ -72,6 +83,13 @@ pub(crate) fn screened_head(
 
 /// `h + x Wᵀ (+ b)`: `h` `[n, out]`, `x` `[n, in]`, f32.
 pub(crate) fn add_project(h: Tensor<2>, x: Tensor<2>, matrix: &Linear) -> Tensor<2> {
+    if matrix.adapters.is_empty() {
+        return base_add_project(h, x, matrix);
+    }
+    low_rank::add(base_add_project(h, x.clone(), matrix), &x, matrix)
+}
+
+fn base_add_project(h: Tensor<2>, x: Tensor<2>, matrix: &Linear) -> Tensor<2> {
     #[cfg(feature = "cpu")]
     if cpu::takes(&x) {
         return cpu::add_project(h, x, matrix);
@@ -81,6 +99,9 @@ pub(crate) fn add_project(h: Tensor<2>, x: Tensor<2>, matrix: &Linear) -> Tensor
 
 /// SwiGLU (arXiv:2002.05202) of a norm: `silu(gate(norm(x))) · up(norm(x))`, `[n, intermediate]`.
 pub(crate) fn swiglu(x: &Tensor<2>, norm: &RmsNorm, gate: &Linear, up: &Linear) -> Tensor<2> {
+    if !(gate.adapters.is_empty() && up.adapters.is_empty()) {
+        return low_rank::gated(project(x, norm, [gate, up]));
+    }
     #[cfg(feature = "cpu")]
     if cpu::takes(x) {
         return cpu::swiglu(x, norm, gate, up);
@@ -108,6 +129,13 @@ pub(crate) struct Visit<'a> {
 /// `x = norm(h)`, over the visits that token `t` is part of; `h` `[n, hidden]`. Experts without tokens
 /// are left out by the caller.
 pub(crate) fn experts(h: Tensor<2>, norm: &RmsNorm, visits: Vec<Visit<'_>>) -> Tensor<2> {
+    let is_plain = |linear: &Linear| linear.adapters.is_empty();
+    if !visits
+        .iter()
+        .all(|visit| [visit.gate, visit.up, visit.down].into_iter().all(is_plain))
+    {
+        return low_rank::experts(h, norm, visits);
+    }
     #[cfg(feature = "cpu")]
     if cpu::takes(&h) {
         return cpu::experts(h, norm, visits);
@@ -163,7 +191,7 @@ pub(crate) fn instruction_set() -> &'static str {
 }
 
 /// The threads of one model, where its operations run on the processor.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub(crate) struct Threads {
     #[cfg(feature = "cpu")]
     pool: std::sync::Arc<cpu::pool::Pool>,

@@ -211,7 +211,7 @@ fn linear(x: Tensor<2>, matrix: &Linear) -> Tensor<2> {
     }
 }
 
-fn rms_norm(x: Tensor<2>, norm: &RmsNorm) -> Tensor<2> {
+pub(super) fn rms_norm(x: Tensor<2>, norm: &RmsNorm) -> Tensor<2> {
     let mean = x.clone().square().mean_dim(1); // [n, 1]
     let scale = (mean + norm.eps).sqrt().recip();
     x * scale * norm.weight.clone().cast(DType::F32).unsqueeze()
@@ -323,7 +323,7 @@ pub(crate) fn embed(table: &Tensor<2>, tokens: &[u32]) -> Tensor<2> {
 }
 
 /// Places in a table; below 2^31, since config.rs bounds vocab_size and the context.
-fn ids(places: &[u32], device: &Device) -> Tensor<1, Int> {
+pub(super) fn ids(places: &[u32], device: &Device) -> Tensor<1, Int> {
     let ids: Vec<i32> = places.iter().map(|&place| place as i32).collect();
     let n = ids.len();
     Tensor::from_data(TensorData::new(ids, [n]), (device, DType::I32))

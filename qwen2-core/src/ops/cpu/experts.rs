@@ -159,7 +159,11 @@ mod tests {
                 Weight::Packed { shape, bytes }
             }
         };
-        Linear { weight, bias: None }
+        Linear {
+            weight,
+            bias: None,
+            adapters: Vec::new(),
+        }
     }
 
     fn route(tokens: Vec<u32>) -> Route {

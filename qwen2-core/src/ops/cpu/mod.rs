@@ -334,6 +334,7 @@ pub(crate) fn screened_head(
     let screen = matrix(&Linear {
         weight: screen.clone(),
         bias: None,
+        adapters: Vec::new(),
     });
     Tensor::from_dispatch(Dispatch::qwen2_screened_head(
         x,
