@@ -3,6 +3,7 @@
 mod options;
 mod results;
 mod sampler;
+mod sequence;
 mod step;
 mod stop;
 mod stream;
@@ -11,6 +12,7 @@ pub use options::{CancelToken, GenerateOptions};
 pub(crate) use options::{Resolved, SamplingDefaults};
 pub use results::{Generation, Piece, Timings, Usage};
 pub(crate) use sampler::Sampler;
+pub(crate) use sequence::Sequence;
 pub(crate) use step::Network;
 pub(crate) use stop::StopMatcher;
 pub use stop::{FinishReason, StopMatch};

@@ -4,15 +4,13 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::{
-    CancelToken, FinishReason, Generation, LogitsProcessor, Network, Piece, Resolved, Sampler,
-    StopMatch, StopMatcher, Timings, Usage,
+    CancelToken, FinishReason, Generation, LogitsProcessor, Network, Piece, Resolved, Sequence,
+    Timings,
 };
-use crate::error::{Error, ErrorKind, Result};
+use crate::error::Result;
 use crate::model::Rows;
 use crate::model::cache::Cache;
-use crate::ops::SCREENED_TOKENS;
-use crate::profile::part;
-use crate::text::{TextDecoder, Tokenizer};
+use crate::text::Tokenizer;
 
 /// What one generation needs of its model.
 #[derive(Clone)]
@@ -26,20 +24,9 @@ pub(crate) struct Host {
 /// One generation under way; the cache is lent to it at every step.
 pub(crate) struct Run {
     host: Host,
-    options: Resolved,
-    sampler: Sampler,
-    stop: StopMatcher,
-    decoder: TextDecoder,
-    processor: Option<Box<dyn LogitsProcessor>>,
-    cancel: CancelToken,
-    /// Prompt and new tokens; the cache holds all but those that no forward has seen yet.
-    tokens: Vec<u32>,
-    usage: Usage,
-    text: String,
+    sequence: Sequence,
     prefill: Duration,
     decode: Duration,
-    max_new_tokens: usize,
-    finished: Option<(FinishReason, Option<StopMatch>)>,
     failed: bool,
 }
 
@@ -55,60 +42,40 @@ impl Run {
         options: Resolved,
         processor: Option<Box<dyn LogitsProcessor>>,
     ) -> Result<Self> {
-        let room = check_fit(tokens.len(), cache.context_length(), &options)?;
         let cached_tokens = host.network.qwen2.keeps(cache, tokens.len());
+        let tokenizer = host.tokenizer.clone();
+        let context_length = cache.context_length();
+        let mut sequence = Sequence::new(tokenizer, context_length, tokens, options, processor)?;
+        sequence.set_cached(cached_tokens);
         Ok(Self {
-            sampler: Sampler::new(&options),
-            stop: StopMatcher::new(&options.stop),
-            decoder: TextDecoder::new(),
-            cancel: options.cancel.clone().unwrap_or_default(),
-            usage: Usage {
-                prompt_tokens: tokens.len(),
-                // At least one token must run to give logits.
-                cached_tokens: cached_tokens.min(tokens.len() - 1),
-                completion_tokens: 0,
-            },
             host,
-            processor,
-            tokens,
-            text: String::new(),
+            sequence,
             prefill: Duration::ZERO,
             decode: Duration::ZERO,
-            max_new_tokens: options.max_new_tokens.unwrap_or_else(|| {
-                options
-                    .usual_new_tokens
-                    .map_or(room, |usual| usual.min(room))
-            }),
-            options,
-            finished: None,
             failed: false,
         })
     }
 
     pub(crate) fn cancel_token(&self) -> CancelToken {
-        self.cancel.clone()
+        self.sequence.cancel_token()
     }
 
     /// Prompt and new tokens so far.
     pub(crate) fn tokens(&self) -> &[u32] {
-        &self.tokens
+        self.sequence.tokens()
     }
 
     pub(crate) fn text(&self) -> &str {
-        &self.text
-    }
-
-    pub(crate) fn is_finished(&self) -> bool {
-        self.finished.is_some()
+        self.sequence.text()
     }
 
     /// The next token, or `None` when the generation has ended; after an error it has ended.
     pub(crate) fn next(&mut self, cache: &mut Cache) -> Option<Result<Piece>> {
-        if self.finished.is_some() || self.failed {
+        if self.sequence.is_finished() || self.failed {
             return None;
         }
         let start = Instant::now();
-        let first = self.usage.completion_tokens == 0;
+        let first = self.sequence.usage().completion_tokens == 0;
         let piece = self.step(cache);
         if first {
             self.prefill += start.elapsed();
@@ -121,35 +88,27 @@ impl Run {
 
     fn step(&mut self, cache: &mut Cache) -> Result<Option<Piece>> {
         let Some(mut logits) = self.forward(cache)? else {
-            self.end(FinishReason::Cancelled, None);
+            self.sequence.end(FinishReason::Cancelled, None);
             return Ok(None);
         };
-        if let Some(processor) = &mut self.processor {
-            processor.process(&self.tokens, &mut logits)?;
-        }
-        let token = part("sample", || self.sampler.pick(&mut logits, &self.tokens))?;
-        self.tokens.push(token);
-        self.usage.completion_tokens += 1;
-        Ok(Some(Piece {
-            text: self.emit(token),
-            token,
-        }))
+        self.sequence.accept(&mut logits).map(Some)
     }
 
     /// Runs what the cache has not seen, in chunks; `None` if the generation was cancelled.
     fn forward(&mut self, cache: &mut Cache) -> Result<Option<Vec<f32>>> {
+        let tokens = self.sequence.tokens();
         // The last token must run again to give its logits, if the cache has it already.
-        cache.truncate(self.tokens.len() - 1);
-        self.host.network.qwen2.ready(cache, self.tokens.len());
+        cache.truncate(tokens.len() - 1);
+        self.host.network.qwen2.ready(cache, tokens.len());
         loop {
-            if self.cancel.is_cancelled() {
+            if self.sequence.is_cancelled() {
                 return Ok(None);
             }
-            let pending = &self.tokens[cache.n_tokens()..];
+            let pending = &tokens[cache.n_tokens()..];
             let chunk = &pending[..pending.len().min(self.host.prefill_chunk)];
             let rows = match chunk.len() == pending.len() {
                 false => Rows::None,
-                true if self.screens() => Rows::Screened,
+                true if self.sequence.screens() => Rows::Screened,
                 true => Rows::Last,
             };
             let logits = self.host.network.forward(chunk, cache, rows)?;
@@ -159,97 +118,14 @@ impl Run {
         }
     }
 
-    /// Whether the choice of a token depends on few of the highest logits. Twice as many are exact, so
-    /// that a repetition penalty finds others to go on with.
-    fn screens(&self) -> bool {
-        self.processor.is_none() && self.sampler.looks_at() <= SCREENED_TOKENS / 2
-    }
-
-    /// Text that became whole with `token`; ends the generation where it must.
-    fn emit(&mut self, token: u32) -> String {
-        let ends = if self.options.eos_token_ids.contains(&token) {
-            Some(StopMatch::Eos(token))
-        } else {
-            self.options
-                .stop_token_ids
-                .contains(&token)
-                .then_some(StopMatch::Token(token))
-        };
-        let mut out = String::new();
-        if ends.is_none() && !self.host.tokenizer.is_special(token) {
-            let bytes = self.host.tokenizer.token_bytes(token).unwrap_or_default();
-            let (text, found) = self.stop.push(&self.decoder.push(bytes));
-            out = text;
-            if found.is_some() {
-                self.finished = Some((FinishReason::Stop, found));
-            }
-        }
-        self.text.push_str(&out);
-        if ends.is_some() {
-            out.push_str(&self.end(FinishReason::Stop, ends));
-        } else if self.finished.is_none() && self.usage.completion_tokens == self.max_new_tokens {
-            out.push_str(&self.end(FinishReason::Length, None));
-        }
-        out
-    }
-
-    /// Ends the generation and returns the text that was held back.
-    fn end(&mut self, reason: FinishReason, stop_match: Option<StopMatch>) -> String {
-        let (mut rest, found) = self.stop.push(&self.decoder.finish());
-        if found.is_none() {
-            rest.push_str(&self.stop.finish());
-        }
-        self.text.push_str(&rest);
-        self.finished = Some(match found {
-            Some(_) => (FinishReason::Stop, found),
-            None => (reason, stop_match),
-        });
-        rest
-    }
-
     /// The result; a generation that was not run to its end counts as cancelled.
-    pub(crate) fn into_generation(mut self) -> Generation {
-        if self.finished.is_none() {
-            self.end(FinishReason::Cancelled, None);
-        }
-        let (finish_reason, stop_match) = self.finished.unwrap_or((FinishReason::Cancelled, None));
-        let n_prefill = self.usage.prompt_tokens - self.usage.cached_tokens;
-        let n_decode = self.usage.completion_tokens.saturating_sub(1);
-        Generation {
-            text: self.text,
-            tokens: self.tokens.split_off(self.usage.prompt_tokens),
-            finish_reason,
-            stop_match,
-            usage: self.usage,
-            timings: Timings::new(self.prefill, n_prefill, self.decode, n_decode),
-            seed: (!self.options.is_greedy()).then_some(self.options.seed),
-        }
+    pub(crate) fn into_generation(self) -> Generation {
+        let usage = self.sequence.usage();
+        let n_prefill = usage.prompt_tokens - usage.cached_tokens;
+        let n_decode = usage.completion_tokens.saturating_sub(1);
+        let timings = Timings::new(self.prefill, n_prefill, self.decode, n_decode);
+        self.sequence.into_generation(timings)
     }
-}
-
-/// Room for new tokens behind `n_prompt` tokens.
-fn check_fit(n_prompt: usize, context_length: usize, options: &Resolved) -> Result<usize> {
-    if n_prompt == 0 {
-        return Err(Error::new(ErrorKind::InvalidArgument, "prompt is empty")
-            .with_key("prompt")
-            .with_help("give at least one token; a chat prompt has some by its template"));
-    }
-    let room = context_length.saturating_sub(n_prompt);
-    let wanted = options.max_new_tokens.unwrap_or(1);
-    if n_prompt > context_length || wanted > room {
-        return Err(Error::new(
-            ErrorKind::ContextOverflow,
-            "prompt and new tokens exceed the context",
-        )
-        .with_key("max_new_tokens")
-        .with_why(format!(
-            "{n_prompt} prompt tokens and {wanted} new ones, the context holds {context_length}"
-        ))
-        .with_help(
-            "shorten the prompt, lower max_new_tokens, or load with a longer context_length",
-        ));
-    }
-    Ok(room)
 }
 
 /// A generation that runs as it is read: an iterator of [`Piece`]s; dropping it stops it.
@@ -296,8 +172,8 @@ impl Iterator for TokenStream {
 impl std::fmt::Debug for TokenStream {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("TokenStream")
-            .field("tokens", &self.run.tokens.len())
-            .field("finished", &self.run.is_finished())
+            .field("tokens", &self.run.tokens().len())
+            .field("finished", &self.run.sequence.is_finished())
             .finish_non_exhaustive()
     }
 }

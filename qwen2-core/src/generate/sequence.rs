@@ -1,0 +1,203 @@
+//! One request's tokens and text: what becomes of the logits of each step, and where it ends.
+
+use super::{
+    CancelToken, FinishReason, Generation, LogitsProcessor, Piece, Resolved, Sampler, StopMatch,
+    StopMatcher, Timings, Usage,
+};
+use crate::error::{Error, ErrorKind, Result};
+use crate::ops::SCREENED_TOKENS;
+use crate::profile::part;
+use crate::text::{TextDecoder, Tokenizer};
+
+/// Everything of a generation but the network and its cache: those give logits, [`Self::accept`] takes
+/// them.
+pub(crate) struct Sequence {
+    tokenizer: Tokenizer,
+    options: Resolved,
+    sampler: Sampler,
+    stop: StopMatcher,
+    decoder: TextDecoder,
+    processor: Option<Box<dyn LogitsProcessor>>,
+    cancel: CancelToken,
+    /// Prompt and new tokens; a cache holds all but those that no forward has seen yet.
+    tokens: Vec<u32>,
+    usage: Usage,
+    text: String,
+    max_new_tokens: usize,
+    finished: Option<(FinishReason, Option<StopMatch>)>,
+}
+
+impl Sequence {
+    /// Checks that the prompt fits.
+    ///
+    /// # Errors
+    /// `InvalidArgument` for an empty prompt, `ContextOverflow`.
+    pub(crate) fn new(
+        tokenizer: Tokenizer,
+        context_length: usize,
+        tokens: Vec<u32>,
+        options: Resolved,
+        processor: Option<Box<dyn LogitsProcessor>>,
+    ) -> Result<Self> {
+        let room = check_fit(tokens.len(), context_length, &options)?;
+        let usual = options
+            .usual_new_tokens
+            .map_or(room, |usual| usual.min(room));
+        Ok(Self {
+            tokenizer,
+            sampler: Sampler::new(&options),
+            stop: StopMatcher::new(&options.stop),
+            decoder: TextDecoder::new(),
+            processor,
+            cancel: options.cancel.clone().unwrap_or_default(),
+            usage: Usage {
+                prompt_tokens: tokens.len(),
+                cached_tokens: 0,
+                completion_tokens: 0,
+            },
+            tokens,
+            text: String::new(),
+            max_new_tokens: options.max_new_tokens.unwrap_or(usual),
+            options,
+            finished: None,
+        })
+    }
+
+    /// Says how many tokens of the prompt a cache held already.
+    pub(crate) fn set_cached(&mut self, n_tokens: usize) {
+        // At least one token must run to give logits.
+        self.usage.cached_tokens = n_tokens.min(self.usage.prompt_tokens - 1);
+    }
+
+    pub(crate) fn cancel_token(&self) -> CancelToken {
+        self.cancel.clone()
+    }
+
+    pub(crate) fn is_cancelled(&self) -> bool {
+        self.cancel.is_cancelled()
+    }
+
+    /// Prompt and new tokens so far.
+    pub(crate) fn tokens(&self) -> &[u32] {
+        &self.tokens
+    }
+
+    pub(crate) fn text(&self) -> &str {
+        &self.text
+    }
+
+    pub(crate) fn usage(&self) -> Usage {
+        self.usage
+    }
+
+    pub(crate) fn is_finished(&self) -> bool {
+        self.finished.is_some()
+    }
+
+    /// Whether the choice of a token depends on few of the highest logits. Twice as many are exact, so
+    /// that a repetition penalty finds others to go on with.
+    pub(crate) fn screens(&self) -> bool {
+        self.processor.is_none() && self.sampler.looks_at() <= SCREENED_TOKENS / 2
+    }
+
+    /// Chooses a token by the logits of the last one, which are changed in place.
+    ///
+    /// # Errors
+    /// Those of the logits processor, `DeviceFailed` for logits that are no numbers.
+    pub(crate) fn accept(&mut self, logits: &mut [f32]) -> Result<Piece> {
+        if let Some(processor) = &mut self.processor {
+            processor.process(&self.tokens, logits)?;
+        }
+        let token = part("sample", || self.sampler.pick(logits, &self.tokens))?;
+        self.tokens.push(token);
+        self.usage.completion_tokens += 1;
+        Ok(Piece {
+            text: self.emit(token),
+            token,
+        })
+    }
+
+    /// Text that became whole with `token`; ends the generation where it must.
+    fn emit(&mut self, token: u32) -> String {
+        let ends = if self.options.eos_token_ids.contains(&token) {
+            Some(StopMatch::Eos(token))
+        } else {
+            self.options
+                .stop_token_ids
+                .contains(&token)
+                .then_some(StopMatch::Token(token))
+        };
+        let mut out = String::new();
+        if ends.is_none() && !self.tokenizer.is_special(token) {
+            let bytes = self.tokenizer.token_bytes(token).unwrap_or_default();
+            let (text, found) = self.stop.push(&self.decoder.push(bytes));
+            out = text;
+            if found.is_some() {
+                self.finished = Some((FinishReason::Stop, found));
+            }
+        }
+        self.text.push_str(&out);
+        if ends.is_some() {
+            out.push_str(&self.end(FinishReason::Stop, ends));
+        } else if self.finished.is_none() && self.usage.completion_tokens == self.max_new_tokens {
+            out.push_str(&self.end(FinishReason::Length, None));
+        }
+        out
+    }
+
+    /// Ends the generation and returns the text that was held back.
+    pub(crate) fn end(&mut self, reason: FinishReason, stop_match: Option<StopMatch>) -> String {
+        let (mut rest, found) = self.stop.push(&self.decoder.finish());
+        if found.is_none() {
+            rest.push_str(&self.stop.finish());
+        }
+        self.text.push_str(&rest);
+        self.finished = Some(match found {
+            Some(_) => (FinishReason::Stop, found),
+            None => (reason, stop_match),
+        });
+        rest
+    }
+
+    /// The result; a generation that was not run to its end counts as cancelled.
+    pub(crate) fn into_generation(mut self, timings: Timings) -> Generation {
+        if self.finished.is_none() {
+            self.end(FinishReason::Cancelled, None);
+        }
+        let (finish_reason, stop_match) = self.finished.unwrap_or((FinishReason::Cancelled, None));
+        Generation {
+            text: self.text,
+            tokens: self.tokens.split_off(self.usage.prompt_tokens),
+            finish_reason,
+            stop_match,
+            usage: self.usage,
+            timings,
+            seed: (!self.options.is_greedy()).then_some(self.options.seed),
+        }
+    }
+}
+
+/// Room for new tokens behind `n_prompt` tokens.
+fn check_fit(n_prompt: usize, context_length: usize, options: &Resolved) -> Result<usize> {
+    if n_prompt == 0 {
+        return Err(Error::new(ErrorKind::InvalidArgument, "prompt is empty")
+            .with_key("prompt")
+            .with_help("give at least one token; a chat prompt has some by its template"));
+    }
+    let room = context_length.saturating_sub(n_prompt);
+    let wanted = options.max_new_tokens.unwrap_or(1);
+    if n_prompt > context_length || wanted > room {
+        return Err(Error::new(
+            ErrorKind::ContextOverflow,
+            "prompt and new tokens exceed the context",
+        )
+        .with_key("max_new_tokens")
+        .with_why(format!(
+            "{n_prompt} prompt tokens and {wanted} new ones, the context holds {context_length}"
+        ))
+        .with_help(
+            "shorten the prompt, lower max_new_tokens, or load with a longer context_length",
+        ));
+    }
+    Ok(room)
+}
