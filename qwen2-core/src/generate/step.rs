@@ -3,7 +3,7 @@
 use crate::error::{Error, ErrorKind, Result};
 use crate::fence::fenced;
 use crate::model::cache::Cache;
-use crate::model::{Qwen2, Rows};
+use crate::model::{Part, Qwen2, Rows};
 use crate::ops::Threads;
 use crate::profile::part;
 
@@ -15,6 +15,19 @@ pub(crate) struct Network {
 }
 
 impl Network {
+    /// # Errors
+    /// `Unsupported` in a fork of the process that loaded the model: its threads are not there.
+    pub(crate) fn check_process(&self) -> Result<()> {
+        if !self.threads.are_foreign() {
+            return Ok(());
+        }
+        Err(
+            Error::new(ErrorKind::Unsupported, "model does not survive a fork")
+                .with_why("this process is a fork of the one that loaded the model")
+                .with_help("load the model in the process that uses it"),
+        )
+    }
+
     /// Runs `tokens` behind the cache; logits of `rows`, row-major.
     ///
     /// # Errors
@@ -25,17 +38,24 @@ impl Network {
         cache: &mut Cache,
         rows: Rows,
     ) -> Result<Vec<f32>> {
-        if self.threads.are_foreign() {
-            return Err(
-                Error::new(ErrorKind::Unsupported, "model does not survive a fork")
-                    .with_why("this process is a fork of the one that loaded the model")
-                    .with_help("load the model in the process that uses it"),
-            );
-        }
-        // burn reports failures by panic; what the panic leaves behind is the cache, emptied below.
+        let part = Part {
+            tokens,
+            cache,
+            rows,
+        };
+        self.forward_batch(&mut [part])
+    }
+
+    /// As [`Self::forward`] for several sequences at once; the logits of their rows in order.
+    ///
+    /// # Errors
+    /// As [`Self::forward`], with all caches empty where the backend failed.
+    pub(crate) fn forward_batch(&self, batch: &mut [Part<'_>]) -> Result<Vec<f32>> {
+        self.check_process()?;
+        // burn reports failures by panic; what the panic leaves behind are the caches, emptied below.
         let outcome = fenced(|| {
             self.threads.install(|| {
-                let Some(logits) = self.qwen2.forward(tokens, cache, rows)? else {
+                let Some(logits) = self.qwen2.forward_batch(batch)? else {
                     return Ok(Vec::new());
                 };
                 part("logits to host", || {
@@ -47,19 +67,13 @@ impl Network {
                 })
             })
         });
-        match outcome {
-            Ok(Ok(logits)) => Ok(logits),
-            Ok(Err(error)) => {
-                if error.kind() == ErrorKind::DeviceFailed {
-                    cache.clear();
-                }
-                Err(error)
-            }
-            Err(panic) => {
-                cache.clear();
-                Err(failed(&panic))
-            }
+        let logits = outcome.unwrap_or_else(|panic| Err(failed(&panic)));
+        if let Err(error) = &logits
+            && error.kind() == ErrorKind::DeviceFailed
+        {
+            batch.iter_mut().for_each(|part| part.cache.clear());
         }
+        logits
     }
 }
 

@@ -1,11 +1,11 @@
-//! The keys and values of one sequence, in buffers that grow in steps up to the context.
+//! The keys and values of one sequence, in pages that come as it grows.
 
 use burn::tensor::{Device, Tensor};
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::ops::{self, CACHE_BLOCK, CacheFormat, KeyValues, RopeTables};
+use crate::ops::{self, CACHE_BLOCK, CacheFormat, KeyValues, PAGE, RopeTables};
 
-/// Positions that a fresh cache has room for.
+/// Positions that a fresh cache of one page has room for.
 const FIRST_CAPACITY: usize = 256;
 
 /// What one sequence has gone through: `n_tokens` positions in every layer.
@@ -32,9 +32,11 @@ pub(crate) struct CacheShape {
     pub(crate) device: Device,
 }
 
-/// The buffers of one layer; `None` only while they are written.
-#[derive(Debug, Clone)]
-pub(crate) struct LayerCache(Option<KeyValues>);
+/// The pages of one layer, in order. On the processor they are of [`PAGE`] positions, and those that
+/// caches have in common are shared until one of them writes. Elsewhere there is one, which grows:
+/// kernels of GPUs want one buffer.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct LayerCache(Vec<KeyValues>);
 
 impl Cache {
     /// An empty cache for sequences of up to `context_length` tokens.
@@ -80,11 +82,54 @@ impl Cache {
 
     /// Bytes of its buffers.
     pub(crate) fn bytes(&self) -> u64 {
-        let s = &self.shape;
-        (2 * s.num_hidden_layers
-            * s.num_key_value_heads
-            * self.capacity
-            * s.format.row_bytes(s.head_dim)) as u64
+        self.shape.bytes(self.capacity)
+    }
+
+    /// Bytes of its buffers once it holds `n_tokens` positions.
+    pub(crate) fn bytes_for(&self, n_tokens: usize) -> u64 {
+        let step = self.page_capacity().unwrap_or(CACHE_BLOCK);
+        let capacity = n_tokens.next_multiple_of(step).max(self.capacity);
+        self.shape.bytes(capacity)
+    }
+
+    /// Bytes of its first `n` pages.
+    pub(crate) fn bytes_of_pages(&self, n: usize) -> u64 {
+        self.shape
+            .bytes(n * self.page_capacity().unwrap_or_default())
+    }
+
+    /// Positions of a page; `None` where there is one that grows.
+    fn page_capacity(&self) -> Option<usize> {
+        let context = self.context_length.next_multiple_of(CACHE_BLOCK);
+        self.shape.is_paged().then(|| PAGE.min(context))
+    }
+
+    /// Its pages that hold positions, in order; none where it is one buffer that grows.
+    pub(crate) fn pages(&self) -> impl Iterator<Item = Page> {
+        let page = self.page_capacity();
+        let n = page.map_or(0, |page| self.n_tokens.div_ceil(page));
+        (0..n).map(move |index| Page {
+            layers: self
+                .layers
+                .iter()
+                .map(|layer| layer.0[index].clone())
+                .collect(),
+            bytes: self.shape.bytes(page.unwrap_or_default()),
+        })
+    }
+
+    /// Takes over the first `n_tokens` positions of `pages` in place of what it holds.
+    pub(crate) fn adopt(&mut self, pages: Vec<Page>, n_tokens: usize) {
+        self.clear();
+        self.layers
+            .resize_with(self.shape.num_hidden_layers, LayerCache::default);
+        for page in pages {
+            self.capacity += page.capacity();
+            for (layer, page) in self.layers.iter_mut().zip(page.layers) {
+                layer.0.push(page);
+            }
+        }
+        self.n_tokens = n_tokens;
     }
 
     /// Makes room for `n` more positions.
@@ -102,34 +147,39 @@ impl Cache {
                 .with_help("shorten the prompt or ask for fewer new tokens"));
         }
         if needed > self.capacity {
-            // Doubling: the copies cost less than one more pass over what they hold.
-            let capacity = needed
-                .max(2 * self.capacity)
-                .max(self.expected)
-                .max(FIRST_CAPACITY)
-                .min(self.context_length)
-                .next_multiple_of(CACHE_BLOCK);
-            self.grow(capacity);
+            self.grow(needed);
         }
         Ok(())
     }
 
-    fn grow(&mut self, capacity: usize) {
-        let s = &self.shape;
-        let dims = [s.num_key_value_heads, capacity, s.head_dim];
-        let empty = || KeyValues::zeros(s.format, dims, &s.device);
+    fn grow(&mut self, needed: usize) {
+        self.layers
+            .resize_with(self.shape.num_hidden_layers, LayerCache::default);
+        if let Some(page) = self.page_capacity() {
+            while self.capacity < needed {
+                for layer in &mut self.layers {
+                    layer.0.push(self.shape.zeros(page));
+                }
+                self.capacity += page;
+            }
+            return;
+        }
+        // Doubling: the copies cost less than one more pass over what they hold.
+        let capacity = needed
+            .max(2 * self.capacity)
+            .max(self.expected)
+            .max(FIRST_CAPACITY)
+            .min(self.context_length)
+            .next_multiple_of(CACHE_BLOCK);
         // Whole blocks, since their order inside is the kernels' own.
         let kept = self.n_tokens.next_multiple_of(CACHE_BLOCK);
-        let old = std::mem::take(&mut self.layers);
-        self.layers = if old.is_empty() || kept == 0 {
-            (0..s.num_hidden_layers)
-                .map(|_| LayerCache(Some(empty())))
-                .collect()
-        } else {
-            old.into_iter()
-                .map(|layer| LayerCache(layer.0.map(|old| empty().take_over(old, kept))))
-                .collect()
-        };
+        for layer in &mut self.layers {
+            let new = self.shape.zeros(capacity);
+            layer.0 = match layer.0.pop() {
+                Some(old) if kept > 0 => vec![new.take_over(old, kept)],
+                _ => vec![new],
+            };
+        }
         self.capacity = capacity;
     }
 
@@ -156,6 +206,41 @@ impl Cache {
     }
 }
 
+/// The same positions in every layer. A clone shares the memory until one of both is written.
+#[derive(Debug, Clone)]
+pub(crate) struct Page {
+    layers: Vec<KeyValues>,
+    bytes: u64,
+}
+
+impl Page {
+    /// Positions that it has room for.
+    pub(crate) fn capacity(&self) -> usize {
+        self.layers[0].capacity()
+    }
+
+    pub(crate) fn bytes(&self) -> u64 {
+        self.bytes
+    }
+}
+
+impl CacheShape {
+    /// Of `n` positions.
+    fn bytes(&self, n: usize) -> u64 {
+        let row = self.format.row_bytes(self.head_dim);
+        (2 * self.num_hidden_layers * self.num_key_value_heads * n * row) as u64
+    }
+
+    fn is_paged(&self) -> bool {
+        self.device == Device::flex()
+    }
+
+    fn zeros(&self, capacity: usize) -> KeyValues {
+        let dims = [self.num_key_value_heads, capacity, self.head_dim];
+        KeyValues::zeros(self.format, dims, &self.device)
+    }
+}
+
 impl LayerCache {
     /// Writes the keys and values of `qkv` behind `n_past`; the queries, as [`ops::append`] has them.
     pub(crate) fn append(
@@ -164,19 +249,17 @@ impl LayerCache {
         tables: &RopeTables,
         n_past: usize,
     ) -> Tensor<3> {
-        // The only handle is taken, so that the backend writes in place.
-        let Some(own) = self.0.take() else {
-            unreachable!("a failure between taking and putting back clears the cache");
-        };
-        let (q, own) = ops::append(qkv, tables, own, n_past);
-        self.0 = Some(own);
+        let capacity = self.0[0].capacity();
+        let first = n_past / capacity;
+        let end = (n_past + qkv.dims()[0]).div_ceil(capacity);
+        // The handles are taken, so that the backend writes in place what no other cache shares.
+        let touched = self.0.drain(first..end).collect();
+        let (q, touched) = ops::append(qkv, tables, touched, n_past - first * capacity);
+        self.0.splice(first..first, touched);
         q
     }
 
-    pub(crate) fn key_values(&self) -> &KeyValues {
-        let Some(buffers) = &self.0 else {
-            unreachable!("as in append");
-        };
-        buffers
+    pub(crate) fn pages(&self) -> &[KeyValues] {
+        &self.0
     }
 }

@@ -1,6 +1,6 @@
 //! The network: tokens and a cache go in, logits come out; it keeps no state of its own.
 //!
-//! Letters of the shapes: `n` tokens of one sequence, `heads` = `num_attention_heads`, `kv_heads` =
+//! Letters of the shapes: `n` tokens, of one sequence or of several one behind the other, `heads` = `num_attention_heads`, `kv_heads` =
 //! `num_key_value_heads`, `hidden` = `hidden_size`, `intermediate` = `intermediate_size`. Everything
 //! between the matrices is f32.
 
@@ -12,13 +12,15 @@ mod mlp;
 mod moe;
 mod rope;
 
+use std::ops::Range;
+
 use burn::tensor::Tensor;
 
 use crate::error::Result;
 use crate::ops::{self, Linear, RmsNorm, RopeTables, Weight};
 use crate::profile::part;
 use attention::Attention;
-use cache::{Cache, CacheShape};
+use cache::{Cache, CacheShape, LayerCache};
 use mlp::Mlp;
 use moe::Moe;
 use rope::Rope;
@@ -68,39 +70,66 @@ pub(crate) enum Rows {
     All,
 }
 
+/// New tokens of one sequence of a batch, at least one.
+#[derive(Debug)]
+pub(crate) struct Part<'a> {
+    pub(crate) tokens: &'a [u32],
+    /// What the sequence has gone through; the tokens go behind it.
+    pub(crate) cache: &'a mut Cache,
+    pub(crate) rows: Rows,
+}
+
+/// One sequence of a batch on its way through the layers.
+struct Lane<'a> {
+    /// Its rows among those of the batch.
+    rows: Range<usize>,
+    n_past: usize,
+    tables: RopeTables,
+    layers: std::slice::IterMut<'a, LayerCache>,
+}
+
 impl Qwen2 {
-    /// Runs `tokens` behind what `cache` holds and returns the logits of `rows`,
-    /// `[rows, vocab_size]` f32; nothing for no rows.
+    /// Runs the tokens of several sequences, each behind what its cache holds, so that each weight is
+    /// read once for all of them; the logits of their rows in order, `[rows, vocab_size]` f32, nothing
+    /// for no rows. A head is screened for a batch of one only.
     ///
     /// # Errors
-    /// `ContextOverflow` if the tokens do not fit the cache, before any computation.
+    /// `ContextOverflow` if the tokens do not fit a cache, before any computation.
     ///
     /// # Panics
-    /// Where burn fails (it reports by panic); the caller clears the cache then.
-    pub(crate) fn forward(
-        &self,
-        tokens: &[u32],
-        cache: &mut Cache,
-        rows: Rows,
-    ) -> Result<Option<Tensor<2>>> {
-        cache.reserve(tokens.len())?;
-        let long = cache.is_long();
-        let (layers, n_past) = cache.parts();
-        let device = &self.cache_shape.device;
-        let tables = part("rope tables", || {
-            self.rope.tables(n_past, tokens.len(), long, device)
-        });
-        let mut h = part("embed", || ops::embed(&self.embed_tokens, tokens)); // [n, hidden]
-        for (layer, cache) in self.layers.iter().zip(layers) {
-            h = layer.forward(h, &tables, cache, n_past);
+    /// Where burn fails (it reports by panic); the caller clears the caches then.
+    pub(crate) fn forward_batch(&self, batch: &mut [Part<'_>]) -> Result<Option<Tensor<2>>> {
+        for part in &mut *batch {
+            part.cache.reserve(part.tokens.len())?;
         }
-        cache.advance(tokens.len());
-        let n = tokens.len();
-        Ok(match rows {
-            Rows::All => Some(self.head(h)),
-            Rows::Last => Some(self.head(h.narrow(0, n - 1, 1))),
-            Rows::Screened => Some(self.screened_head(h.narrow(0, n - 1, 1))),
-            Rows::None => None,
+        let device = &self.cache_shape.device;
+        let tokens: Vec<u32> = batch.iter().flat_map(|part| part.tokens).copied().collect();
+        let mut end = 0;
+        let lanes = batch.iter_mut().map(|part| {
+            let (n, long) = (part.tokens.len(), part.cache.is_long());
+            let (layers, n_past) = part.cache.parts();
+            end += n;
+            Lane {
+                rows: end - n..end,
+                n_past,
+                tables: self.rope.tables(n_past, n, long, device),
+                layers: layers.iter_mut(),
+            }
+        });
+        let mut lanes: Vec<_> = part("rope tables", || lanes.collect());
+        let mut h = part("embed", || ops::embed(&self.embed_tokens, &tokens)); // [n, hidden]
+        for layer in &self.layers {
+            h = layer.forward(h, &mut lanes);
+        }
+        drop(lanes);
+        for part in &mut *batch {
+            part.cache.advance(part.tokens.len());
+        }
+        Ok(match batch {
+            [part] if part.rows == Rows::Screened => {
+                Some(self.screened_head(h.narrow(0, end - 1, 1)))
+            }
+            _ => chosen_rows(h, batch).map(|h| self.head(h)),
         })
     }
 
@@ -142,18 +171,34 @@ impl Qwen2 {
     }
 }
 
+/// The rows whose logits the parts of a batch want; nothing for no rows.
+fn chosen_rows(h: Tensor<2>, batch: &[Part<'_>]) -> Option<Tensor<2>> {
+    let mut end = 0;
+    let mut chosen = Vec::new();
+    for part in batch {
+        let n = part.tokens.len();
+        end += n;
+        match part.rows {
+            Rows::All => chosen.push(h.clone().narrow(0, end - n, n)),
+            Rows::Last | Rows::Screened => chosen.push(h.clone().narrow(0, end - 1, 1)),
+            Rows::None => {}
+        }
+    }
+    (!chosen.is_empty()).then(|| joined(chosen))
+}
+
+/// Rows of several tensors as one.
+fn joined(mut parts: Vec<Tensor<2>>) -> Tensor<2> {
+    match parts.len() {
+        1 => parts.swap_remove(0),
+        _ => Tensor::cat(parts, 0),
+    }
+}
+
 impl DecoderLayer {
-    /// `h` `[n, hidden]` → `[n, hidden]`.
-    fn forward(
-        &self,
-        h: Tensor<2>,
-        tables: &RopeTables,
-        cache: &mut cache::LayerCache,
-        n_past: usize,
-    ) -> Tensor<2> {
-        let h = self
-            .self_attn
-            .forward(h, &self.input_layernorm, tables, cache, n_past);
+    /// `h` `[n, hidden]` → `[n, hidden]`, the rows of all lanes.
+    fn forward(&self, h: Tensor<2>, lanes: &mut [Lane<'_>]) -> Tensor<2> {
+        let h = self.self_attn.forward(h, &self.input_layernorm, lanes);
         let norm = &self.post_attention_layernorm;
         match &self.mlp {
             FeedForward::Dense(mlp) => mlp.forward(h, norm),

@@ -1,11 +1,13 @@
-//! The keys and values of one layer, as floats or as codes, in the order that suits the device.
+//! A page of keys and values of one layer, as floats or as codes, in the order that suits the device.
 
 use burn::tensor::{DType, Device, Int, Tensor};
 
 use super::codes::{Bits, GROUP, padded};
 
-/// The capacity of a cache is a multiple of this: kernels may order positions within such blocks.
+/// The capacity of a page is a multiple of this: kernels may order positions within such blocks.
 pub(crate) const CACHE_BLOCK: usize = 16;
+/// Positions of a page, where a cache has several.
+pub(crate) const PAGE: usize = 512;
 
 /// What keys and values are kept as.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -15,8 +17,9 @@ pub(crate) enum CacheFormat {
     Codes(Bits),
 }
 
-/// The positions of a block lie in the order that suits the device: only [`super::append`] writes
-/// them, only [`super::attention`] reads them.
+/// One page of a layer's cache. The positions of a block lie in the order that suits the device: only
+/// [`super::append`] writes them, only [`super::attention`] reads them. A clone shares the memory until
+/// one of both is written.
 #[derive(Clone, Debug)]
 #[allow(clippy::large_enum_variant)] // there is one for each layer
 pub(crate) enum KeyValues {
@@ -85,6 +88,14 @@ impl KeyValues {
                     values: zeros(),
                 }
             }
+        }
+    }
+
+    /// Positions that it has room for.
+    pub(crate) fn capacity(&self) -> usize {
+        match self {
+            Self::Floats { keys, .. } => keys.dims()[1],
+            Self::Codes { keys, .. } => keys.words.dims()[1],
         }
     }
 

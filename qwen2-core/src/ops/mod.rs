@@ -15,7 +15,7 @@ use std::sync::{Mutex, PoisonError};
 
 use burn::tensor::Tensor;
 
-pub(crate) use key_values::{CACHE_BLOCK, CacheFormat, KeyValues};
+pub(crate) use key_values::{CACHE_BLOCK, CacheFormat, KeyValues, PAGE};
 pub(crate) use linear::{Linear, RmsNorm, Weight};
 pub(crate) use low_rank::LowRank;
 pub(crate) use visible::Visible;
@@ -145,29 +145,30 @@ pub(crate) fn experts(h: Tensor<2>, norm: &RmsNorm, visits: Vec<Visit<'_>>) -> T
 
 /// Takes queries, keys and values apart (`qkv` `[n, (heads + 2 · kv_heads) · head_dim]`), gives
 /// queries and keys their rotary embedding (arXiv:2104.09864, half-split pairing), and writes keys
-/// and values to the cache from position `start` on. The queries, `[rotations · n, heads, head_dim]`:
-/// each in all its rotations.
+/// and values to `pages`, those that they touch, from position `start` of the first on. The queries,
+/// `[rotations · n, heads, head_dim]`: each in all its rotations.
 pub(crate) fn append(
     qkv: Tensor<2>,
     tables: &RopeTables,
-    cache: KeyValues,
+    pages: Vec<KeyValues>,
     start: usize,
-) -> (Tensor<3>, KeyValues) {
+) -> (Tensor<3>, Vec<KeyValues>) {
     #[cfg(feature = "cpu")]
     if cpu::takes(&qkv) {
-        return cpu::append(qkv, tables, cache, start);
+        return cpu::append(qkv, tables, pages, start);
     }
-    portable::append(qkv, tables, cache, start)
+    portable::append(qkv, tables, pages, start)
 }
 
 /// Grouped-query attention (arXiv:2305.13245) of `q` `[rotations · n, heads, head_dim]` over the
-/// cache; the result is `[n, heads · head_dim]`, scores and softmax in f32.
-pub(crate) fn attention(q: Tensor<3>, cache: &KeyValues, visible: Visible) -> Tensor<2> {
+/// pages of a cache, which are of one size; the result is `[n, heads · head_dim]`, scores and softmax
+/// in f32.
+pub(crate) fn attention(q: Tensor<3>, pages: &[KeyValues], visible: Visible) -> Tensor<2> {
     #[cfg(feature = "cpu")]
     if cpu::takes(&q) {
-        return cpu::attention(q, cache, visible);
+        return cpu::attention(q, pages, visible);
     }
-    portable::attention(q, cache, visible)
+    portable::attention(q, pages, visible)
 }
 
 /// Rows `tokens` of a matrix as f32, `[n, in_features]`: the matrix as an embedding table.

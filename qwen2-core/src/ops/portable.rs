@@ -45,10 +45,11 @@ pub(crate) fn experts(h: Tensor<2>, norm: &RmsNorm, visits: Vec<Visit<'_>>) -> T
 pub(crate) fn append(
     qkv: Tensor<2>,
     tables: &RopeTables,
-    cache: KeyValues,
+    pages: Vec<KeyValues>,
     start: usize,
-) -> (Tensor<3>, KeyValues) {
-    let (kv_heads, head_dim) = (cache.kv_heads(), cache.head_dim());
+) -> (Tensor<3>, Vec<KeyValues>) {
+    let first = &pages[0];
+    let (kv_heads, head_dim, capacity) = (first.kv_heads(), first.head_dim(), first.capacity());
     let [n, width] = qkv.dims();
     let heads = width / head_dim - 2 * kv_heads;
     let qkv = qkv.reshape([n, heads + 2 * kv_heads, head_dim]);
@@ -58,12 +59,28 @@ pub(crate) fn append(
     let q = Tensor::cat(queries.collect(), 0);
     let k = rope(qkv.clone().narrow(1, heads, kv_heads), &tables.keys, 0).swap_dims(0, 1);
     let v = qkv.narrow(1, heads + kv_heads, kv_heads).swap_dims(0, 1);
+    let mut done = 0;
+    let pages = pages.into_iter().enumerate().map(|(index, page)| {
+        let at = start + done - index * capacity;
+        let rows = (n - done).min(capacity - at);
+        let part = |x: &Tensor<3>| x.clone().narrow(1, done, rows);
+        let page = write(page, part(&k), part(&v), at);
+        done += rows;
+        page
+    });
+    let pages = pages.collect();
+    (q, pages)
+}
+
+/// Keys and values `[kv_heads, n, head_dim]` to a page from position `start` on.
+fn write(page: KeyValues, k: Tensor<3>, v: Tensor<3>, start: usize) -> KeyValues {
+    let [kv_heads, n, _] = k.dims();
     let write = |buffer: Tensor<3>, new: Tensor<3>| {
         let [_, _, width] = buffer.dims();
         let new = new.cast(buffer.dtype());
         buffer.slice_assign([0..kv_heads, start..start + n, 0..width], new)
     };
-    let cache = match cache {
+    match page {
         KeyValues::Floats { keys, values } => KeyValues::Floats {
             keys: write(keys, k),
             values: write(values, v),
@@ -90,8 +107,7 @@ pub(crate) fn append(
                 values: write(values, v),
             }
         }
-    };
-    (q, cache)
+    }
 }
 
 /// The last dimension in whole groups, padded with zeros: `[groups, 32]`.
@@ -239,24 +255,22 @@ fn rope(x: Tensor<3>, angles: &Angles, rotation: usize) -> Tensor<3> {
     )
 }
 
-pub(crate) fn attention(q: Tensor<3>, cache: &KeyValues, visible: Visible) -> Tensor<2> {
+pub(crate) fn attention(q: Tensor<3>, pages: &[KeyValues], visible: Visible) -> Tensor<2> {
     let [rows, heads, head_dim] = q.dims();
-    let (kv_heads, rotations) = (cache.kv_heads(), visible.rotations());
+    let (kv_heads, rotations) = (pages[0].kv_heads(), visible.rotations());
     let n = rows / rotations;
     let n_total = visible.n_past + n;
     let group = heads / kv_heads;
-    let (q, k, v) = match cache {
-        KeyValues::Floats { keys, values } => {
-            let part = |x: &Tensor<3>| x.clone().narrow(1, 0, n_total).cast(DType::F32);
-            (q, part(keys), part(values))
-        }
-        KeyValues::Codes {
-            bits, keys, values, ..
-        } => {
-            let part = |codes| decode(codes, *bits, n_total);
-            (turn(q), part(keys), part(values))
-        }
+    let q = match &pages[0] {
+        KeyValues::Floats { .. } => q,
+        KeyValues::Codes { .. } => turn(q),
     };
+    let (k, v): (Vec<_>, Vec<_>) = (0..n_total)
+        .step_by(pages[0].capacity())
+        .zip(pages)
+        .map(|(start, page)| read(page, (n_total - start).min(page.capacity())))
+        .unzip();
+    let (k, v) = (Tensor::cat(k, 1), Tensor::cat(v, 1));
     let width = q.dims()[2];
     let device = v.device();
     let scores = |rotation: usize| {
@@ -281,6 +295,19 @@ pub(crate) fn attention(q: Tensor<3>, cache: &KeyValues, visible: Visible) -> Te
         .reshape([heads, n, head_dim])
         .swap_dims(0, 1)
         .reshape([n, heads * head_dim])
+}
+
+/// The first `n` keys and values of a page as f32, `[kv_heads, n, width]` each.
+fn read(page: &KeyValues, n: usize) -> (Tensor<3>, Tensor<3>) {
+    match page {
+        KeyValues::Floats { keys, values } => {
+            let part = |x: &Tensor<3>| x.clone().narrow(1, 0, n).cast(DType::F32);
+            (part(keys), part(values))
+        }
+        KeyValues::Codes {
+            bits, keys, values, ..
+        } => (decode(keys, *bits, n), decode(values, *bits, n)),
+    }
 }
 
 /// 1 where the query meets the position in this rotation, else 0; `[1, 1, n, n_total]`.
@@ -379,9 +406,10 @@ mod tests {
             ] {
                 let (heads, kv_heads) = (6, 2);
                 let rotations = chunk.map_or(1, |_| 3);
-                let start = KeyValues::zeros(format, [kv_heads, 32, head_dim], &Device::flex());
-                let (mut ours, mut theirs) = (start.clone(), start);
-                for (n_past, n) in [(0, 13), (13, 6)] {
+                let page = KeyValues::zeros(format, [kv_heads, 128, head_dim], &Device::flex());
+                let (mut ours, mut theirs) = (vec![page; 2], Vec::new());
+                theirs.clone_from(&ours);
+                for (n_past, n) in [(0, 13), (13, 6), (19, 130)] {
                     let width = (heads + 2 * kv_heads) * head_dim;
                     let qkv = wave([n, width], 0.37 + n as f32);
                     let angles = |rows, f| Angles {
@@ -398,10 +426,14 @@ mod tests {
                         window,
                         chunk,
                     };
-                    let q_ours;
-                    (q_ours, ours) = cpu::append(qkv.clone(), &tables, ours, n_past);
-                    let q_theirs;
-                    (q_theirs, theirs) = append(qkv, &tables, theirs, n_past);
+                    let touched = n_past / 128..(n_past + n).div_ceil(128);
+                    let start = n_past - touched.start * 128;
+                    let pages = ours.drain(touched.clone()).collect();
+                    let (q_ours, pages) = cpu::append(qkv.clone(), &tables, pages, start);
+                    ours.splice(touched.start..touched.start, pages);
+                    let pages = theirs.drain(touched.clone()).collect();
+                    let (q_theirs, pages) = append(qkv, &tables, pages, start);
+                    theirs.splice(touched.start..touched.start, pages);
                     let ours = values(cpu::attention(q_ours.clone(), &ours, visible));
                     let theirs = values(attention(q_theirs.clone(), &theirs, visible));
                     for (a, b) in values(q_ours).iter().zip(values(q_theirs)) {

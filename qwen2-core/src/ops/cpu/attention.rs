@@ -1,5 +1,5 @@
-//! Grouped-query attention over the cache: tiles of keys, a running softmax (arXiv:2205.14135),
-//! scores and sums in f32.
+//! Grouped-query attention over the pages of a cache: tiles of keys, a running softmax
+//! (arXiv:2205.14135), scores and sums in f32.
 //!
 //! The query heads that share keys are the rows of one product, so the cache is read once for all of
 //! them.
@@ -10,30 +10,45 @@ use super::super::visible::{Distance, Visible};
 use super::layout::{BLOCK, Dims, Layout};
 use super::pool;
 use super::simd::{Isa, Simd, exp, per_isa};
+use crate::ops::PAGE;
 use crate::ops::codes::GROUP;
 
 /// Rows of one register tile: the query heads of a group, of one token or more.
 const ROWS: usize = 8;
-/// Keys of one tile: with their values they stay in the first two levels of cache.
+/// Keys of one tile: with their values they stay in the first two levels of cache. A tile lies in one
+/// page.
 const TILE: usize = 128;
+const _: () = assert!(PAGE.is_multiple_of(TILE));
 /// Tokens of one task.
 const TOKENS: usize = 8;
 /// Keys below which a second task over the same queries does not pay for the merge.
 const MIN_KEYS: usize = 512;
 
-/// One attention: `q` `[rotations, n, heads, head_dim]` over the cache.
+/// One attention: `q` `[rotations, n, heads, head_dim]` over the pages, which are of one size.
 #[derive(Clone, Copy)]
 pub(crate) struct Attention<'a, L> {
     pub(crate) q: &'a [f32],
-    pub(crate) cache: L,
+    pub(crate) pages: &'a [L],
     pub(crate) heads: usize,
     pub(crate) visible: Visible,
 }
 
 impl<L: Layout> Attention<'_, L> {
+    /// Of each page.
+    fn dims(&self) -> Dims {
+        self.pages[0].dims()
+    }
+
     /// Tokens.
     fn n(&self) -> usize {
-        self.q.len() / self.visible.rotations() / (self.heads * self.cache.dims().head_dim)
+        self.q.len() / self.visible.rotations() / (self.heads * self.dims().head_dim)
+    }
+
+    /// The page that holds a position, and the row of it there.
+    fn place(&self, kv_head: usize, position: usize) -> (L, usize) {
+        let capacity = self.dims().capacity;
+        let page = self.pages[position / capacity];
+        (page, kv_head * capacity + position % capacity)
     }
 }
 
@@ -65,17 +80,25 @@ unsafe impl Send for Out {}
 pub(crate) fn attention<L: Layout>(isa: Isa, args: Attention<'_, L>, out: &mut [f32]) {
     let Attention {
         heads,
-        cache,
+        pages,
         visible,
         ..
     } = args;
+    let dims = args.dims();
     let Dims {
         kv_heads,
         capacity,
         head_dim,
-    } = cache.dims();
+    } = dims;
     let n = args.n();
-    cache.check();
+    for page in pages {
+        page.check();
+        assert_eq!(page.dims(), dims, "pages of one size");
+    }
+    assert!(
+        pages.len() == 1 || capacity.is_multiple_of(TILE),
+        "tiles in pages"
+    );
     assert_eq!(out.len(), n * heads * head_dim, "output length");
     assert_eq!(
         args.q.len(),
@@ -83,7 +106,10 @@ pub(crate) fn attention<L: Layout>(isa: Isa, args: Attention<'_, L>, out: &mut [
         "query length"
     );
     assert_eq!(heads % kv_heads, 0, "heads of a group");
-    assert!(visible.n_past + n <= capacity, "cache capacity");
+    assert!(
+        visible.n_past + n <= pages.len() * capacity,
+        "cache capacity"
+    );
     let (first, end) = (visible.first(visible.n_past), visible.n_past + n);
     let blocks = n.div_ceil(TOKENS);
     let shares = shares(end - first, kv_heads * blocks);
@@ -112,7 +138,9 @@ pub(crate) fn attention<L: Layout>(isa: Isa, args: Attention<'_, L>, out: &mut [
     };
     let streams = |index| {
         let Task { kv_head, keys, .. } = task(index);
-        cache.streams(kv_head * capacity + keys.0..kv_head * capacity + keys.1)
+        let (page, row) = args.place(kv_head, keys.0);
+        let n = (keys.1 - keys.0).min(capacity - keys.0 % capacity);
+        page.streams(row..row + n)
     };
     pool::parallel_streams(kv_heads * blocks * shares, &streams, &|index| {
         let (share, task) = (index % shares, task(index));
@@ -181,18 +209,11 @@ per_isa!(run, run_kernel<L: Layout>, (args: Attention<'_, L>, task: Task, out: O
 /// The instruction set of `S` is present; the lengths are those that [`attention`] checked.
 #[inline(always)]
 unsafe fn run_kernel<S: Simd, L: Layout>(args: Attention<'_, L>, task: Task, out: Out) {
-    let Attention {
-        cache,
-        heads,
-        visible,
-        ..
-    } = args;
+    let Attention { heads, visible, .. } = args;
     let Dims {
-        kv_heads,
-        capacity,
-        head_dim,
-    } = cache.dims();
-    let (d, group, n) = (cache.width(), heads / kv_heads, args.n());
+        kv_heads, head_dim, ..
+    } = args.dims();
+    let (d, group, n) = (args.pages[0].width(), heads / kv_heads, args.n());
     let rows = (task.tokens.1 - task.tokens.0) * group;
     let padded = rows.next_multiple_of(ROWS);
     let at = |row: usize| {
@@ -233,7 +254,6 @@ unsafe fn run_kernel<S: Simd, L: Layout>(args: Attention<'_, L>, task: Task, out
             }
         }
     }
-    let base = task.kv_head * capacity;
     let mut tile = task.keys.0;
     while tile < task.keys.1 {
         // A tile ends where a chunk does, so that all its keys are as far from a query.
@@ -281,14 +301,15 @@ unsafe fn run_kernel<S: Simd, L: Layout>(args: Attention<'_, L>, task: Task, out
             let used = (rows - first).min(ROWS);
             // Whole blocks are scored; what a row does not see is struck out.
             let (low, high) = (from / BLOCK * BLOCK, to.next_multiple_of(BLOCK));
+            let (cache, row_of_low) = args.place(task.kv_head, low);
             let mut factors = [1.0; ROWS];
             // SAFETY: `high <= capacity`, which is in blocks; the buffers have the lengths above.
             unsafe {
                 let (q, out) = (q.as_ptr(), scores.as_mut_ptr());
                 match used {
-                    ..=6 => score::<S, L, 6>(q, cache, base + low, high - low, out),
-                    7 => score::<S, L, 7>(q, cache, base + low, high - low, out),
-                    _ => score::<S, L, ROWS>(q, cache, base + low, high - low, out),
+                    ..=6 => score::<S, L, 6>(q, cache, row_of_low, high - low, out),
+                    7 => score::<S, L, 7>(q, cache, row_of_low, high - low, out),
+                    _ => score::<S, L, ROWS>(q, cache, row_of_low, high - low, out),
                 }
                 for (r, (from, to)) in seen.into_iter().enumerate().take(used) {
                     let scores = &mut scores[r * TILE..][..high - low];
@@ -303,7 +324,7 @@ unsafe fn run_kernel<S: Simd, L: Layout>(args: Attention<'_, L>, task: Task, out
                 }
                 let weights = scores.as_ptr().add(from - low);
                 let sums = sums.as_mut_ptr().add(first * d);
-                let (row, n) = (base + from, to - from);
+                let (row, n) = (row_of_low + from - low, to - from);
                 match used {
                     ..=6 => weigh::<S, L, 6>(weights, cache, row, n, &factors, sums),
                     7 => weigh::<S, L, 7>(weights, cache, row, n, &factors, sums),
@@ -622,10 +643,10 @@ mod tests {
             }
         }
 
-        fn attend<L: Layout>(&self, isa: Isa, cache: L) -> Vec<f32> {
+        fn attend<L: Layout>(&self, isa: Isa, pages: &[L]) -> Vec<f32> {
             let args = Attention {
                 q: &self.q,
-                cache,
+                pages,
                 heads: self.heads,
                 visible: self.visible,
             };
@@ -651,7 +672,7 @@ mod tests {
                     .collect(),
             );
             let (keys, values) = (&keys, &values);
-            self.attend(isa, Floats { dims, keys, values })
+            self.attend(isa, &[Floats { dims, keys, values }])
         }
 
         fn check<W: Stored>(&self, spare: usize) {
@@ -707,7 +728,7 @@ mod tests {
                 &rounded(bits, &self.values, self.head_dim, false),
             );
             for isa in Isa::available() {
-                for (out, want) in self.attend(isa, cache).iter().zip(&want) {
+                for (out, want) in self.attend(isa, &[cache]).iter().zip(&want) {
                     assert!((out - want).abs() < 2e-5, "{isa:?} {bits:?}: {out} {want}");
                 }
             }
@@ -752,6 +773,58 @@ mod tests {
             case.check::<f16>(spare);
             case.check_codes::<8>(Bits::Eight, spare);
             case.check_codes::<4>(Bits::Four, spare);
+        }
+    }
+
+    /// Pages in any order in memory, the last one not full.
+    #[test]
+    fn pages_are_one_cache() {
+        for (n, n_past, window, chunk) in [
+            (1, 300, None, None),
+            (9, 250, Some(140), None),
+            (140, 127, None, Some(100)),
+        ] {
+            let visible = Visible {
+                n_past,
+                window,
+                chunk,
+            };
+            let case = Case::new(n, visible, (2, 3), 24);
+            let (d, length, kv_heads) = (case.head_dim, case.length(), case.kv_heads);
+            let dims = Dims {
+                kv_heads,
+                capacity: TILE,
+                head_dim: d,
+            };
+            let n_pages = length.div_ceil(TILE);
+            let mut keys = vec![vec![f32::NAN; kv_heads * TILE * d]; n_pages];
+            let mut values = keys.clone();
+            for (page, (keys, values)) in keys.iter_mut().zip(&mut values).enumerate() {
+                let heads = keys.chunks_mut(TILE * d).zip(values.chunks_mut(TILE * d));
+                for (head, (keys, values)) in heads.enumerate() {
+                    let mut writer = FloatsWriter {
+                        head_dim: d,
+                        keys,
+                        values,
+                    };
+                    for position in page * TILE..length.min((page + 1) * TILE) {
+                        let row = (head * length + position) * d;
+                        writer.key(position % TILE, &case.keys[row..][..d]);
+                        writer.value(position % TILE, &case.values[row..][..d]);
+                    }
+                }
+            }
+            let pages: Vec<_> = keys
+                .iter()
+                .zip(&values)
+                .map(|(keys, values)| Floats { dims, keys, values })
+                .collect();
+            let want = case.reference(&case.keys, &case.values);
+            for isa in Isa::available() {
+                for (out, want) in case.attend(isa, &pages).iter().zip(&want) {
+                    assert!((out - want).abs() < 1e-5, "{isa:?}: {out} {want}");
+                }
+            }
         }
     }
 

@@ -1,5 +1,7 @@
 //! What stands between the matrices: the norm, and the rotary embedding on the way to the cache.
 
+use std::ops::Range;
+
 use super::layout::Writer;
 use super::pool;
 use super::simd::{Isa, Simd, per_isa};
@@ -70,6 +72,28 @@ impl<'a> Tables<'a> {
         let row = i * self.half..(i + 1) * self.half;
         (&self.cos[row.clone()], &self.sin[row])
     }
+
+    /// Those of some positions.
+    pub(crate) fn rows(self, rows: Range<usize>) -> Self {
+        let part = rows.start * self.half..rows.end * self.half;
+        Self {
+            cos: &self.cos[part.clone()],
+            sin: &self.sin[part],
+            half: self.half,
+        }
+    }
+}
+
+/// Rows of queries, keys and values side by side that go to a cache.
+#[derive(Clone, Copy)]
+pub(crate) struct New<'a> {
+    /// `[n, width]`.
+    pub(crate) qkv: &'a [f32],
+    pub(crate) width: usize,
+    /// `n` rows, of the keys.
+    pub(crate) angles: Tables<'a>,
+    /// The position of the first.
+    pub(crate) start: usize,
 }
 
 /// Rotates the queries of `qkv` `[n, width]`, its first columns, into `q`
@@ -90,16 +114,15 @@ pub(crate) fn rotate_queries(
     });
 }
 
-/// Rotates the keys of `qkv` `[n, width]`, and writes them and the values, its last columns, to the
-/// caches of the heads from position `start` on.
-pub(crate) fn append(
-    isa: Isa,
-    qkv: &[f32],
-    width: usize,
-    tables: Tables<'_>,
-    start: usize,
-    heads: Vec<impl Writer>,
-) {
+/// Rotates the keys of `new`, and writes them and the values, its last columns, to the caches of the
+/// heads.
+pub(crate) fn append(isa: Isa, new: New<'_>, heads: Vec<impl Writer>) {
+    let New {
+        qkv,
+        width,
+        angles: tables,
+        start,
+    } = new;
     let (head_dim, kv_heads) = (2 * tables.half, heads.len());
     let first = width - 2 * kv_heads * head_dim;
     // A task for each head: the cache lies head by head.
@@ -221,7 +244,13 @@ mod tests {
                 keys,
                 values,
             });
-            append(isa, &qkv, width, tables, start, caches.collect());
+            let new = New {
+                qkv: &qkv,
+                width,
+                angles: tables,
+                start,
+            };
+            append(isa, new, caches.collect());
             for (i, head, k) in (0..n * kv_heads * d).map(|x| (x / d / 2, x / d % 2, x % d)) {
                 let at = i * width + (heads + head) * d;
                 let (a, b) = (qkv[at + k % half], qkv[at + half + k % half]);

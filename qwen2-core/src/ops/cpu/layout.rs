@@ -20,7 +20,7 @@ pub(crate) const BLOCK: usize = 16;
 const AHEAD: usize = 64;
 
 /// The dimensions of the keys, and of the values.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Dims {
     pub(crate) kv_heads: usize,
     pub(crate) capacity: usize,

@@ -1,10 +1,7 @@
 //! The matrices of a call as burn's extension takes them, and the product of activations with each.
 
 use burn::backend::tensor::{FloatTensor, IntTensor};
-use burn::backend::{
-    Backend, BackendTensor, Dispatch, DispatchAutodiffContext, DispatchTensor, DispatchTensorKind,
-    ExtensionType,
-};
+use burn::backend::{Backend, Dispatch, ExtensionType};
 use burn::tensor::{DType, Tensor};
 use burn_flex::{Flex, FlexTensor};
 use half::{bf16, f16};
@@ -23,46 +20,6 @@ pub(crate) enum Matrix<B: Backend> {
     DenseBias(FloatTensor<B>, FloatTensor<B>),
     Packed(IntTensor<B>, packed::Shape),
     PackedBias(IntTensor<B>, packed::Shape, FloatTensor<B>),
-}
-
-/// Any number of matrices.
-pub(crate) struct Matrices<B: Backend>(pub(crate) Vec<Matrix<B>>);
-
-impl<B: Backend> ExtensionType<B> for Matrices<B> {
-    type Target = Matrices<Dispatch>;
-
-    fn map_to_dispatch<F>(self, map_kind: F, autodiff: DispatchAutodiffContext) -> Self::Target
-    where
-        F: Fn(BackendTensor<B>) -> DispatchTensorKind,
-    {
-        let map = |matrix: Matrix<B>| matrix.map_to_dispatch(&map_kind, autodiff);
-        Matrices(self.0.into_iter().map(map).collect())
-    }
-
-    fn map_from_dispatch<F>(target: Self::Target, unwrap_kind: F) -> Self
-    where
-        F: Fn(DispatchTensor) -> BackendTensor<B>,
-    {
-        let map = |matrix| Matrix::map_from_dispatch(matrix, &unwrap_kind);
-        Self(target.0.into_iter().map(map).collect())
-    }
-
-    fn routing_tensor(target: &Self::Target) -> Option<&DispatchTensor> {
-        let mut matrices = target.0.iter();
-        matrices.find_map(<Matrix<Dispatch> as ExtensionType<Dispatch>>::routing_tensor)
-    }
-
-    fn routing_float_tensor(target: &Self::Target) -> Option<&DispatchTensor> {
-        let mut matrices = target.0.iter();
-        matrices.find_map(<Matrix<Dispatch> as ExtensionType<Dispatch>>::routing_float_tensor)
-    }
-
-    fn autodiff_context(target: &Self::Target) -> DispatchAutodiffContext {
-        let start = DispatchAutodiffContext::Disabled;
-        target.0.iter().fold(start, |context, matrix| {
-            context.merge(<Matrix<Dispatch> as ExtensionType<Dispatch>>::autodiff_context(matrix))
-        })
-    }
 }
 
 /// The parameters as the extension's types.

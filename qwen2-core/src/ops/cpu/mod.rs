@@ -6,12 +6,15 @@ mod bf16_gemm;
 mod elementwise;
 mod experts;
 mod layout;
+mod many;
 mod matmul;
 mod matrix;
 pub(crate) mod pool;
 mod product;
 mod quantized;
 pub(crate) mod simd;
+
+use std::ops::Range;
 
 use burn::backend::tensor::{FloatTensor, IntTensor};
 use burn::backend::{Backend, Dispatch, ExtensionType, backend_extension};
@@ -24,8 +27,10 @@ use super::{
     Angles, KeyValues, Linear, RmsNorm, RopeTables, Route, Visible, Visit, Weight, packed,
 };
 use attention::Attention;
-use layout::{Coded, CodedMut, Codes, CodesWriter, Dims, Floats, FloatsWriter, Layout, Writer};
-use matrix::{Element, Gated, Input, Matrices, Matrix, elements, matrix};
+use elementwise::New;
+use layout::{Coded, CodedMut, Codes, CodesWriter, Dims, Floats, FloatsWriter, Layout};
+use many::Many;
+use matrix::{Element, Gated, Input, Matrix, elements, matrix};
 use product::{Finish, Target, run_all};
 use simd::Isa;
 
@@ -64,16 +69,30 @@ pub(crate) trait Qwen2Ops: Backend {
         #[extension_type] matrices: Matrices<Self>,
         routes: Vec<Route>,
     ) -> FloatTensor<Self>;
-    /// `qkv` stands with the cache, the queries come back in its place.
+    fn qwen2_queries(
+        qkv: FloatTensor<Self>,
+        #[extension_type] angles: Rotations<Self>,
+        heads: usize,
+    ) -> FloatTensor<Self>;
+    /// Rows `rows` of `qkv` to one page, from position `start` of it on.
     fn qwen2_append(
-        #[extension_type] qkv: WithCache<Self>,
-        #[extension_type] keys: Rotations<Self>,
-        #[extension_type] queries: Rotations<Self>,
+        qkv: FloatTensor<Self>,
+        #[extension_type] angles: Rotations<Self>,
+        #[extension_type] page: Page<Self>,
+        rows: Range<usize>,
         start: usize,
-    ) -> WithCache<Self>;
-    fn qwen2_attention(#[extension_type] q: WithCache<Self>, visible: Visible)
-    -> FloatTensor<Self>;
+    ) -> Page<Self>;
+    fn qwen2_attention(
+        q: FloatTensor<Self>,
+        #[extension_type] pages: Pages<Self>,
+        visible: Visible,
+    ) -> FloatTensor<Self>;
 }
+
+/// Any number of matrices.
+type Matrices<B> = Many<Matrix<B>>;
+/// The pages of a layer.
+type Pages<B> = Many<Page<B>>;
 
 /// Cosines and sines.
 #[derive(ExtensionType)]
@@ -101,14 +120,13 @@ impl Rotations<Flex> {
     }
 }
 
-/// A tensor and the keys and values that it goes with.
+/// A page of keys and values.
 #[derive(ExtensionType)]
-pub(crate) enum WithCache<B: Backend> {
-    /// The tensor, keys, values.
-    Floats(FloatTensor<B>, FloatTensor<B>, FloatTensor<B>),
-    /// The tensor, codes and scales of the keys, of the values; the bits and `head_dim`.
+pub(crate) enum Page<B: Backend> {
+    /// Keys, values.
+    Floats(FloatTensor<B>, FloatTensor<B>),
+    /// Codes and scales of the keys, of the values; the bits and `head_dim`.
     Codes(
-        FloatTensor<B>,
         IntTensor<B>,
         FloatTensor<B>,
         IntTensor<B>,
@@ -118,12 +136,11 @@ pub(crate) enum WithCache<B: Backend> {
     ),
 }
 
-impl WithCache<Dispatch> {
-    fn new<const D: usize>(x: Tensor<D>, cache: KeyValues) -> Self {
-        let x = x.into_dispatch();
-        match cache {
+impl Page<Dispatch> {
+    fn new(page: KeyValues) -> Self {
+        match page {
             KeyValues::Floats { keys, values } => {
-                Self::Floats(x, keys.into_dispatch(), values.into_dispatch())
+                Self::Floats(keys.into_dispatch(), values.into_dispatch())
             }
             KeyValues::Codes {
                 bits,
@@ -131,7 +148,6 @@ impl WithCache<Dispatch> {
                 keys,
                 values,
             } => Self::Codes(
-                x,
                 keys.words.into_dispatch(),
                 keys.scales.into_dispatch(),
                 values.words.into_dispatch(),
@@ -142,31 +158,24 @@ impl WithCache<Dispatch> {
         }
     }
 
-    fn split<const D: usize>(self) -> (Tensor<D>, KeyValues) {
-        let tensor = Tensor::from_dispatch;
+    fn into_key_values(self) -> KeyValues {
+        let codes = |words, scales| super::key_values::Codes {
+            words: Tensor::from_dispatch(words),
+            scales: Tensor::from_dispatch(scales),
+        };
         match self {
-            Self::Floats(x, keys, values) => (
-                Tensor::from_dispatch(x),
-                KeyValues::Floats {
-                    keys: tensor(keys),
-                    values: tensor(values),
-                },
-            ),
-            Self::Codes(x, key_words, key_scales, value_words, value_scales, bits, head_dim) => (
-                Tensor::from_dispatch(x),
+            Self::Floats(keys, values) => KeyValues::Floats {
+                keys: Tensor::from_dispatch(keys),
+                values: Tensor::from_dispatch(values),
+            },
+            Self::Codes(key_words, key_scales, value_words, value_scales, bits, head_dim) => {
                 KeyValues::Codes {
                     bits,
                     head_dim,
-                    keys: super::key_values::Codes {
-                        words: Tensor::from_dispatch(key_words),
-                        scales: tensor(key_scales),
-                    },
-                    values: super::key_values::Codes {
-                        words: Tensor::from_dispatch(value_words),
-                        scales: tensor(value_scales),
-                    },
-                },
-            ),
+                    keys: codes(key_words, key_scales),
+                    values: codes(value_words, value_scales),
+                }
+            }
         }
     }
 }
@@ -247,26 +256,43 @@ impl Qwen2Ops for Flex {
         experts::flex_experts(h, &norm, eps, &matrices.0, &routes)
     }
 
+    fn qwen2_queries(qkv: FlexTensor, angles: Rotations<Self>, heads: usize) -> FlexTensor {
+        let qkv = qkv.to_contiguous();
+        let [_, width] = dims(&qkv);
+        let tables = angles.tables();
+        let rows = tables.cos.len() / tables.half; // rotations · n
+        let head_dim = 2 * tables.half;
+        let mut q = vec![0.0; rows * heads * head_dim];
+        elementwise::rotate_queries(Isa::selected(), elements(&qkv), width, tables, &mut q);
+        tensor(q, Shape::new([rows, heads, head_dim]))
+    }
+
     fn qwen2_append(
-        qkv: WithCache<Self>,
-        keys: Rotations<Self>,
-        queries: Rotations<Self>,
+        qkv: FlexTensor,
+        angles: Rotations<Self>,
+        page: Page<Self>,
+        rows: Range<usize>,
         start: usize,
-    ) -> WithCache<Self> {
-        let angles = (keys.tables(), queries.tables());
-        match qkv {
-            WithCache::Floats(qkv, mut keys, mut values) => {
-                let q = match keys.dtype() {
-                    DType::F32 => append_floats::<f32>(&qkv, angles, &mut keys, &mut values, start),
-                    DType::BF16 => {
-                        append_floats::<bf16>(&qkv, angles, &mut keys, &mut values, start)
-                    }
-                    DType::F16 => append_floats::<f16>(&qkv, angles, &mut keys, &mut values, start),
+    ) -> Page<Self> {
+        let qkv = qkv.to_contiguous();
+        let [_, width] = dims(&qkv);
+        let new = New {
+            qkv: &elements(&qkv)[rows.start * width..rows.end * width],
+            width,
+            angles: angles.tables().rows(rows),
+            start,
+        };
+        match page {
+            Page::Floats(mut keys, mut values) => {
+                match keys.dtype() {
+                    DType::F32 => append_floats::<f32>(new, &mut keys, &mut values),
+                    DType::BF16 => append_floats::<bf16>(new, &mut keys, &mut values),
+                    DType::F16 => append_floats::<f16>(new, &mut keys, &mut values),
                     other => unreachable!("caches are made as f32, bf16 or f16, not {other:?}"),
-                };
-                WithCache::Floats(q, keys, values)
+                }
+                Page::Floats(keys, values)
             }
-            WithCache::Codes(qkv, mut kc, mut ks, mut vc, mut vs, bits, head_dim) => {
+            Page::Codes(mut kc, mut ks, mut vc, mut vs, bits, head_dim) => {
                 let [kv_heads, _, _] = dims(&kc);
                 let heads = coded_mut(&mut kc, &mut ks, kv_heads)
                     .zip(coded_mut(&mut vc, &mut vs, kv_heads));
@@ -276,33 +302,27 @@ impl Qwen2Ops for Flex {
                     keys,
                     values,
                 });
-                let q = flex_append(&qkv, angles, heads.collect(), start);
-                WithCache::Codes(q, kc, ks, vc, vs, bits, head_dim)
+                elementwise::append(Isa::selected(), new, heads.collect());
+                Page::Codes(kc, ks, vc, vs, bits, head_dim)
             }
         }
     }
 
-    fn qwen2_attention(q: WithCache<Self>, visible: Visible) -> FlexTensor {
-        match q {
-            WithCache::Floats(q, keys, values) => match keys.dtype() {
-                DType::F32 => attend_floats::<f32>(&q, &keys, &values, visible),
-                DType::BF16 => attend_floats::<bf16>(&q, &keys, &values, visible),
-                DType::F16 => attend_floats::<f16>(&q, &keys, &values, visible),
-                other => unreachable!("caches are made as f32, bf16 or f16, not {other:?}"),
+    fn qwen2_attention(q: FlexTensor, pages: Pages<Self>, visible: Visible) -> FlexTensor {
+        let floats = |page: &Page<Self>| match page {
+            Page::Floats(keys, _) => keys.dtype(),
+            Page::Codes(.., bits, _) => match bits {
+                Bits::Eight => DType::I8,
+                Bits::Four => DType::U8,
             },
-            WithCache::Codes(q, kc, ks, vc, vs, bits, head_dim) => {
-                let [kv_heads, capacity, _] = dims(&kc);
-                let dims = Dims {
-                    kv_heads,
-                    capacity,
-                    head_dim,
-                };
-                let (keys, values) = (coded(&kc, &ks), coded(&vc, &vs));
-                match bits {
-                    Bits::Eight => flex_attention(&q, Codes::<8> { dims, keys, values }, visible),
-                    Bits::Four => flex_attention(&q, Codes::<4> { dims, keys, values }, visible),
-                }
-            }
+        };
+        match floats(&pages.0[0]) {
+            DType::F32 => flex_attention(&q, &all(&pages, float_page::<f32>), visible),
+            DType::BF16 => flex_attention(&q, &all(&pages, float_page::<bf16>), visible),
+            DType::F16 => flex_attention(&q, &all(&pages, float_page::<f16>), visible),
+            DType::I8 => flex_attention(&q, &all(&pages, coded_page::<8>), visible),
+            DType::U8 => flex_attention(&q, &all(&pages, coded_page::<4>), visible),
+            other => unreachable!("caches are made as f32, bf16 or f16, not {other:?}"),
         }
     }
 }
@@ -319,7 +339,7 @@ pub(crate) fn project<const N: usize>(
 ) -> Tensor<2> {
     let (x, eps) = (x.clone().into_dispatch(), norm.eps);
     let norm = norm.weight.clone().into_dispatch();
-    let matrices = Matrices(matrices.map(matrix).into());
+    let matrices = Many(matrices.map(matrix).into());
     Tensor::from_dispatch(Dispatch::qwen2_project(x, norm, eps, matrices))
 }
 
@@ -367,26 +387,36 @@ pub(crate) fn experts(h: Tensor<2>, norm: &RmsNorm, visits: Vec<Visit<'_>>) -> T
         .flat_map(|visit| [visit.gate, visit.up, visit.down].map(matrix))
         .collect();
     let routes = visits.into_iter().map(|visit| visit.route).collect();
-    let out = Dispatch::qwen2_experts(h, norm, eps, Matrices(matrices), routes);
+    let out = Dispatch::qwen2_experts(h, norm, eps, Many(matrices), routes);
     Tensor::from_dispatch(out)
 }
 
 pub(crate) fn append(
     qkv: Tensor<2>,
     tables: &RopeTables,
-    cache: KeyValues,
+    pages: Vec<KeyValues>,
     start: usize,
-) -> (Tensor<3>, KeyValues) {
-    let (keys, queries) = (
-        Rotations::new(&tables.keys),
-        Rotations::new(&tables.queries),
-    );
-    Dispatch::qwen2_append(WithCache::new(qkv, cache), keys, queries, start).split()
+) -> (Tensor<3>, Vec<KeyValues>) {
+    let ([n, width], first) = (qkv.dims(), &pages[0]);
+    let heads = width / first.head_dim() - 2 * first.kv_heads();
+    let capacity = first.capacity();
+    let qkv = qkv.into_dispatch();
+    let mut done = 0;
+    let pages = pages.into_iter().enumerate().map(|(index, page)| {
+        let at = start + done - index * capacity;
+        let rows = done..n.min(done + capacity - at);
+        done = rows.end;
+        let (page, angles) = (Page::new(page), Rotations::new(&tables.keys));
+        Dispatch::qwen2_append(qkv.clone(), angles, page, rows, at).into_key_values()
+    });
+    let pages = pages.collect();
+    let q = Dispatch::qwen2_queries(qkv, Rotations::new(&tables.queries), heads);
+    (Tensor::from_dispatch(q), pages)
 }
 
-pub(crate) fn attention(q: Tensor<3>, cache: &KeyValues, visible: Visible) -> Tensor<2> {
-    let q = WithCache::new(q, cache.clone());
-    Tensor::from_dispatch(Dispatch::qwen2_attention(q, visible))
+pub(crate) fn attention(q: Tensor<3>, pages: &[KeyValues], visible: Visible) -> Tensor<2> {
+    let pages = Many(pages.iter().cloned().map(Page::new).collect());
+    Tensor::from_dispatch(Dispatch::qwen2_attention(q.into_dispatch(), pages, visible))
 }
 
 /// Rows of a packed table, read where they lie.
@@ -450,13 +480,7 @@ fn normed(x: &FlexTensor, norm: &FlexTensor, eps: f64) -> Vec<f32> {
     out
 }
 
-fn append_floats<W: Element>(
-    qkv: &FlexTensor,
-    angles: (elementwise::Tables<'_>, elementwise::Tables<'_>),
-    keys: &mut FlexTensor,
-    values: &mut FlexTensor,
-    start: usize,
-) -> FlexTensor {
+fn append_floats<W: Element>(new: New<'_>, keys: &mut FlexTensor, values: &mut FlexTensor) {
     let [_, capacity, head_dim] = dims(keys);
     let head = capacity * head_dim;
     let heads = keys.storage_mut::<W>().chunks_mut(head);
@@ -466,53 +490,53 @@ fn append_floats<W: Element>(
         keys,
         values,
     });
-    flex_append(qkv, angles, heads.collect(), start)
+    elementwise::append(Isa::selected(), new, heads.collect());
 }
 
-/// Writes to the caches of the heads; the queries.
-fn flex_append(
-    qkv: &FlexTensor,
-    angles: (elementwise::Tables<'_>, elementwise::Tables<'_>),
-    heads: Vec<impl Writer>,
-    start: usize,
-) -> FlexTensor {
-    let qkv = qkv.to_contiguous();
-    let [_, width] = dims(&qkv);
-    let (of_keys, of_queries) = angles;
-    let half = of_keys.half;
-    let rows = of_queries.cos.len() / half; // rotations · n
-    let n_heads = width / (2 * half) - 2 * heads.len();
-    let mut q = vec![0.0; rows * n_heads * 2 * half];
-    let (isa, new) = (Isa::selected(), elements(&qkv));
-    elementwise::rotate_queries(isa, new, width, of_queries, &mut q);
-    elementwise::append(isa, new, width, of_keys, start, heads);
-    tensor(q, Shape::new([rows, n_heads, 2 * half]))
+fn all<'a, L>(pages: &'a Pages<Flex>, one: impl Fn(&'a Page<Flex>) -> L) -> Vec<L> {
+    pages.0.iter().map(one).collect()
 }
 
-fn attend_floats<W: Element>(
-    q: &FlexTensor,
-    keys: &FlexTensor,
-    values: &FlexTensor,
-    visible: Visible,
-) -> FlexTensor {
-    let [kv_heads, capacity, head_dim] = dims(keys);
-    let dims = Dims {
-        kv_heads,
-        capacity,
-        head_dim,
+fn float_page<W: Element>(page: &Page<Flex>) -> Floats<'_, W> {
+    let Page::Floats(keys, values) = page else {
+        unreachable!("a cache keeps its format");
     };
-    let (keys, values) = (elements::<W>(keys), elements::<W>(values));
-    flex_attention(q, Floats { dims, keys, values }, visible)
+    let [kv_heads, capacity, head_dim] = dims(keys);
+    Floats {
+        dims: Dims {
+            kv_heads,
+            capacity,
+            head_dim,
+        },
+        keys: elements(keys),
+        values: elements(values),
+    }
 }
 
-fn flex_attention<L: Layout>(q: &FlexTensor, cache: L, visible: Visible) -> FlexTensor {
+fn coded_page<const BITS: usize>(page: &Page<Flex>) -> Codes<'_, BITS> {
+    let Page::Codes(key_codes, key_scales, value_codes, value_scales, _, head_dim) = page else {
+        unreachable!("a cache keeps its format");
+    };
+    let [kv_heads, capacity, _] = dims(key_codes);
+    Codes {
+        dims: Dims {
+            kv_heads,
+            capacity,
+            head_dim: *head_dim,
+        },
+        keys: coded(key_codes, key_scales),
+        values: coded(value_codes, value_scales),
+    }
+}
+
+fn flex_attention<L: Layout>(q: &FlexTensor, pages: &[L], visible: Visible) -> FlexTensor {
     let q = q.to_contiguous();
     let [rows, heads, head_dim] = dims(&q); // rotations · n
     let n = rows / visible.rotations();
     let mut out = vec![0.0; n * heads * head_dim];
     let args = Attention {
         q: elements(&q),
-        cache,
+        pages,
         heads,
         visible,
     };
