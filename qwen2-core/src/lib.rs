@@ -4,6 +4,7 @@ mod api;
 mod checkpoint;
 mod config;
 mod device;
+mod engine;
 mod error;
 mod fence;
 mod generate;
@@ -16,8 +17,9 @@ mod text;
 #[doc(hidden)]
 pub use api::SessionRun;
 pub use api::{
-    CheckpointInfo, Logits, Memory, Model, ModelBuilder, Perplexity, Prompt, Quantization, Session,
-    SessionStream, convert, inspect, instruction_set, merge_lora, quantize,
+    CheckpointInfo, Engine, EngineBuilder, Logits, Memory, Model, ModelBuilder, Perplexity, Prompt,
+    Quantization, Request, Session, SessionStream, convert, inspect, instruction_set, merge_lora,
+    quantize,
 };
 pub use checkpoint::{Progress, Source};
 pub use config::{
@@ -25,6 +27,7 @@ pub use config::{
     LongContext, ModelConfig, MoeConfig, RopeScaling,
 };
 pub use device::Device;
+pub use engine::{EngineStats, RequestStream, WhenFull};
 pub use error::{Error, ErrorKind, Result};
 #[doc(hidden)]
 pub use fence::fenced;

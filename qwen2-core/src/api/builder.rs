@@ -448,6 +448,7 @@ impl ModelBuilder {
                 cache_per_token,
                 context_length,
                 adapters: Vec::new(),
+                origin: Arc::new(()),
             }),
         })
     }

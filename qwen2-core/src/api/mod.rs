@@ -2,6 +2,7 @@
 
 mod builder;
 mod convert;
+mod engine;
 mod inspect;
 mod model;
 mod perplexity;
@@ -18,6 +19,7 @@ pub fn instruction_set() -> &'static str {
 
 pub use builder::ModelBuilder;
 pub use convert::{convert, merge_lora};
+pub use engine::{Engine, EngineBuilder, Request};
 pub use inspect::{CheckpointInfo, inspect};
 pub use model::{Logits, Memory, Model, Prompt};
 pub use perplexity::Perplexity;

@@ -35,6 +35,8 @@ pub(crate) struct Inner {
     pub(crate) cache_per_token: u64,
     pub(crate) context_length: usize,
     pub(crate) adapters: Vec<PathBuf>,
+    /// Of all handles with these weights the same.
+    pub(crate) origin: Arc<()>,
 }
 
 /// What the model answers to: text, tokens or a conversation.
@@ -211,6 +213,7 @@ impl Model {
                 device: inner.device.clone(),
                 weights,
                 adapters,
+                origin: inner.origin.clone(),
                 ..*inner
             }),
         })
@@ -326,6 +329,11 @@ impl Model {
     /// The directory's or repository's name.
     pub fn name(&self) -> &str {
         &self.inner.name
+    }
+
+    /// Whether one of both was made of the other, or both of a third, by [`Model::with_adapter`].
+    pub(crate) fn shares_weights(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.inner.origin, &other.inner.origin)
     }
 
     fn start(

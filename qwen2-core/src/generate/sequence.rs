@@ -94,6 +94,11 @@ impl Sequence {
         self.finished.is_some()
     }
 
+    /// Prompt and new tokens together, at most.
+    pub(crate) fn most_tokens(&self) -> usize {
+        self.usage.prompt_tokens + self.max_new_tokens
+    }
+
     /// Whether the choice of a token depends on few of the highest logits. Twice as many are exact, so
     /// that a repetition penalty finds others to go on with.
     pub(crate) fn screens(&self) -> bool {

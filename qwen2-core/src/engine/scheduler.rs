@@ -1,0 +1,586 @@
+//! Who is computed next: sequences join and leave at every step, prompts are read between the tokens of
+//! the others.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use super::outlet::Outlet;
+use super::prefix::{Found, PrefixCache};
+use super::queue::{Place, Queue};
+use super::worker::{Shared, Waiting};
+use super::{EngineStats, Settings};
+use crate::error::{Error, ErrorKind, Result};
+use crate::fence::fenced;
+use crate::generate::{FinishReason, Network, Sequence, Timings};
+use crate::model::cache::Cache;
+use crate::model::{Part, Rows};
+
+/// Tokens that a sequence may have to run to count as one that decodes, not reads.
+const FEW: usize = 16;
+/// How long a reader may leave its pieces unread.
+const PATIENCE: Duration = Duration::from_secs(60);
+/// Tokens for which there must be room behind a prompt before it is started.
+const HEADROOM: usize = 128;
+
+/// A sequence that is computed.
+pub(super) struct Running {
+    network: Arc<Network>,
+    sequence: Sequence,
+    cache: Cache,
+    outlet: Outlet,
+    place: Place,
+    /// Whole pages at its start that the prefix tree has.
+    n_pinned: usize,
+    /// Its prompt is in the prefix tree.
+    shared: bool,
+    /// It was part of a batch that failed: it runs alone, so that it fails alone.
+    alone: bool,
+    started: Instant,
+    /// When its first token came.
+    first: Option<Instant>,
+}
+
+/// What one sequence runs in a step.
+#[derive(Clone, Copy)]
+struct Share {
+    index: usize,
+    n_tokens: usize,
+}
+
+pub(super) struct Scheduler {
+    settings: Settings,
+    shared: Arc<Shared>,
+    running: Vec<Running>,
+    /// Those for which there was no memory, or no longer.
+    held: Queue<Running>,
+    prefix: PrefixCache,
+    stats: EngineStats,
+}
+
+impl Scheduler {
+    pub(super) fn new(settings: Settings, shared: Arc<Shared>) -> Self {
+        Self {
+            settings,
+            shared,
+            running: Vec::new(),
+            held: Queue::default(),
+            prefix: PrefixCache::new(),
+            stats: EngineStats::default(),
+        }
+    }
+
+    /// Computes until the engine is dropped.
+    pub(super) fn run(&mut self) {
+        while !self.shared.stops() {
+            self.reap();
+            self.admit();
+            let plan = self.plan();
+            self.report();
+            if plan.is_empty() {
+                let nap = !self.running.is_empty() || self.held.len() > 0;
+                if !self.shared.wait(nap) {
+                    break;
+                }
+                continue;
+            }
+            self.step(plan);
+        }
+    }
+
+    fn report(&mut self) {
+        let mut inbox = self.shared.lock();
+        let (submitted, cache_limit) = (inbox.stats.submitted, inbox.stats.cache_limit);
+        inbox.stats = EngineStats {
+            running: self.running.len(),
+            waiting: self.held.len(),
+            cache_bytes: self.used(),
+            submitted,
+            cache_limit,
+            ..self.stats
+        };
+    }
+
+    /// Ends what nobody waits for, or no longer.
+    fn reap(&mut self) {
+        let is_over = |sequence: &Sequence, outlet: &Outlet| {
+            let unread = outlet.full_since();
+            sequence.is_cancelled()
+                || outlet.is_dropped()
+                || unread.is_some_and(|since| since.elapsed() > PATIENCE)
+        };
+        let waiting = self
+            .shared
+            .lock()
+            .queue
+            .take(|waiting: &Waiting| is_over(&waiting.job.sequence, &waiting.outlet));
+        if !waiting.is_empty() {
+            self.shared.tell_room();
+        }
+        let over = self
+            .running
+            .extract_if(.., |running| is_over(&running.sequence, &running.outlet));
+        let mut over: Vec<_> = over.collect();
+        over.extend(self.held.take(|one| is_over(&one.sequence, &one.outlet)));
+        over.extend(
+            waiting
+                .into_iter()
+                .map(|waiting| Running::new(waiting, (0, 0))),
+        );
+        for mut running in over {
+            running.sequence.end(FinishReason::Cancelled, None);
+            self.end(running, None);
+        }
+    }
+
+    /// Starts what waits, as far as there is room.
+    fn admit(&mut self) {
+        while self.running.len() < self.settings.max_sequences {
+            let Some(mut next) = self.next() else { break };
+            let found = self.find(&mut next);
+            let need = self.need(&next);
+            if need > self.settings.cache_bytes {
+                self.end(next, Some(too_large(need, self.settings.cache_bytes)));
+            } else if self.make_room(need) || self.running.is_empty() {
+                self.begin(next, found);
+            } else {
+                // What runs will end and leave its memory.
+                self.unpin(&mut next);
+                self.held.push(next.place, next);
+                break;
+            }
+        }
+    }
+
+    /// The first of those that wait.
+    fn next(&mut self) -> Option<Running> {
+        let held = self.held.first().map(|(place, _)| place);
+        let mut inbox = self.shared.lock();
+        let waiting = inbox.queue.first().map(|(place, _)| place);
+        if held.is_some_and(|held| waiting.is_none_or(|waiting| held < waiting)) {
+            return self.held.pop().map(|(_, running)| running);
+        }
+        let (place, waiting) = inbox.queue.pop()?;
+        drop(inbox);
+        self.shared.tell_room();
+        Some(Running::new(waiting, place))
+    }
+
+    /// Readies its cache; what it begins with that others have computed, pinned.
+    fn find(&mut self, running: &mut Running) -> Option<Found> {
+        let tokens = running.sequence.tokens();
+        running
+            .network
+            .qwen2
+            .ready(&mut running.cache, tokens.len());
+        if !self.settings.prefix_cache || running.cache.is_long() {
+            return None;
+        }
+        let mut found = self.prefix.find(&running.network, tokens, 1);
+        if self.settings.deterministic {
+            // What comes behind is read in the same chunks as if nothing was shared.
+            found.n_tokens -= found.n_tokens % self.settings.prefill_chunk;
+        }
+        running.n_pinned = found.n_pinned;
+        Some(found)
+    }
+
+    /// Bytes that must be there for a sequence to start, beside the pages that it has pinned.
+    fn need(&self, running: &Running) -> u64 {
+        let n = running.sequence.tokens().len();
+        let rest = running.sequence.most_tokens() - n;
+        let rest = match self.settings.deterministic {
+            true => rest, // it is never preempted
+            false => rest.min(HEADROOM),
+        };
+        let cache = &running.cache;
+        cache.bytes_for(n + rest) - cache.bytes_of_pages(running.n_pinned)
+    }
+
+    fn begin(&mut self, mut running: Running, found: Option<Found>) {
+        let found = found.filter(|found| found.n_tokens > 0);
+        let cached = found.as_ref().map_or(0, |found| found.n_tokens);
+        if let Some(found) = found {
+            running.cache.adopt(found.pages, found.n_tokens);
+        }
+        if running.first.is_none() {
+            running.started = Instant::now();
+            running.sequence.set_cached(cached);
+            self.stats.cached_tokens += cached as u64;
+        }
+        self.running.push(running);
+    }
+
+    /// Bytes of all caches, what they share counted once.
+    fn used(&self) -> u64 {
+        let own = self.running.iter().map(Running::own_bytes);
+        self.prefix.bytes() + own.sum::<u64>()
+    }
+
+    /// Whether there is room for `bytes` more, for which shared prefixes may be forgotten.
+    fn make_room(&mut self, bytes: u64) -> bool {
+        while self.used() + bytes > self.settings.cache_bytes {
+            if !self.prefix.evict() {
+                return false;
+            }
+        }
+        true
+    }
+
+    /// What each sequence runs next: those that decode all they have, prompts as much as a step reads.
+    fn plan(&mut self) -> Vec<Share> {
+        let (mut plan, mut prompts) = (Vec::new(), Vec::new());
+        for (index, running) in self.running.iter().enumerate() {
+            let n_tokens = running.pending();
+            if !running.outlet.has_room() {
+                continue;
+            }
+            match n_tokens <= FEW {
+                true => plan.push(Share { index, n_tokens }),
+                false => prompts.push(Share { index, n_tokens }),
+            }
+        }
+        let chunk = self.settings.prefill_chunk;
+        if self.settings.deterministic {
+            // Always to the next multiple, whoever else is there.
+            plan.extend(prompts.into_iter().map(|share| {
+                let done = self.running[share.index].cache.n_tokens();
+                let n_tokens = share.n_tokens.min(chunk - done % chunk);
+                Share { n_tokens, ..share }
+            }));
+        } else {
+            let place = |share: &Share| self.running[share.index].place;
+            plan.extend(divide(prompts, chunk, place));
+        }
+        plan.sort_by_key(|share| self.running[share.index].place);
+        self.fit(plan)
+    }
+
+    /// Leaves out what has no memory to grow, the last first.
+    fn fit(&mut self, mut plan: Vec<Share>) -> Vec<Share> {
+        let mut growth = self.growth(&plan);
+        while growth > 0 && !self.make_room(growth) {
+            let Some(last) = plan.pop() else { break };
+            if plan.is_empty() && self.running.len() == 1 {
+                // Alone, and the memory does not do.
+                let running = self.running.swap_remove(last.index);
+                let need = running.cache.bytes_for(running.sequence.tokens().len());
+                self.end(running, Some(too_large(need, self.settings.cache_bytes)));
+                break;
+            }
+            let gone = self.running.len() - 1;
+            self.preempt(last.index);
+            for share in &mut plan {
+                if share.index == gone {
+                    share.index = last.index; // it took the place of the one that went
+                }
+            }
+            growth = self.growth(&plan);
+        }
+        plan
+    }
+
+    fn growth(&self, plan: &[Share]) -> u64 {
+        let of = |share: &Share| {
+            let cache = &self.running[share.index].cache;
+            cache.bytes_for(cache.n_tokens() + share.n_tokens) - cache.bytes()
+        };
+        plan.iter().map(of).sum()
+    }
+
+    /// Gives up the cache of a sequence; it is computed again when there is room.
+    fn preempt(&mut self, index: usize) {
+        let mut running = self.running.swap_remove(index);
+        self.unpin(&mut running);
+        running.cache.clear();
+        running.shared = false;
+        self.stats.preempted += 1;
+        self.held.push(running.place, running);
+    }
+
+    fn unpin(&mut self, running: &mut Running) {
+        let tokens = running.sequence.tokens();
+        self.prefix
+            .unpin(&running.network, tokens, running.n_pinned);
+        running.n_pinned = 0;
+    }
+
+    fn step(&mut self, plan: Vec<Share>) {
+        let mut ended = Vec::new();
+        for batch in self.batches(plan) {
+            self.stats.steps += 1;
+            let logits = self.forward(&batch);
+            match logits {
+                Ok(logits) => self.take_logits(&batch, logits, &mut ended),
+                Err(error) => self.take_failure(&batch, error, &mut ended),
+            }
+        }
+        // From the end on, so that the others keep their places.
+        ended.sort_by_key(|(index, _)| std::cmp::Reverse(*index));
+        for (index, error) in ended {
+            let running = self.running.swap_remove(index);
+            self.end(running, error);
+        }
+    }
+
+    /// The shares that are computed together: of one network, and one by one where that could change
+    /// what comes out.
+    fn batches(&self, plan: Vec<Share>) -> Vec<Vec<Share>> {
+        let mut batches: Vec<Vec<Share>> = Vec::new();
+        for share in plan {
+            let running = &self.running[share.index];
+            let fits = |batch: &&mut Vec<Share>| {
+                let first = &self.running[batch[0].index];
+                Arc::ptr_eq(&first.network, &running.network) && !first.alone
+            };
+            let single = running.alone || self.settings.deterministic;
+            match batches.iter_mut().find(fits).filter(|_| !single) {
+                Some(batch) => batch.push(share),
+                None => batches.push(vec![share]),
+            }
+        }
+        batches
+    }
+
+    fn forward(&mut self, batch: &[Share]) -> Result<Vec<f32>> {
+        let network = self.running[batch[0].index].network.clone();
+        let single = batch.len() == 1;
+        let mut shares: Vec<Option<Share>> = vec![None; self.running.len()];
+        for share in batch {
+            shares[share.index] = Some(*share);
+        }
+        // In the order of `running`, as the logits are taken.
+        let parts = self.running.iter_mut().zip(shares);
+        let mut parts: Vec<Part<'_>> = parts
+            .filter_map(|(running, share)| Some(running.part(share?.n_tokens, single)))
+            .collect();
+        network.forward_batch(&mut parts)
+    }
+
+    fn take_logits(
+        &mut self,
+        batch: &[Share],
+        mut logits: Vec<f32>,
+        ended: &mut Vec<(usize, Option<Error>)>,
+    ) {
+        let mut batch = batch.to_vec();
+        batch.sort_by_key(|share| share.index);
+        let is_last = |share: &Share| self.running[share.index].pending() == 0;
+        let n_rows = batch.iter().filter(|share| is_last(share)).count();
+        let width = logits.len().checked_div(n_rows).unwrap_or(0);
+        let mut rows = logits.chunks_exact_mut(width.max(1));
+        for Share { index, n_tokens } in batch {
+            let running = &mut self.running[index];
+            if running.first.is_none() {
+                self.stats.prompt_tokens += n_tokens as u64;
+            }
+            if running.pending() > 0 {
+                continue;
+            }
+            let Some(row) = rows.next() else {
+                unreachable!("a row for each sequence that has run all it has")
+            };
+            if self.settings.prefix_cache && !running.shared && !running.cache.is_long() {
+                running.share(&mut self.prefix);
+            }
+            let running = &mut self.running[index];
+            self.stats.completion_tokens += 1;
+            // A logits processor is the caller's: its panic ends its own request.
+            let accepted = fenced(|| running.sequence.accept(row));
+            match accepted.unwrap_or_else(|why| Err(panicked(why))) {
+                Ok(piece) => running.outlet.push(piece),
+                Err(error) => {
+                    ended.push((index, Some(error)));
+                    continue;
+                }
+            }
+            running.first.get_or_insert_with(Instant::now);
+            if running.sequence.is_finished() {
+                ended.push((index, None));
+            }
+        }
+    }
+
+    /// Tries the sequences of a batch that failed one by one, from their tokens on; one that fails alone
+    /// ends.
+    fn take_failure(
+        &mut self,
+        batch: &[Share],
+        error: Error,
+        ended: &mut Vec<(usize, Option<Error>)>,
+    ) {
+        if let [share] = batch {
+            ended.push((share.index, Some(error)));
+            return;
+        }
+        tracing::warn!(%error, sequences = batch.len(), "batch failed, its sequences go on one by one");
+        for share in batch {
+            let mut running = self.running.swap_remove(share.index);
+            self.unpin(&mut running);
+            running.cache.clear();
+            running.alone = true;
+            running.shared = false;
+            // Back to its place, where the indices of the others point to.
+            let last = self.running.len();
+            self.running.push(running);
+            self.running.swap(share.index, last);
+        }
+    }
+
+    /// Hands the result to the reader.
+    fn end(&mut self, mut running: Running, error: Option<Error>) {
+        let is_kept = self.settings.prefix_cache && !running.cache.is_long() && error.is_none();
+        if is_kept && running.cache.n_tokens() > 0 {
+            running.share(&mut self.prefix);
+        }
+        self.unpin(&mut running);
+        self.stats.finished += 1;
+        self.stats.failed += u64::from(error.is_some());
+        while self.used() > self.settings.cache_bytes && self.prefix.evict() {}
+        self.report();
+        running.finish(error);
+    }
+}
+
+impl Running {
+    pub(super) fn new(waiting: Waiting, place: Place) -> Self {
+        let Waiting { job, outlet } = waiting;
+        Self {
+            network: job.network,
+            sequence: job.sequence,
+            cache: job.cache,
+            outlet,
+            place,
+            n_pinned: 0,
+            shared: false,
+            alone: false,
+            started: Instant::now(),
+            first: None,
+        }
+    }
+
+    /// Tokens that no forward has seen.
+    fn pending(&self) -> usize {
+        self.sequence.tokens().len() - self.cache.n_tokens()
+    }
+
+    /// Bytes of its cache without what the prefix tree has.
+    fn own_bytes(&self) -> u64 {
+        self.cache.bytes() - self.cache.bytes_of_pages(self.n_pinned)
+    }
+
+    fn part(&mut self, n_tokens: usize, single: bool) -> Part<'_> {
+        let n_past = self.cache.n_tokens();
+        let is_last = n_tokens == self.pending();
+        let rows = match (is_last, single && self.sequence.screens()) {
+            (false, _) => Rows::None,
+            (true, true) => Rows::Screened,
+            (true, false) => Rows::Last,
+        };
+        Part {
+            tokens: &self.sequence.tokens()[n_past..n_past + n_tokens],
+            cache: &mut self.cache,
+            rows,
+        }
+    }
+
+    /// Gives what its cache holds to the prefix tree.
+    fn share(&mut self, prefix: &mut PrefixCache) {
+        let tokens = self.sequence.tokens();
+        self.n_pinned = prefix.add(&self.network, tokens, &self.cache, self.n_pinned);
+        self.shared = true;
+    }
+
+    fn finish(self, error: Option<Error>) {
+        let Self {
+            sequence,
+            outlet,
+            started,
+            first,
+            ..
+        } = self;
+        outlet.end(match error {
+            Some(error) => Err(error),
+            None => {
+                let usage = sequence.usage();
+                let first = first.unwrap_or_else(Instant::now);
+                let timings = Timings::new(
+                    first - started,
+                    usage.prompt_tokens - usage.cached_tokens,
+                    first.elapsed(),
+                    usage.completion_tokens.saturating_sub(1),
+                );
+                Ok(sequence.into_generation(timings))
+            }
+        });
+    }
+}
+
+/// Divides what a step reads among prompts: the shortest rest first, so that short ones need not wait
+/// for long ones; the first in line gets a quarter at least, so that it does not wait for ever.
+fn divide(mut prompts: Vec<Share>, chunk: usize, place: impl Fn(&Share) -> Place) -> Vec<Share> {
+    let first = prompts.iter().map(&place).min();
+    let is_first = |share: &Share| Some(place(share)) == first;
+    prompts.sort_by_key(|share| (share.n_tokens, place(share)));
+    let least = |share: &Share| match is_first(share) {
+        true => share.n_tokens.min(chunk.div_ceil(4)),
+        false => 0,
+    };
+    let mut left = chunk - prompts.iter().map(least).sum::<usize>();
+    let mut plan = Vec::new();
+    for share in prompts {
+        let least = least(&share);
+        let n_tokens = share.n_tokens.min(least + left);
+        left -= n_tokens - least;
+        if n_tokens > 0 {
+            plan.push(Share { n_tokens, ..share });
+        }
+    }
+    plan
+}
+
+fn panicked(why: String) -> Error {
+    Error::new(ErrorKind::Internal, "request failed between two steps")
+        .with_why(why)
+        .with_help("does its logits processor panic?")
+}
+
+fn too_large(need: u64, have: u64) -> Error {
+    Error::new(
+        ErrorKind::OutOfMemory,
+        "request does not fit the engine's memory",
+    )
+    .with_key("cache_bytes")
+    .with_why(format!("it needs {need} bytes, the engine has {have}"))
+    .with_help("shorten the prompt, lower max_new_tokens, or give the engine more memory")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn divided(prompts: &[usize], chunk: usize) -> Vec<(usize, usize)> {
+        let prompts = prompts.iter().enumerate();
+        let shares = prompts.map(|(index, &n_tokens)| Share { index, n_tokens });
+        let plan = divide(shares.collect(), chunk, |share| (0, share.index as u64));
+        let mut plan: Vec<_> = plan
+            .iter()
+            .map(|share| (share.index, share.n_tokens))
+            .collect();
+        plan.sort_unstable();
+        plan
+    }
+
+    #[test]
+    fn a_short_prompt_goes_before_a_long_one_which_still_goes_on() {
+        assert_eq!(divided(&[4000, 20], 64), [(0, 44), (1, 20)]);
+        assert_eq!(divided(&[4000, 60], 64), [(0, 16), (1, 48)]);
+        assert_eq!(divided(&[4000, 60, 30], 64), [(0, 16), (1, 18), (2, 30)]);
+    }
+
+    #[test]
+    fn a_step_reads_no_more_than_its_chunk() {
+        assert_eq!(divided(&[4000], 64), [(0, 64)]);
+        assert_eq!(divided(&[17], 64), [(0, 17)]);
+        assert_eq!(divided(&[], 64), []);
+    }
+}

@@ -1,0 +1,194 @@
+//! The thread that computes, and what other threads share with it.
+
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use super::outlet::{Outlet, RequestStream, outlet};
+use super::queue::Queue;
+use super::scheduler::Scheduler;
+use super::{EngineStats, Settings, WhenFull};
+use crate::error::{Error, ErrorKind, Result};
+use crate::fence::fenced;
+use crate::generate::{Network, Sequence};
+use crate::model::cache::Cache;
+
+/// How long the thread sleeps while all sequences wait for their readers: a time-out has to be seen.
+const NAP: Duration = Duration::from_millis(50);
+
+/// A request, checked and in tokens.
+pub(crate) struct Job {
+    pub(crate) network: Arc<Network>,
+    pub(crate) sequence: Sequence,
+    /// Empty.
+    pub(crate) cache: Cache,
+    pub(crate) priority: i8,
+}
+
+/// A job with the way to its reader.
+pub(super) struct Waiting {
+    pub(super) job: Job,
+    pub(super) outlet: Outlet,
+}
+
+/// What the threads share.
+#[derive(Default)]
+pub(super) struct Shared {
+    inbox: Mutex<Inbox>,
+    /// There is something to do.
+    work: Condvar,
+    /// There is room in the queue.
+    room: Condvar,
+}
+
+#[derive(Default)]
+pub(super) struct Inbox {
+    pub(super) queue: Queue<Waiting>,
+    pub(super) stats: EngineStats,
+    /// Something happened since the thread looked.
+    woken: bool,
+    stop: bool,
+}
+
+impl Shared {
+    pub(super) fn lock(&self) -> MutexGuard<'_, Inbox> {
+        // A panic inside the few lines that hold it leaves nothing half-done.
+        self.inbox.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn tell_room(&self) {
+        self.room.notify_all();
+    }
+
+    /// Waits until there is something to do, or for a nap; whether to go on.
+    pub(super) fn wait(&self, nap: bool) -> bool {
+        let mut inbox = self.lock();
+        if nap {
+            let slept = self
+                .work
+                .wait_timeout_while(inbox, NAP, |inbox| inbox.rests());
+            inbox = slept.unwrap_or_else(PoisonError::into_inner).0;
+        } else {
+            let slept = self.work.wait_while(inbox, |inbox| inbox.rests());
+            inbox = slept.unwrap_or_else(PoisonError::into_inner);
+        }
+        inbox.woken = false;
+        !inbox.stop
+    }
+
+    pub(super) fn stops(&self) -> bool {
+        self.lock().stop
+    }
+}
+
+impl Inbox {
+    fn rests(&self) -> bool {
+        !self.woken && !self.stop
+    }
+}
+
+/// Tells the thread that something changed.
+#[derive(Clone)]
+pub(super) struct Wake(Arc<Shared>);
+
+impl Wake {
+    pub(super) fn wake(&self) {
+        self.0.lock().woken = true;
+        self.0.work.notify_one();
+    }
+}
+
+/// The thread of one engine; dropping it ends what still runs.
+pub(crate) struct Worker {
+    shared: Arc<Shared>,
+    settings: Settings,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Worker {
+    /// # Errors
+    /// `OutOfMemory` where the system gives no thread.
+    pub(crate) fn start(settings: Settings) -> Result<Self> {
+        let shared = Arc::<Shared>::default();
+        shared.lock().stats.cache_limit = settings.cache_bytes;
+        let own = shared.clone();
+        let body = move || {
+            let mut scheduler = Scheduler::new(settings, own.clone());
+            // A bug ends this engine's requests with an error, as their outlets go, and not the host.
+            if let Err(why) = fenced(|| scheduler.run()) {
+                tracing::error!(why, "engine stopped");
+                own.lock().stop = true;
+                drop(scheduler);
+                own.lock().queue.take(|_| true);
+                own.tell_room();
+            }
+        };
+        let builder = std::thread::Builder::new().name("qwen2-engine".to_owned());
+        let thread = builder.spawn(body).map_err(|error| {
+            Error::new(ErrorKind::OutOfMemory, "cannot start the engine's thread")
+                .with_why(error.to_string())
+                .with_source(error)
+        })?;
+        Ok(Self {
+            shared,
+            settings,
+            thread: Some(thread),
+        })
+    }
+
+    /// Puts a job into the queue.
+    ///
+    /// # Errors
+    /// `Unsupported` in a fork of the process that started the engine, `OutOfMemory` where the queue is
+    /// full, `Internal` where the engine has stopped.
+    pub(crate) fn submit(&self, job: Job) -> Result<RequestStream> {
+        job.network.check_process()?;
+        let (outlet, stream) = outlet(job.sequence.cancel_token(), Wake(self.shared.clone()));
+        let mut inbox = self.shared.lock();
+        while inbox.queue.len() >= self.settings.queue_limit && !inbox.stop {
+            if self.settings.when_full == WhenFull::Refuse {
+                return Err(self.full());
+            }
+            let freed = self.shared.room.wait(inbox);
+            inbox = freed.unwrap_or_else(PoisonError::into_inner);
+        }
+        if inbox.stop {
+            return Err(Error::new(ErrorKind::Internal, "engine has stopped")
+                .with_help("build another one"));
+        }
+        inbox.stats.submitted += 1;
+        inbox.woken = true;
+        let place = inbox.queue.place(job.priority);
+        inbox.queue.push(place, Waiting { job, outlet });
+        drop(inbox);
+        self.shared.work.notify_one();
+        Ok(stream)
+    }
+
+    pub(crate) fn stats(&self) -> EngineStats {
+        let inbox = self.shared.lock();
+        EngineStats {
+            waiting: inbox.queue.len() + inbox.stats.waiting,
+            ..inbox.stats
+        }
+    }
+
+    fn full(&self) -> Error {
+        Error::new(ErrorKind::OutOfMemory, "queue is full")
+            .with_key("queue_limit")
+            .with_why(format!("{} requests wait", self.settings.queue_limit))
+            .with_help("try again later, or build the engine with when_full = wait")
+    }
+}
+
+impl Drop for Worker {
+    fn drop(&mut self) {
+        self.shared.lock().stop = true;
+        self.shared.work.notify_one();
+        self.shared.tell_room();
+        if let Some(thread) = self.thread.take() {
+            // It cannot have panicked: it is fenced.
+            let _ = thread.join();
+        }
+    }
+}
