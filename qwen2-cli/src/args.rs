@@ -299,6 +299,9 @@ pub(crate) struct BenchArgs {
     /// One more run, which times every part of the network.
     #[arg(long)]
     pub(crate) profile: bool,
+    /// Then so many requests at once in an engine, beside one alone; and a short prompt behind a long one.
+    #[arg(long)]
+    pub(crate) streams: Option<usize>,
     /// One JSON object instead of lines.
     #[arg(long)]
     pub(crate) json: bool,

@@ -11,6 +11,7 @@ use crate::bandwidth::{median, read_bytes_per_s};
 use crate::failure::Failure;
 use crate::load;
 use crate::output::{self, human_bytes};
+use crate::streams;
 
 /// Name; hidden_size, intermediate_size, num_hidden_layers, num_attention_heads,
 /// num_key_value_heads, vocab_size; tie_word_embeddings: the published config.json files.
@@ -83,6 +84,9 @@ pub(crate) fn run(args: &BenchArgs) -> Result<(), Failure> {
     if args.profile {
         report["profile"] = profile(&model, args)?;
     }
+    if let Some(n) = args.streams {
+        report["streams"] = streams::measure(&model, n, args.new)?;
+    }
     match args.json {
         true => output::print_json(&report),
         false => output::print(&lines(&report)),
@@ -95,6 +99,7 @@ fn check(args: &BenchArgs) -> Result<(), Failure> {
         ("new", args.new, 2),
         ("repeat", args.repeat, 1),
         ("layers", args.layers.unwrap_or(1), 1),
+        ("streams", args.streams.unwrap_or(1), 1),
     ] {
         if value < least {
             return Err(Failure::usage(
@@ -354,6 +359,7 @@ fn lines(report: &Value) -> String {
         .iter()
         .map(|(name, value)| format!("{name:<14}{value}\n"))
         .collect();
+    lines += &streams_lines(&report["streams"]);
     for (title, table, unit) in [
         ("prefill, ms", "prefill", "ms"),
         ("decode, µs a token", "decode", "us"),
@@ -373,6 +379,23 @@ fn lines(report: &Value) -> String {
         }
     }
     lines
+}
+
+fn streams_lines(streams: &Value) -> String {
+    let number = |key: &str| streams[key].as_f64().unwrap_or(f64::NAN);
+    if streams.is_null() {
+        return String::new();
+    }
+    format!(
+        "{:<14}{:.1} tokens/s in {}, {:.2} times one\n{:<14}{:.3} s to its first token behind a long one, {:.2} times alone\n",
+        "streams",
+        number("tokens_per_s"),
+        streams["streams"],
+        number("speedup"),
+        "short prompt",
+        number("short_first_token_s"),
+        number("short_wait"),
+    )
 }
 
 fn text(value: &Value) -> &str {

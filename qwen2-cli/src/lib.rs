@@ -14,6 +14,7 @@ mod load;
 mod output;
 mod perplexity;
 mod quantize;
+mod streams;
 mod tokenize;
 
 use std::ffi::OsString;
