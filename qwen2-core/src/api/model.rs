@@ -101,7 +101,7 @@ impl Model {
     ///
     /// # Errors
     /// `InvalidArgument` for options out of range or an empty prompt, `ContextOverflow`,
-    /// `InvalidTemplate`, `DeviceFailed`.
+    /// `InvalidTemplate`, `InvalidConstraint`, `DeviceFailed`.
     pub fn generate(
         &self,
         prompt: impl Into<Prompt>,

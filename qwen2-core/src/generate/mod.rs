@@ -1,5 +1,9 @@
 //! Logits to tokens to text: settings, sampling, where to end, and the loop around the network.
 
+#[cfg(feature = "constraint")]
+mod compile;
+mod constraint;
+mod guide;
 mod options;
 mod results;
 mod sampler;
@@ -8,6 +12,8 @@ mod step;
 mod stop;
 mod stream;
 
+pub use constraint::Constraint;
+pub(crate) use guide::Guide;
 pub use options::{CancelToken, GenerateOptions};
 pub(crate) use options::{Resolved, SamplingDefaults};
 pub use results::{Generation, Piece, Timings, Usage};

@@ -7,6 +7,7 @@ use rand::TryRng;
 use rand::rngs::SysRng;
 use serde::{Deserialize, Serialize};
 
+use super::Constraint;
 use crate::error::{Error, ErrorKind, Result};
 
 const MAX_TEMPERATURE: f32 = 100.0;
@@ -56,6 +57,8 @@ pub struct GenerateOptions {
     pub stop_token_ids: Vec<u32>,
     /// Goes on after the checkpoint's end tokens; `stop` and `stop_token_ids` still end it.
     pub ignore_eos: bool,
+    /// What the text must look like. Default: anything.
+    pub constraint: Option<Constraint>,
     /// Ends the generation from another thread.
     #[serde(skip)]
     pub cancel: Option<CancelToken>,
@@ -142,6 +145,13 @@ impl GenerateOptions {
         self
     }
 
+    /// Sets [`constraint`](Self#structfield.constraint).
+    #[must_use]
+    pub fn constraint(mut self, constraint: Constraint) -> Self {
+        self.constraint = Some(constraint);
+        self
+    }
+
     /// Sets [`cancel`](Self#structfield.cancel).
     #[must_use]
     pub fn cancel(mut self, cancel: CancelToken) -> Self {
@@ -182,6 +192,7 @@ impl GenerateOptions {
                 true => Vec::new(),
                 false => defaults.eos_token_ids.clone(),
             },
+            constraint: self.constraint.clone(),
             cancel: self.cancel.clone(),
         };
         resolved.check()?;
@@ -221,6 +232,7 @@ pub(crate) struct Resolved {
     pub(crate) stop_token_ids: Vec<u32>,
     /// Empty with `ignore_eos`.
     pub(crate) eos_token_ids: Vec<u32>,
+    pub(crate) constraint: Option<Constraint>,
     pub(crate) cancel: Option<CancelToken>,
 }
 

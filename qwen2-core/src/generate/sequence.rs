@@ -1,7 +1,7 @@
 //! One request's tokens and text: what becomes of the logits of each step, and where it ends.
 
 use super::{
-    CancelToken, FinishReason, Generation, LogitsProcessor, Piece, Resolved, Sampler, StopMatch,
+    CancelToken, FinishReason, Generation, Guide, LogitsProcessor, Piece, Resolved, Sampler, StopMatch,
     StopMatcher, Timings, Usage,
 };
 use crate::error::{Error, ErrorKind, Result};
@@ -18,6 +18,7 @@ pub(crate) struct Sequence {
     stop: StopMatcher,
     decoder: TextDecoder,
     processor: Option<Box<dyn LogitsProcessor>>,
+    guide: Option<Guide>,
     cancel: CancelToken,
     /// Prompt and new tokens; a cache holds all but those that no forward has seen yet.
     tokens: Vec<u32>,
@@ -31,7 +32,7 @@ impl Sequence {
     /// Checks that the prompt fits.
     ///
     /// # Errors
-    /// `InvalidArgument` for an empty prompt, `ContextOverflow`.
+    /// `InvalidArgument` for an empty prompt, `ContextOverflow`, `InvalidConstraint`.
     pub(crate) fn new(
         tokenizer: Tokenizer,
         context_length: usize,
@@ -43,7 +44,10 @@ impl Sequence {
         let usual = options
             .usual_new_tokens
             .map_or(room, |usual| usual.min(room));
+        let guide = options.constraint.as_ref();
+        let guide = guide.map(|constraint| Guide::new(&tokenizer, constraint));
         Ok(Self {
+            guide: guide.transpose()?,
             tokenizer,
             sampler: Sampler::new(&options),
             stop: StopMatcher::new(&options.stop),
@@ -102,38 +106,69 @@ impl Sequence {
     /// Whether the choice of a token depends on few of the highest logits. Twice as many are exact, so
     /// that a repetition penalty finds others to go on with.
     pub(crate) fn screens(&self) -> bool {
-        self.processor.is_none() && self.sampler.looks_at() <= SCREENED_TOKENS / 2
+        self.processor.is_none() && self.guide.is_none() && self.sampler.looks_at() <= SCREENED_TOKENS / 2
+    }
+
+    /// The next token and its text where the constraint leaves no choice: the model need not run, and
+    /// sees it with those behind it at its next run. Whoever asks for none gets it from
+    /// [`accept`](Self::accept).
+    ///
+    /// # Errors
+    /// `InvalidConstraint` when following it exceeds the bounds.
+    pub(crate) fn forced(&mut self) -> Option<Result<Piece>> {
+        if self.is_finished() || self.is_cancelled() {
+            return None;
+        }
+        let token = self.guide.as_ref()?.forced()?;
+        Some(self.push(token))
     }
 
     /// Chooses a token by the logits of the last one, which are changed in place.
     ///
     /// # Errors
-    /// Those of the logits processor, `DeviceFailed` for logits that are no numbers.
+    /// Those of the logits processor, `DeviceFailed` for logits that are no numbers,
+    /// `InvalidConstraint` when other settings leave nothing that the constraint allows.
     pub(crate) fn accept(&mut self, logits: &mut [f32]) -> Result<Piece> {
         if let Some(processor) = &mut self.processor {
             processor.process(&self.tokens, logits)?;
         }
+        if let Some(guide) = &self.guide {
+            let options = &self.options;
+            let ends = [&options.eos_token_ids[..], &options.stop_token_ids].concat();
+            guide.mask(logits, &ends)?;
+        }
         let token = part("sample", || self.sampler.pick(logits, &self.tokens))?;
+        self.push(token)
+    }
+
+    fn push(&mut self, token: u32) -> Result<Piece> {
         self.tokens.push(token);
         self.usage.completion_tokens += 1;
+        let end = self.end_token(token);
+        if end.is_none()
+            && let Some(guide) = &mut self.guide
+        {
+            guide.accept(token)?;
+        }
         Ok(Piece {
-            text: self.emit(token),
+            text: self.emit(token, end),
             token,
         })
     }
 
+    /// What `token` ends the generation as, if it does.
+    fn end_token(&self, token: u32) -> Option<StopMatch> {
+        if self.options.eos_token_ids.contains(&token) {
+            return Some(StopMatch::Eos(token));
+        }
+        let stops = self.options.stop_token_ids.contains(&token);
+        stops.then_some(StopMatch::Token(token))
+    }
+
     /// Text that became whole with `token`; ends the generation where it must.
-    fn emit(&mut self, token: u32) -> String {
-        let ends = if self.options.eos_token_ids.contains(&token) {
-            Some(StopMatch::Eos(token))
-        } else {
-            self.options
-                .stop_token_ids
-                .contains(&token)
-                .then_some(StopMatch::Token(token))
-        };
+    fn emit(&mut self, token: u32, end: Option<StopMatch>) -> String {
         let mut out = String::new();
-        if ends.is_none() && !self.tokenizer.is_special(token) {
+        if end.is_none() && !self.tokenizer.is_special(token) {
             let bytes = self.tokenizer.token_bytes(token).unwrap_or_default();
             let (text, found) = self.stop.push(&self.decoder.push(bytes));
             out = text;
@@ -142,9 +177,14 @@ impl Sequence {
             }
         }
         self.text.push_str(&out);
-        if ends.is_some() {
-            out.push_str(&self.end(FinishReason::Stop, ends));
-        } else if self.finished.is_none() && self.usage.completion_tokens == self.max_new_tokens {
+        if self.finished.is_some() {
+            return out;
+        }
+        let complete = self.guide.as_ref().is_some_and(Guide::is_complete);
+        let end = end.or(complete.then_some(StopMatch::Constraint));
+        if end.is_some() {
+            out.push_str(&self.end(FinishReason::Stop, end));
+        } else if self.usage.completion_tokens == self.max_new_tokens {
             out.push_str(&self.end(FinishReason::Length, None));
         }
         out

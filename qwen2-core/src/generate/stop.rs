@@ -40,6 +40,8 @@ pub enum StopMatch {
     Token(u32),
     /// One of the caller's `stop` strings.
     Text(String),
+    /// The constraint, which allows nothing more.
+    Constraint,
 }
 
 /// Looks for stop strings in text that comes in pieces.

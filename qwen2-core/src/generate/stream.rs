@@ -25,6 +25,8 @@ pub(crate) struct Host {
 pub(crate) struct Run {
     host: Host,
     sequence: Sequence,
+    /// Whether the model ran: the first run pays for the prompt.
+    started: bool,
     prefill: Duration,
     decode: Duration,
     failed: bool,
@@ -34,7 +36,8 @@ impl Run {
     /// Checks that the prompt fits; computes nothing yet. The cache holds a prefix of `tokens`.
     ///
     /// # Errors
-    /// `InvalidArgument` for an empty prompt or an id outside the vocabulary, `ContextOverflow`.
+    /// `InvalidArgument` for an empty prompt or an id outside the vocabulary, `ContextOverflow`,
+    /// `InvalidConstraint`.
     pub(crate) fn new(
         host: Host,
         tokens: Vec<u32>,
@@ -50,6 +53,7 @@ impl Run {
         Ok(Self {
             host,
             sequence,
+            started: false,
             prefill: Duration::ZERO,
             decode: Duration::ZERO,
             failed: false,
@@ -75,7 +79,7 @@ impl Run {
             return None;
         }
         let start = Instant::now();
-        let first = self.sequence.usage().completion_tokens == 0;
+        let first = !self.started;
         let piece = self.step(cache);
         if first {
             self.prefill += start.elapsed();
@@ -87,6 +91,10 @@ impl Run {
     }
 
     fn step(&mut self, cache: &mut Cache) -> Result<Option<Piece>> {
+        if let Some(piece) = self.sequence.forced() {
+            return piece.map(Some);
+        }
+        self.started = true;
         let Some(mut logits) = self.forward(cache)? else {
             self.sequence.end(FinishReason::Cancelled, None);
             return Ok(None);

@@ -9,6 +9,8 @@ mod files;
 mod strftime;
 mod template;
 mod tokenizer;
+#[cfg(feature = "constraint")]
+mod vocabulary;
 
 pub use chat::Message;
 pub(crate) use decode::TextDecoder;

@@ -26,7 +26,7 @@ const MAX_WHITE_SPACE_RUN: usize = 250_000;
 #[derive(Clone)]
 pub struct Tokenizer(Arc<Inner>);
 
-struct Inner {
+pub(super) struct Inner {
     path: PathBuf,
     tokenizer: tokenizers::Tokenizer,
     // Encoding with no added tokens is what keeps special tokens in a text ordinary text.
@@ -36,6 +36,8 @@ struct Inner {
     special: HashSet<u32>,
     special_tokens: BTreeMap<&'static str, String>,
     template: Option<ChatTemplate>,
+    #[cfg(feature = "constraint")]
+    vocabulary: std::sync::OnceLock<super::vocabulary::Vocabulary>,
 }
 
 /// A stretch of text between added tokens, or one of them.
@@ -89,6 +91,8 @@ impl Tokenizer {
             special: special_ids(&tokenizer),
             special_tokens: config.special_tokens,
             template: template.map(ChatTemplate::new),
+            #[cfg(feature = "constraint")]
+            vocabulary: std::sync::OnceLock::new(),
             tokenizer,
         })))
     }
@@ -204,6 +208,21 @@ impl Tokenizer {
 
     pub(super) fn template(&self) -> Option<&ChatTemplate> {
         self.0.template.as_ref()
+    }
+
+    #[cfg(feature = "constraint")]
+    pub(super) fn vocabulary(&self) -> &std::sync::OnceLock<super::vocabulary::Vocabulary> {
+        &self.0.vocabulary
+    }
+
+    #[cfg(feature = "constraint")]
+    pub(super) fn downgrade(&self) -> std::sync::Weak<Inner> {
+        Arc::downgrade(&self.0)
+    }
+
+    #[cfg(feature = "constraint")]
+    pub(super) fn from_inner(inner: Arc<Inner>) -> Self {
+        Self(inner)
     }
 
     pub(super) fn path(&self) -> &Path {
