@@ -21,6 +21,7 @@ from qwen2_rs import (
     InvalidArgumentError,
     Model,
     Prompt,
+    Session,
     TokenStream,
     quantize,
 )
@@ -164,10 +165,24 @@ def test_a_typo_in_an_option_is_a_type_error(demo: Model) -> None:
             call()
 
 
-def test_options_are_listed_in_the_signature() -> None:
-    parameters = inspect.signature(Model.generate).parameters
-    assert "repetition_penalty" in parameters
-    assert not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+def test_an_unknown_option_is_named(demo: Model) -> None:
+    with pytest.raises(TypeError, match=r"stream\(\) got an unexpected keyword argument 'temprature'"):
+        cast(Any, demo).stream("x", temprature=1)
+    with pytest.raises(TypeError, match="argument 'temperature'"):
+        cast(Any, demo).stream("x", temperature="warm")
+
+
+def test_options_are_listed_in_the_signature_of_every_verb_and_all_are_taken(demo: Model) -> None:
+    verbs = [Model.generate, Model.stream, Model.chat, Model.generate_batch, Session.generate, Session.stream]
+    listed = []
+    for verb in verbs:
+        parameters = inspect.signature(verb).parameters.values()
+        assert not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
+        options = {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+        listed.append({k: v for k, v in options.items() if k not in {"stream", "return_exceptions"}})
+    assert "repetition_penalty" in listed[0]
+    assert all(options == listed[0] for options in listed)
+    cast(Any, demo).stream("x", **listed[0])
 
 
 def test_a_seed_makes_sampling_repeatable(demo: Model) -> None:

@@ -1,5 +1,6 @@
 //! The compiled half of the Python package `qwen2_rs`.
 
+mod arguments;
 mod enter;
 mod error;
 mod model;

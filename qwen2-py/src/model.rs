@@ -9,9 +9,10 @@ use pyo3::prelude::*;
 use pyo3::types::{PyBool, PyDict, PyList};
 use qwen2_core::{CancelToken, DType, Device, GenerateOptions, KvCacheType, Prompt, Quantization};
 
+use crate::arguments::{AnyPrompt, AnySource, Messages, TokenIds, Whole};
 use crate::enter::{self, Report};
 use crate::error::{Failure, lock, not_picklable};
-use crate::options::{AnyPrompt, AnySource, Given, Messages, Stop, TokenIds, Whole};
+use crate::options::{self, signature};
 use crate::results::{Generation, Memory};
 use crate::session::Session;
 use crate::stream::{Run, TokenStream};
@@ -146,6 +147,7 @@ impl Model {
         })
     }
 
+    #[doc = signature!("generate($self, prompt, *, ")]
     /// Answers a prompt: text, token ids or messages.
     ///
     /// An option that is not set is the checkpoint's own. max_new_tokens: at least 1, by default to
@@ -153,107 +155,40 @@ impl Model {
     /// at least 1. top_p: above 0 to 1. min_p: 0 to 1. repetition_penalty: above 0, 1 is none. stop:
     /// strings that end the generation and are not part of its text. stop_token_ids: tokens that end
     /// it. ignore_eos: goes on after the checkpoint's own end tokens.
-    #[pyo3(signature = (prompt, *, max_new_tokens=None, temperature=None, top_k=None, top_p=None, min_p=None,
-        repetition_penalty=None, seed=None, stop=None, stop_token_ids=None, ignore_eos=false))]
-    #[allow(clippy::too_many_arguments)] // the options, by name
+    #[pyo3(signature = (prompt, **options), text_signature = None)]
     fn generate(
         &self,
         py: Python<'_>,
         prompt: AnyPrompt,
-        max_new_tokens: Option<Whole>,
-        temperature: Option<f32>,
-        top_k: Option<Whole>,
-        top_p: Option<f32>,
-        min_p: Option<f32>,
-        repetition_penalty: Option<f32>,
-        seed: Option<Whole>,
-        stop: Option<Stop>,
-        stop_token_ids: Option<TokenIds>,
-        ignore_eos: bool,
+        options: Option<&Bound<'_, PyDict>>,
     ) -> PyResult<Generation> {
-        let given = Given {
-            max_new_tokens,
-            temperature,
-            top_k,
-            top_p,
-            min_p,
-            repetition_penalty,
-            seed,
-            stop,
-            stop_token_ids,
-            ignore_eos,
-        };
-        self.run_generate(py, prompt.0, given.options()?)
+        self.run_generate(py, prompt.0, options::read("generate", options)?)
     }
 
+    #[doc = signature!("stream($self, prompt, *, ")]
     /// Answers a prompt piece by piece; nothing is computed before the first piece is asked for.
     /// Options as in generate.
-    #[pyo3(signature = (prompt, *, max_new_tokens=None, temperature=None, top_k=None, top_p=None, min_p=None,
-        repetition_penalty=None, seed=None, stop=None, stop_token_ids=None, ignore_eos=false))]
-    #[allow(clippy::too_many_arguments)] // the options, by name
+    #[pyo3(signature = (prompt, **options), text_signature = None)]
     fn stream(
         &self,
         py: Python<'_>,
         prompt: AnyPrompt,
-        max_new_tokens: Option<Whole>,
-        temperature: Option<f32>,
-        top_k: Option<Whole>,
-        top_p: Option<f32>,
-        min_p: Option<f32>,
-        repetition_penalty: Option<f32>,
-        seed: Option<Whole>,
-        stop: Option<Stop>,
-        stop_token_ids: Option<TokenIds>,
-        ignore_eos: bool,
+        options: Option<&Bound<'_, PyDict>>,
     ) -> PyResult<TokenStream> {
-        let given = Given {
-            max_new_tokens,
-            temperature,
-            top_k,
-            top_p,
-            min_p,
-            repetition_penalty,
-            seed,
-            stop,
-            stop_token_ids,
-            ignore_eos,
-        };
-        self.run_stream(py, prompt.0, given.options()?)
+        self.run_stream(py, prompt.0, options::read("stream", options)?)
     }
 
+    #[doc = signature!("chat($self, messages, *, stream=False, ")]
     /// Answers a conversation; with stream=True piece by piece. Options as in generate.
-    #[pyo3(signature = (messages, *, stream=false, max_new_tokens=None, temperature=None, top_k=None, top_p=None,
-        min_p=None, repetition_penalty=None, seed=None, stop=None, stop_token_ids=None, ignore_eos=false))]
-    #[allow(clippy::too_many_arguments)] // the options, by name
+    #[pyo3(signature = (messages, *, stream=false, **options), text_signature = None)]
     fn chat<'py>(
         &self,
         py: Python<'py>,
         messages: Messages,
         stream: bool,
-        max_new_tokens: Option<Whole>,
-        temperature: Option<f32>,
-        top_k: Option<Whole>,
-        top_p: Option<f32>,
-        min_p: Option<f32>,
-        repetition_penalty: Option<f32>,
-        seed: Option<Whole>,
-        stop: Option<Stop>,
-        stop_token_ids: Option<TokenIds>,
-        ignore_eos: bool,
+        options: Option<&Bound<'_, PyDict>>,
     ) -> PyResult<Bound<'py, PyAny>> {
-        let given = Given {
-            max_new_tokens,
-            temperature,
-            top_k,
-            top_p,
-            min_p,
-            repetition_penalty,
-            seed,
-            stop,
-            stop_token_ids,
-            ignore_eos,
-        };
-        let (prompt, options) = (Prompt::Chat(messages.0), given.options()?);
+        let (prompt, options) = (Prompt::Chat(messages.0), options::read("chat", options)?);
         if stream {
             Ok(Bound::new(py, self.run_stream(py, prompt, options)?)?.into_any())
         } else {
@@ -261,44 +196,22 @@ impl Model {
         }
     }
 
+    #[doc = signature!("generate_batch($self, prompts, *, return_exceptions=False, ")]
     /// Answers several prompts, in order. The first failure is raised once all have run; with
     /// return_exceptions=True failures stand in the list instead. Options as in generate.
-    #[pyo3(signature = (prompts, *, return_exceptions=false, max_new_tokens=None, temperature=None, top_k=None,
-        top_p=None, min_p=None, repetition_penalty=None, seed=None, stop=None, stop_token_ids=None, ignore_eos=false))]
-    #[allow(clippy::too_many_arguments)] // the options, by name
+    #[pyo3(signature = (prompts, *, return_exceptions=false, **options), text_signature = None)]
     fn generate_batch<'py>(
         &self,
         py: Python<'py>,
         prompts: &Bound<'py, PyAny>,
         return_exceptions: bool,
-        max_new_tokens: Option<Whole>,
-        temperature: Option<f32>,
-        top_k: Option<Whole>,
-        top_p: Option<f32>,
-        min_p: Option<f32>,
-        repetition_penalty: Option<f32>,
-        seed: Option<Whole>,
-        stop: Option<Stop>,
-        stop_token_ids: Option<TokenIds>,
-        ignore_eos: bool,
+        options: Option<&Bound<'_, PyDict>>,
     ) -> PyResult<Bound<'py, PyList>> {
-        let given = Given {
-            max_new_tokens,
-            temperature,
-            top_k,
-            top_p,
-            min_p,
-            repetition_penalty,
-            seed,
-            stop,
-            stop_token_ids,
-            ignore_eos,
-        };
         let prompts: Vec<AnyPrompt> = prompts.extract()?;
         let prompts: Vec<Prompt> = prompts.into_iter().map(|prompt| prompt.0).collect();
         let model = self.get()?;
         let cancel = CancelToken::new();
-        let options = given.options()?.cancel(cancel.clone());
+        let options = options::read("generate_batch", options)?.cancel(cancel.clone());
         let results = enter::long(py, &cancel, || Ok(model.generate_batch(&prompts, &options)))?;
         let answers = results.into_iter().map(|result| match result {
             Ok(generation) => Ok(Bound::new(py, Generation::new(py, generation)?)?.into_any()),

@@ -1,259 +1,109 @@
-//! What Python passes: prompts, messages and settings, checked where the library cannot see them.
+//! The options of a generation: the one place that knows their names in Python.
 
-use std::path::PathBuf;
-
-use pyo3::exceptions::{PyOverflowError, PyTypeError};
+use pyo3::exceptions::PyTypeError;
 use pyo3::prelude::*;
-use pyo3::types::{PyByteArray, PyBytes, PyList, PyMapping, PyString};
-use qwen2_core::{GenerateOptions, Message, Prompt, Source};
+use pyo3::types::PyDict;
+use qwen2_core::GenerateOptions;
 
-use crate::error::Failure;
+use crate::arguments::{TokenIds, Whole};
 
-/// A whole number of any size, so that one out of range gets our message rather than Python's
-/// about the width of an integer.
-#[derive(Clone, Copy)]
-pub(crate) struct Whole(i128);
+/// The signature of a verb that takes the options, for its doc: `head` is what stands before them. The verb
+/// itself takes `**options`, which [`read`] reads; what Python's `inspect` shows is this.
+macro_rules! signature {
+    ($head:literal) => {
+        concat!(
+            $head,
+            "max_new_tokens=None, temperature=None, top_k=None, top_p=None, min_p=None, ",
+            "repetition_penalty=None, seed=None, stop=None, stop_token_ids=None, ignore_eos=False",
+            ")\n--\n"
+        )
+    };
+}
+pub(crate) use signature;
 
-impl<'py> FromPyObject<'_, 'py> for Whole {
-    type Error = PyErr;
-
-    fn extract(object: Borrowed<'_, 'py, PyAny>) -> PyResult<Self> {
-        match object.extract::<i128>() {
-            Err(error) if error.is_instance_of::<PyOverflowError>(object.py()) => {
-                Ok(Self(if object.lt(0)? { i128::MIN } else { i128::MAX }))
-            }
-            number => Ok(Self(number?)),
-        }
+/// The options that `verb` was called with; one that was not given, or is None, is the checkpoint's.
+///
+/// # Errors
+/// `TypeError` for a name that is no option and for a value of the wrong type.
+pub(crate) fn read(verb: &str, given: Option<&Bound<'_, PyDict>>) -> PyResult<GenerateOptions> {
+    let mut options = GenerateOptions::new();
+    for (name, value) in given.into_iter().flatten() {
+        let name: String = name.extract()?;
+        set(&mut options, verb, &name, &value)?;
     }
+    Ok(options)
 }
 
-impl Whole {
-    fn option<T: TryFrom<i128>>(self, key: &str, range: &str) -> Result<T, Failure> {
-        T::try_from(self.0).map_err(|_| {
-            let why = format!("expected {range}, found {}", self.0);
-            Failure::invalid(
-                "option out of range",
-                key,
-                &why,
-                "leave it unset for the default",
-            )
-        })
+fn set(
+    options: &mut GenerateOptions,
+    verb: &str,
+    name: &str,
+    value: &Bound<'_, PyAny>,
+) -> PyResult<()> {
+    match name {
+        "max_new_tokens" => options.max_new_tokens = whole(name, value, "1 or more")?,
+        "temperature" => options.temperature = extract(name, value)?,
+        "top_k" => options.top_k = whole(name, value, "1 or more")?,
+        "top_p" => options.top_p = extract(name, value)?,
+        "min_p" => options.min_p = extract(name, value)?,
+        "repetition_penalty" => options.repetition_penalty = extract(name, value)?,
+        "seed" => options.seed = whole(name, value, "0 to 18446744073709551615")?,
+        "stop" => {
+            options.stop = extract::<Option<Stop>>(name, value)?.map_or_else(Vec::new, Vec::from)
+        }
+        "stop_token_ids" => {
+            let ids: Option<TokenIds> = extract(name, value)?;
+            options.stop_token_ids = ids.map(|ids| ids.0).unwrap_or_default();
+        }
+        "ignore_eos" => options.ignore_eos = extract(name, value)?,
+        _ => {
+            return Err(PyTypeError::new_err(format!(
+                "{verb}() got an unexpected keyword argument '{name}'"
+            )));
+        }
     }
+    Ok(())
+}
 
-    /// As a setting of loading.
-    pub(crate) fn setting(self, key: &str) -> Result<usize, Failure> {
-        usize::try_from(self.0).map_err(|_| {
-            let why = self.0.to_string();
-            Failure::invalid(
-                "setting is out of range",
-                key,
-                &why,
-                "leave it unset for the default",
-            )
-        })
-    }
+/// A value of the type that the option has; a `TypeError` names the option, as for other arguments.
+fn extract<'py, T: for<'a> FromPyObject<'a, 'py, Error = PyErr>>(
+    name: &str,
+    value: &Bound<'py, PyAny>,
+) -> PyResult<T> {
+    value.extract::<T>().map_err(|error| {
+        let py = value.py();
+        if !error.get_type(py).is(py.get_type::<PyTypeError>()) {
+            return error;
+        }
+        let named = PyTypeError::new_err(format!("argument '{name}': {}", error.value(py)));
+        named.set_cause(py, error.cause(py));
+        named
+    })
+}
 
-    /// As the number of tokens to keep.
-    pub(crate) fn count(self, key: &str) -> Result<usize, Failure> {
-        usize::try_from(self.0).map_err(|_| {
-            Failure::invalid(
-                "not a number of tokens",
-                key,
-                &self.0.to_string(),
-                "0 or more",
-            )
-        })
-    }
-
-    fn token(self, key: &str) -> Result<u32, Failure> {
-        u32::try_from(self.0).map_err(|_| {
-            Failure::invalid(
-                "no such token",
-                key,
-                &self.0.to_string(),
-                "ids are 0 or more",
-            )
-        })
-    }
+fn whole<T: TryFrom<i128>>(
+    name: &str,
+    value: &Bound<'_, PyAny>,
+    range: &str,
+) -> PyResult<Option<T>> {
+    let whole: Option<Whole> = extract(name, value)?;
+    Ok(whole.map(|whole| whole.option(name, range)).transpose()?)
 }
 
 /// One stop string or several.
 #[derive(FromPyObject)]
-pub(crate) enum Stop {
+enum Stop {
     #[pyo3(transparent, annotation = "str")]
     One(String),
     #[pyo3(transparent, annotation = "Sequence[str]")]
     Many(Vec<String>),
 }
 
-/// The settings of a generation as they were passed; an unset one is the checkpoint's.
-pub(crate) struct Given {
-    pub(crate) max_new_tokens: Option<Whole>,
-    pub(crate) temperature: Option<f32>,
-    pub(crate) top_k: Option<Whole>,
-    pub(crate) top_p: Option<f32>,
-    pub(crate) min_p: Option<f32>,
-    pub(crate) repetition_penalty: Option<f32>,
-    pub(crate) seed: Option<Whole>,
-    pub(crate) stop: Option<Stop>,
-    pub(crate) stop_token_ids: Option<TokenIds>,
-    pub(crate) ignore_eos: bool,
-}
-
-impl Given {
-    pub(crate) fn options(self) -> Result<GenerateOptions, Failure> {
-        let count = |key, value: Option<Whole>| {
-            value
-                .map(|value| value.option(key, "1 or more"))
-                .transpose()
-        };
-        let mut options = GenerateOptions::new();
-        options.max_new_tokens = count("max_new_tokens", self.max_new_tokens)?;
-        options.temperature = self.temperature;
-        options.top_k = count("top_k", self.top_k)?;
-        options.top_p = self.top_p;
-        options.min_p = self.min_p;
-        options.repetition_penalty = self.repetition_penalty;
-        options.seed = self
-            .seed
-            .map(|seed| seed.option("seed", "0 to 18446744073709551615"))
-            .transpose()?;
-        options.stop = match self.stop {
-            None => Vec::new(),
-            Some(Stop::One(stop)) => vec![stop],
-            Some(Stop::Many(stop)) => stop,
-        };
-        options.stop_token_ids = self.stop_token_ids.map(|ids| ids.0).unwrap_or_default();
-        options.ignore_eos = self.ignore_eos;
-        Ok(options)
-    }
-}
-
-/// A sequence of token ids: a list, a tuple, an array of numpy.
-pub(crate) struct TokenIds(pub(crate) Vec<u32>);
-
-impl<'py> FromPyObject<'_, 'py> for TokenIds {
-    type Error = PyErr;
-
-    fn extract(object: Borrowed<'_, 'py, PyAny>) -> PyResult<Self> {
-        if object.is_instance_of::<PyBytes>() || object.is_instance_of::<PyByteArray>() {
-            return Err(PyTypeError::new_err(
-                "expected a sequence of token ids, found bytes",
-            ));
-        }
-        let ids: Vec<Whole> = object.extract()?;
-        let ids = ids
-            .into_iter()
-            .map(|id| id.token("tokens"))
-            .collect::<Result<_, _>>()?;
-        Ok(Self(ids))
-    }
-}
-
-/// A conversation: a sequence of `{"role": …, "content": …}`.
-pub(crate) struct Messages(pub(crate) Vec<Message>);
-
-impl<'py> FromPyObject<'_, 'py> for Messages {
-    type Error = PyErr;
-
-    fn extract(object: Borrowed<'_, 'py, PyAny>) -> PyResult<Self> {
-        if object.is_instance_of::<PyString>() || object.cast::<PyMapping>().is_ok() {
-            return Err(PyTypeError::new_err(
-                "expected a sequence of messages, as in [{\"role\": \"user\", \"content\": \"…\"}]",
-            ));
-        }
-        let messages = object
-            .try_iter()?
-            .enumerate()
-            .map(|(position, item)| message(position, &item?));
-        Ok(Self(messages.collect::<PyResult<_>>()?))
-    }
-}
-
-fn message(position: usize, item: &Bound<'_, PyAny>) -> PyResult<Message> {
-    let mapping = item.cast::<PyMapping>().map_err(|_| {
-        PyTypeError::new_err(format!(
-            "messages[{position}] is not a dict with role and content"
-        ))
-    })?;
-    let mut known = [("role", None), ("content", None)];
-    for key in mapping.keys()? {
-        let Some(slot) = known
-            .iter_mut()
-            .find(|(name, _)| key.eq(name).unwrap_or(false))
-        else {
-            let key = format!("messages[{position}][{}]", key.repr()?);
-            let help = "a message has a role and a content, nothing else";
-            return Err(Failure::invalid("unknown key of a message", &key, "", help).into());
-        };
-        slot.1 = Some(mapping.get_item(key)?);
-    }
-    let mut text = |at: usize| {
-        let (name, value) = &mut known[at];
-        let key = format!("messages[{position}]['{name}']");
-        let Some(value) = value.take() else {
-            let help = "a message has a role and a content";
-            return Err(Failure::invalid("message is incomplete", &key, "", help).into());
-        };
-        value
-            .cast::<PyString>()
-            .map_err(|_| PyTypeError::new_err(format!("{key} is not a str")))?
-            .extract::<String>()
-    };
-    Ok(Message::new(text(0)?, text(1)?))
-}
-
-/// Messages as the dicts they came as.
-pub(crate) fn to_dicts<'py>(py: Python<'py>, messages: &[Message]) -> PyResult<Bound<'py, PyList>> {
-    let dicts = messages.iter().map(|message| {
-        let dict = pyo3::types::PyDict::new(py);
-        dict.set_item("role", &message.role)?;
-        dict.set_item("content", &message.content)?;
-        Ok(dict)
-    });
-    PyList::new(py, dicts.collect::<PyResult<Vec<_>>>()?)
-}
-
-/// Text, token ids or messages.
-pub(crate) struct AnyPrompt(pub(crate) Prompt);
-
-impl<'py> FromPyObject<'_, 'py> for AnyPrompt {
-    type Error = PyErr;
-
-    fn extract(object: Borrowed<'_, 'py, PyAny>) -> PyResult<Self> {
-        if let Ok(text) = object.cast::<PyString>() {
-            return Ok(Self(Prompt::Text(text.extract()?)));
-        }
-        let first = if object.len().is_ok_and(|len| len > 0) {
-            object.get_item(0).ok()
-        } else {
-            None
-        };
-        if first.is_some_and(|first| first.cast::<PyMapping>().is_ok()) {
-            return Ok(Self(Prompt::Chat(object.extract::<Messages>()?.0)));
-        }
-        match object.extract::<TokenIds>() {
-            Err(error) if error.is_instance_of::<PyTypeError>(object.py()) => {
-                Err(PyTypeError::new_err(format!(
-                    "a prompt is a str, a sequence of token ids or a sequence of messages: {}",
-                    error.value(object.py())
-                )))
-            }
-            tokens => Ok(Self(Prompt::Tokens(tokens?.0))),
-        }
-    }
-}
-
-/// Where a model is: a path, or text that is a path or an id.
-pub(crate) struct AnySource(pub(crate) Source);
-
-impl<'py> FromPyObject<'_, 'py> for AnySource {
-    type Error = PyErr;
-
-    fn extract(object: Borrowed<'_, 'py, PyAny>) -> PyResult<Self> {
-        match object.extract::<String>() {
-            Ok(text) => Ok(Self(text.into())),
-            Err(_) => Ok(Self(object.extract::<PathBuf>()?.into())),
+impl From<Stop> for Vec<String> {
+    fn from(stop: Stop) -> Self {
+        match stop {
+            Stop::One(stop) => vec![stop],
+            Stop::Many(stop) => stop,
         }
     }
 }

@@ -3,12 +3,13 @@
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use pyo3::prelude::*;
-use pyo3::types::PyList;
+use pyo3::types::{PyDict, PyList};
 use qwen2_core::{CancelToken, GenerateOptions};
 
+use crate::arguments::{AnyPrompt, Whole, to_dicts};
 use crate::enter;
 use crate::error::{Failure, lock, not_picklable};
-use crate::options::{AnyPrompt, Given, Stop, TokenIds, Whole, to_dicts};
+use crate::options::{self, signature};
 use crate::results::Generation;
 use crate::stream::{Run, TokenStream};
 
@@ -112,77 +113,29 @@ impl Session {
         self.with(py, |session| session.append(prompt.0))
     }
 
+    #[doc = signature!("generate($self, *, ")]
     /// Answers what was appended; the answer becomes part of the conversation.
-    #[pyo3(signature = (*, max_new_tokens=None, temperature=None, top_k=None, top_p=None, min_p=None,
-        repetition_penalty=None, seed=None, stop=None, stop_token_ids=None, ignore_eos=false))]
-    #[allow(clippy::too_many_arguments)] // the options, by name
+    #[pyo3(signature = (**options), text_signature = None)]
     fn generate(
         &self,
         py: Python<'_>,
-        max_new_tokens: Option<Whole>,
-        temperature: Option<f32>,
-        top_k: Option<Whole>,
-        top_p: Option<f32>,
-        min_p: Option<f32>,
-        repetition_penalty: Option<f32>,
-        seed: Option<Whole>,
-        stop: Option<Stop>,
-        stop_token_ids: Option<TokenIds>,
-        ignore_eos: bool,
+        options: Option<&Bound<'_, PyDict>>,
     ) -> PyResult<Generation> {
-        let given = Given {
-            max_new_tokens,
-            temperature,
-            top_k,
-            top_p,
-            min_p,
-            repetition_penalty,
-            seed,
-            stop,
-            stop_token_ids,
-            ignore_eos,
-        };
         let cancel = CancelToken::new();
-        let options = given.options()?.cancel(cancel.clone());
+        let options = options::read("generate", options)?.cancel(cancel.clone());
         let generation = enter::long(py, &cancel, || {
             Ok(self.0.idle()?.session.generate(&options)?)
         })?;
         Generation::new(py, generation)
     }
 
+    #[doc = signature!("stream($self, *, ")]
     /// As generate, piece by piece. What was generated when the stream ends or is closed becomes
     /// part of the conversation.
-    #[pyo3(signature = (*, max_new_tokens=None, temperature=None, top_k=None, top_p=None, min_p=None,
-        repetition_penalty=None, seed=None, stop=None, stop_token_ids=None, ignore_eos=false))]
-    #[allow(clippy::too_many_arguments)] // the options, by name
-    fn stream(
-        &self,
-        py: Python<'_>,
-        max_new_tokens: Option<Whole>,
-        temperature: Option<f32>,
-        top_k: Option<Whole>,
-        top_p: Option<f32>,
-        min_p: Option<f32>,
-        repetition_penalty: Option<f32>,
-        seed: Option<Whole>,
-        stop: Option<Stop>,
-        stop_token_ids: Option<TokenIds>,
-        ignore_eos: bool,
-    ) -> PyResult<TokenStream> {
-        let given = Given {
-            max_new_tokens,
-            temperature,
-            top_k,
-            top_p,
-            min_p,
-            repetition_penalty,
-            seed,
-            stop,
-            stop_token_ids,
-            ignore_eos,
-        };
+    #[pyo3(signature = (**options), text_signature = None)]
+    fn stream(&self, py: Python<'_>, options: Option<&Bound<'_, PyDict>>) -> PyResult<TokenStream> {
         let cancel = CancelToken::new();
-        let options = given.options()?.cancel(cancel.clone());
+        let options = options::read("stream", options)?.cancel(cancel.clone());
         let run = enter::outside(py, || SessionRun::start(Arc::clone(&self.0), &options))?;
         Ok(TokenStream::new(Run::Session(Box::new(run)), cancel))
     }

@@ -4,9 +4,9 @@ use std::path::PathBuf;
 
 use pyo3::prelude::*;
 
+use crate::arguments::{Messages, TokenIds};
 use crate::enter::outside;
 use crate::error::{Failure, not_picklable};
-use crate::options::{Messages, TokenIds};
 
 /// The tokenizer of a checkpoint.
 #[pyclass(module = "qwen2_rs", frozen)]

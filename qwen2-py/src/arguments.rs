@@ -1,0 +1,208 @@
+//! What Python passes: prompts, messages and numbers, checked where the library cannot see them.
+
+use std::path::PathBuf;
+
+use pyo3::exceptions::{PyOverflowError, PyTypeError};
+use pyo3::prelude::*;
+use pyo3::types::{PyByteArray, PyBytes, PyList, PyMapping, PyString};
+use qwen2_core::{Message, Prompt, Source};
+
+use crate::error::Failure;
+
+/// A whole number of any size, so that one out of range gets our message rather than Python's
+/// about the width of an integer.
+#[derive(Clone, Copy)]
+pub(crate) struct Whole(i128);
+
+impl<'py> FromPyObject<'_, 'py> for Whole {
+    type Error = PyErr;
+
+    fn extract(object: Borrowed<'_, 'py, PyAny>) -> PyResult<Self> {
+        match object.extract::<i128>() {
+            Err(error) if error.is_instance_of::<PyOverflowError>(object.py()) => {
+                Ok(Self(if object.lt(0)? { i128::MIN } else { i128::MAX }))
+            }
+            number => Ok(Self(number?)),
+        }
+    }
+}
+
+impl Whole {
+    /// As an option of a generation.
+    pub(crate) fn option<T: TryFrom<i128>>(self, key: &str, range: &str) -> Result<T, Failure> {
+        T::try_from(self.0).map_err(|_| {
+            let why = format!("expected {range}, found {}", self.0);
+            Failure::invalid(
+                "option out of range",
+                key,
+                &why,
+                "leave it unset for the default",
+            )
+        })
+    }
+
+    /// As a setting of loading.
+    pub(crate) fn setting(self, key: &str) -> Result<usize, Failure> {
+        usize::try_from(self.0).map_err(|_| {
+            let why = self.0.to_string();
+            Failure::invalid(
+                "setting is out of range",
+                key,
+                &why,
+                "leave it unset for the default",
+            )
+        })
+    }
+
+    /// As the number of tokens to keep.
+    pub(crate) fn count(self, key: &str) -> Result<usize, Failure> {
+        usize::try_from(self.0).map_err(|_| {
+            Failure::invalid(
+                "not a number of tokens",
+                key,
+                &self.0.to_string(),
+                "0 or more",
+            )
+        })
+    }
+
+    fn token(self, key: &str) -> Result<u32, Failure> {
+        u32::try_from(self.0).map_err(|_| {
+            Failure::invalid(
+                "no such token",
+                key,
+                &self.0.to_string(),
+                "ids are 0 or more",
+            )
+        })
+    }
+}
+
+/// A sequence of token ids: a list, a tuple, an array of numpy.
+pub(crate) struct TokenIds(pub(crate) Vec<u32>);
+
+impl<'py> FromPyObject<'_, 'py> for TokenIds {
+    type Error = PyErr;
+
+    fn extract(object: Borrowed<'_, 'py, PyAny>) -> PyResult<Self> {
+        if object.is_instance_of::<PyBytes>() || object.is_instance_of::<PyByteArray>() {
+            return Err(PyTypeError::new_err(
+                "expected a sequence of token ids, found bytes",
+            ));
+        }
+        let ids: Vec<Whole> = object.extract()?;
+        let ids = ids
+            .into_iter()
+            .map(|id| id.token("tokens"))
+            .collect::<Result<_, _>>()?;
+        Ok(Self(ids))
+    }
+}
+
+/// A conversation: a sequence of `{"role": …, "content": …}`.
+pub(crate) struct Messages(pub(crate) Vec<Message>);
+
+impl<'py> FromPyObject<'_, 'py> for Messages {
+    type Error = PyErr;
+
+    fn extract(object: Borrowed<'_, 'py, PyAny>) -> PyResult<Self> {
+        if object.is_instance_of::<PyString>() || object.cast::<PyMapping>().is_ok() {
+            return Err(PyTypeError::new_err(
+                "expected a sequence of messages, as in [{\"role\": \"user\", \"content\": \"…\"}]",
+            ));
+        }
+        let messages = object
+            .try_iter()?
+            .enumerate()
+            .map(|(position, item)| message(position, &item?));
+        Ok(Self(messages.collect::<PyResult<_>>()?))
+    }
+}
+
+fn message(position: usize, item: &Bound<'_, PyAny>) -> PyResult<Message> {
+    let mapping = item.cast::<PyMapping>().map_err(|_| {
+        PyTypeError::new_err(format!(
+            "messages[{position}] is not a dict with role and content"
+        ))
+    })?;
+    let mut known = [("role", None), ("content", None)];
+    for key in mapping.keys()? {
+        let Some(slot) = known
+            .iter_mut()
+            .find(|(name, _)| key.eq(name).unwrap_or(false))
+        else {
+            let key = format!("messages[{position}][{}]", key.repr()?);
+            let help = "a message has a role and a content, nothing else";
+            return Err(Failure::invalid("unknown key of a message", &key, "", help).into());
+        };
+        slot.1 = Some(mapping.get_item(key)?);
+    }
+    let mut text = |at: usize| {
+        let (name, value) = &mut known[at];
+        let key = format!("messages[{position}]['{name}']");
+        let Some(value) = value.take() else {
+            let help = "a message has a role and a content";
+            return Err(Failure::invalid("message is incomplete", &key, "", help).into());
+        };
+        value
+            .cast::<PyString>()
+            .map_err(|_| PyTypeError::new_err(format!("{key} is not a str")))?
+            .extract::<String>()
+    };
+    Ok(Message::new(text(0)?, text(1)?))
+}
+
+/// Messages as the dicts they came as.
+pub(crate) fn to_dicts<'py>(py: Python<'py>, messages: &[Message]) -> PyResult<Bound<'py, PyList>> {
+    let dicts = messages.iter().map(|message| {
+        let dict = pyo3::types::PyDict::new(py);
+        dict.set_item("role", &message.role)?;
+        dict.set_item("content", &message.content)?;
+        Ok(dict)
+    });
+    PyList::new(py, dicts.collect::<PyResult<Vec<_>>>()?)
+}
+
+/// Text, token ids or messages.
+pub(crate) struct AnyPrompt(pub(crate) Prompt);
+
+impl<'py> FromPyObject<'_, 'py> for AnyPrompt {
+    type Error = PyErr;
+
+    fn extract(object: Borrowed<'_, 'py, PyAny>) -> PyResult<Self> {
+        if let Ok(text) = object.cast::<PyString>() {
+            return Ok(Self(Prompt::Text(text.extract()?)));
+        }
+        let first = if object.len().is_ok_and(|len| len > 0) {
+            object.get_item(0).ok()
+        } else {
+            None
+        };
+        if first.is_some_and(|first| first.cast::<PyMapping>().is_ok()) {
+            return Ok(Self(Prompt::Chat(object.extract::<Messages>()?.0)));
+        }
+        match object.extract::<TokenIds>() {
+            Err(error) if error.is_instance_of::<PyTypeError>(object.py()) => {
+                Err(PyTypeError::new_err(format!(
+                    "a prompt is a str, a sequence of token ids or a sequence of messages: {}",
+                    error.value(object.py())
+                )))
+            }
+            tokens => Ok(Self(Prompt::Tokens(tokens?.0))),
+        }
+    }
+}
+
+/// Where a model is: a path, or text that is a path or an id.
+pub(crate) struct AnySource(pub(crate) Source);
+
+impl<'py> FromPyObject<'_, 'py> for AnySource {
+    type Error = PyErr;
+
+    fn extract(object: Borrowed<'_, 'py, PyAny>) -> PyResult<Self> {
+        match object.extract::<String>() {
+            Ok(text) => Ok(Self(text.into())),
+            Err(_) => Ok(Self(object.extract::<PathBuf>()?.into())),
+        }
+    }
+}
