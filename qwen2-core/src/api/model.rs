@@ -12,7 +12,8 @@ use crate::device::Device;
 use crate::error::{Error, ErrorKind, Result};
 use crate::fence::fenced;
 use crate::generate::{
-    GenerateOptions, Generation, Host, LogitsProcessor, Network, Run, SamplingDefaults, TokenStream,
+    GenerateOptions, Generation, Host, LogitsProcessor, Network, Resolved, Run, SamplingDefaults,
+    TokenStream,
 };
 use crate::model::{Delta, Rows};
 use crate::text::{Message, Tokenizer};
@@ -343,10 +344,28 @@ impl Model {
         processor: Option<Box<dyn LogitsProcessor>>,
     ) -> Result<TokenStream> {
         let resolved = options.resolve(&self.inner.defaults)?;
-        let tokens = self.encode(&prompt)?;
+        let tokens = self.encode_for(&prompt, &resolved)?;
         let cache = self.new_cache();
         let run = Run::new(self.inner.host.clone(), tokens, &cache, resolved, processor)?;
         Ok(TokenStream::new(run, cache))
+    }
+
+    /// The tokens of a prompt to a generation with these options.
+    pub(crate) fn encode_for(&self, prompt: &Prompt, options: &Resolved) -> Result<Vec<u32>> {
+        let format = options.tool_format;
+        match prompt {
+            Prompt::Chat(messages) => {
+                let tokenizer = self.tokenizer();
+                tokenizer.encode_chat_with_tools(messages, &options.tools, format)
+            }
+            _ if options.tools.is_empty() => self.encode(prompt),
+            _ => Err(
+                Error::new(ErrorKind::InvalidArgument, "tools need messages")
+                    .with_key("prompt")
+                    .with_why("the prompt is text or tokens, where tools cannot be put into")
+                    .with_help("give the prompt as messages"),
+            ),
+        }
     }
 
     /// The tokens of a prompt, all known to the model.

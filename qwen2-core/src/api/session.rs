@@ -4,7 +4,7 @@ use super::model::{Model, Prompt};
 use crate::error::{Error, ErrorKind, Result};
 use crate::generate::{CancelToken, GenerateOptions, Generation, Piece, Run};
 use crate::model::cache::Cache;
-use crate::text::Message;
+use crate::text::{Message, Tool, ToolFormat};
 
 /// One conversation: what was said so far, and the cache of it.
 pub struct Session {
@@ -13,6 +13,8 @@ pub struct Session {
     tokens: Vec<u32>,
     /// What was said as messages, with the tokens that it stands for; empty for a session of text.
     messages: Vec<Message>,
+    /// The tools that the last generation had: they are part of what the tokens say.
+    tools: (Vec<Tool>, Option<ToolFormat>),
 }
 
 impl Session {
@@ -23,6 +25,7 @@ impl Session {
             cache,
             tokens: Vec::new(),
             messages: Vec::new(),
+            tools: (Vec::new(), None),
         }
     }
 
@@ -56,10 +59,44 @@ impl Session {
         }
         let mut messages = self.messages.clone();
         messages.extend(new);
-        let tokens = self.model.tokenizer().encode_chat(&messages, true)?;
+        let tokens = self.encode(&messages)?;
         self.check_room(tokens.len())?;
         self.adopt(tokens);
         self.messages = messages;
+        Ok(())
+    }
+
+    fn encode(&self, messages: &[Message]) -> Result<Vec<u32>> {
+        let (tools, format) = &self.tools;
+        let tokenizer = self.model.tokenizer();
+        tokenizer.encode_chat_with_tools(messages, tools, *format)
+    }
+
+    /// Writes the conversation again when a generation has other tools than the last one.
+    fn use_tools(&mut self, tools: &[Tool], format: Option<ToolFormat>) -> Result<()> {
+        if self.tools.0 == tools && (tools.is_empty() || self.tools.1 == format) {
+            return Ok(());
+        }
+        if self.messages.is_empty() && !self.tokens.is_empty() {
+            return Err(
+                Error::new(ErrorKind::InvalidArgument, "tools need messages")
+                    .with_key("tools")
+                    .with_why("the session holds text"),
+            );
+        }
+        let before = std::mem::replace(&mut self.tools, (tools.to_vec(), format));
+        let tokens = match self.messages.is_empty() {
+            true => Ok(Vec::new()),
+            false => self.encode(&self.messages),
+        };
+        let tokens = tokens.and_then(|tokens| self.check_room(tokens.len()).map(|()| tokens));
+        match tokens {
+            Ok(tokens) => self.adopt(tokens),
+            Err(error) => {
+                self.tools = before;
+                return Err(error);
+            }
+        }
         Ok(())
     }
 
@@ -120,6 +157,7 @@ impl Session {
     #[doc(hidden)]
     pub fn start(&mut self, options: &GenerateOptions) -> Result<SessionRun> {
         let resolved = options.resolve(&self.model.inner.defaults)?;
+        self.use_tools(&resolved.tools, resolved.tool_format)?;
         let host = self.model.inner.host.clone();
         Ok(SessionRun(Run::new(
             host,
@@ -151,6 +189,7 @@ impl Session {
             cache: self.cache.clone(),
             tokens: self.tokens.clone(),
             messages: self.messages.clone(),
+            tools: self.tools.clone(),
         })
     }
 

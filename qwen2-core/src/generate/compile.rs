@@ -4,7 +4,7 @@ use llguidance::Matcher;
 use llguidance::api::{GrammarWithLexer, TopLevelGrammar};
 use serde_json::{Value, json};
 
-use super::constraint::Form;
+use super::constraint::{Form, WHITE_SPACE};
 use crate::error::{Error, ErrorKind, Result};
 use crate::fence::fenced;
 use crate::generate::Constraint;
@@ -16,9 +16,6 @@ const MAX_CHOICES: usize = 4096;
 /// The library's parsers recurse: a source of nothing but brackets must not overflow the caller's
 /// stack. The pages are only touched when needed.
 const STACK_SIZE: usize = 256 << 20;
-/// One space, or a new line and its indentation. Without a bound, a model that has nothing to say
-/// writes white space until the context ends.
-const WHITE_SPACE: &str = r" |\n[ \t]{0,32}";
 /// What of the library's message is kept; it may quote the grammar.
 const MAX_MESSAGE: usize = 500;
 
@@ -77,7 +74,10 @@ fn schema(form: &Form, text: &str) -> Result<Value> {
     if let Value::Object(keys) = &mut schema
         && !keys.contains_key("x-guidance")
     {
-        keys.insert("x-guidance".to_owned(), json!({"whitespace_pattern": WHITE_SPACE}));
+        keys.insert(
+            "x-guidance".to_owned(),
+            json!({"whitespace_pattern": WHITE_SPACE}),
+        );
     }
     Ok(schema)
 }
@@ -97,14 +97,16 @@ fn choice(form: &Form, choices: &[String]) -> Result<TopLevelGrammar> {
     // Lark's strings have the escapes of JSON's.
     let texts: Vec<String> = choices.iter().map(|text| json!(text).to_string()).collect();
     let lark = format!("start: CHOICE\nCHOICE: {}", texts.join(" | "));
-    Ok(TopLevelGrammar::from_grammar(GrammarWithLexer::from_lark(lark)))
+    Ok(TopLevelGrammar::from_grammar(GrammarWithLexer::from_lark(
+        lark,
+    )))
 }
 
 fn invalid(form: &Form, why: String) -> Error {
     let (what, help) = match form {
         Form::JsonSchema(_) => (
             "JSON schema cannot be used",
-            "docs/generation.md lists the keywords; leave out those that need not hold",
+            "docs/structured-output.md lists the keywords; leave out those that need not hold",
         ),
         Form::Regex(_) => (
             "regular expression cannot be used",
@@ -114,7 +116,10 @@ fn invalid(form: &Form, why: String) -> Error {
             "grammar cannot be used",
             "the syntax is llguidance's variant of Lark; the first rule is `start`",
         ),
-        Form::Choice(_) => ("choice cannot be used", "give at least one text, none empty"),
+        Form::Choice(_) => (
+            "choice cannot be used",
+            "give at least one text, none empty",
+        ),
     };
     failed(what).with_why(why).with_help(help)
 }

@@ -2,6 +2,10 @@
 
 use serde::{Deserialize, Serialize};
 
+/// Between the parts of JSON: one space, or a new line and its indentation. Without a bound, a model
+/// that has nothing to say writes white space until the context ends.
+pub(super) const WHITE_SPACE: &str = r" |\n[ \t]{0,32}";
+
 /// The form of a text, kept to at every token: of the tokens that would break it, none is possible.
 ///
 /// Text that has no choice left is appended without running the model, and the generation ends

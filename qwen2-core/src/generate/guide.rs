@@ -80,10 +80,14 @@ mod present {
             }
             match logits.iter().all(|&logit| logit == f32::NEG_INFINITY) {
                 false => Ok(()),
-                true => Err(Error::new(ErrorKind::InvalidConstraint, "no token is possible")
-                    .with_key("constraint")
-                    .with_why("other settings forbid every token that the constraint allows")
-                    .with_help("check the logits processor and the settings that forbid tokens")),
+                true => Err(
+                    Error::new(ErrorKind::InvalidConstraint, "no token is possible")
+                        .with_key("constraint")
+                        .with_why("other settings forbid every token that the constraint allows")
+                        .with_help(
+                            "check the logits processor and the settings that forbid tokens",
+                        ),
+                ),
             }
         }
 

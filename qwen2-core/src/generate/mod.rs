@@ -11,6 +11,7 @@ mod sequence;
 mod step;
 mod stop;
 mod stream;
+mod tool_grammar;
 
 pub use constraint::Constraint;
 pub(crate) use guide::Guide;

@@ -9,8 +9,10 @@ use serde::{Deserialize, Serialize};
 
 use super::Constraint;
 use crate::error::{Error, ErrorKind, Result};
+use crate::text::{Tool, ToolChoice, ToolFormat};
 
 const MAX_TEMPERATURE: f32 = 100.0;
+const MAX_TOOLS: usize = 128;
 const MAX_STOP_STRINGS: usize = 64;
 const MAX_STOP_LEN: usize = 4096;
 
@@ -59,6 +61,14 @@ pub struct GenerateOptions {
     pub ignore_eos: bool,
     /// What the text must look like. Default: anything.
     pub constraint: Option<Constraint>,
+    /// What the model may ask its caller to run, at most 128, for a prompt of messages. The calls are
+    /// in [`Generation::tool_calls`](crate::Generation::tool_calls), not in the text.
+    pub tools: Vec<Tool>,
+    /// Whether the model calls them. Default: as it decides.
+    pub tool_choice: ToolChoice,
+    /// How calls are written. Default: Hermes' form where the checkpoint's chat template knows tools,
+    /// else Qwen-Agent's.
+    pub tool_format: Option<ToolFormat>,
     /// Ends the generation from another thread.
     #[serde(skip)]
     pub cancel: Option<CancelToken>,
@@ -152,6 +162,27 @@ impl GenerateOptions {
         self
     }
 
+    /// Sets [`tools`](Self#structfield.tools), replacing what was there.
+    #[must_use]
+    pub fn tools(mut self, tools: impl IntoIterator<Item = Tool>) -> Self {
+        self.tools = tools.into_iter().collect();
+        self
+    }
+
+    /// Sets [`tool_choice`](Self#structfield.tool_choice).
+    #[must_use]
+    pub fn tool_choice(mut self, tool_choice: ToolChoice) -> Self {
+        self.tool_choice = tool_choice;
+        self
+    }
+
+    /// Sets [`tool_format`](Self#structfield.tool_format).
+    #[must_use]
+    pub fn tool_format(mut self, tool_format: ToolFormat) -> Self {
+        self.tool_format = Some(tool_format);
+        self
+    }
+
     /// Sets [`cancel`](Self#structfield.cancel).
     #[must_use]
     pub fn cancel(mut self, cancel: CancelToken) -> Self {
@@ -193,6 +224,12 @@ impl GenerateOptions {
                 false => defaults.eos_token_ids.clone(),
             },
             constraint: self.constraint.clone(),
+            tools: match self.tool_choice {
+                ToolChoice::None => Vec::new(),
+                _ => self.tools.clone(),
+            },
+            tool_choice: self.tool_choice.clone(),
+            tool_format: self.tool_format,
             cancel: self.cancel.clone(),
         };
         resolved.check()?;
@@ -233,6 +270,10 @@ pub(crate) struct Resolved {
     /// Empty with `ignore_eos`.
     pub(crate) eos_token_ids: Vec<u32>,
     pub(crate) constraint: Option<Constraint>,
+    /// Empty with the choice of none.
+    pub(crate) tools: Vec<Tool>,
+    pub(crate) tool_choice: ToolChoice,
+    pub(crate) tool_format: Option<ToolFormat>,
     pub(crate) cancel: Option<CancelToken>,
 }
 
@@ -274,7 +315,8 @@ impl Resolved {
             let help = "to only read the prompt, use logits or score";
             return Err(out_of_range("max_new_tokens", 0, "1 or more", help));
         }
-        self.check_stop()
+        self.check_stop()?;
+        self.check_tools()
     }
 
     fn check_stop(&self) -> Result<()> {
@@ -295,6 +337,51 @@ impl Resolved {
                 let help = "an empty string would stop everything, a long one never comes";
                 return Err(out_of_range(&key, found, "1 to 4096 bytes", help));
             }
+        }
+        Ok(())
+    }
+
+    fn check_tools(&self) -> Result<()> {
+        let count = self.tools.len();
+        if count > MAX_TOOLS {
+            let found = format!("{count} tools");
+            return Err(out_of_range(
+                "tools",
+                found,
+                "at most 128",
+                "give fewer tools",
+            ));
+        }
+        let names = || self.tools.iter().map(Tool::name);
+        let why = match &self.tool_choice {
+            ToolChoice::Required if count == 0 => Some("there are no tools".to_owned()),
+            ToolChoice::Named(name) if !names().any(|tool| tool == name) => {
+                Some(format!("no tool is named {name}"))
+            }
+            _ => None,
+        };
+        let contradiction = |key: &str, why: String| {
+            Error::new(ErrorKind::InvalidArgument, "options contradict each other")
+                .with_key(key)
+                .with_why(why)
+        };
+        if let Some(why) = why {
+            return Err(contradiction("tool_choice", why));
+        }
+        let twice = names()
+            .enumerate()
+            .find(|(i, name)| names().skip(i + 1).any(|n| n == *name));
+        if let Some((_, name)) = twice {
+            return Err(contradiction(
+                "tools",
+                format!("two tools are named {name}"),
+            ));
+        }
+        let is_bound =
+            self.tool_choice != ToolChoice::Auto || self.tools.iter().any(Tool::is_strict);
+        if self.constraint.is_some() && count > 0 && is_bound {
+            let why = "a tool that must be called, or called right, is a constraint of its own";
+            return Err(contradiction("constraint", why.to_owned()));
         }
         Ok(())
     }

@@ -5,6 +5,7 @@ use std::time::Duration;
 use serde::Serialize;
 
 use super::{FinishReason, StopMatch};
+use crate::text::ToolCall;
 
 /// One token and the text that became whole with it.
 #[non_exhaustive]
@@ -14,6 +15,9 @@ pub struct Piece {
     pub text: String,
     /// The token's id.
     pub token: u32,
+    /// Calls of tools that became whole with it; their text is not in `text`.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub tool_calls: Vec<ToolCall>,
 }
 
 impl std::fmt::Display for Piece {
@@ -26,10 +30,12 @@ impl std::fmt::Display for Piece {
 #[non_exhaustive]
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Generation {
-    /// The text, without the stop string and without special tokens.
+    /// The text, without the stop string, special tokens and calls of tools.
     pub text: String,
     /// The new tokens, an end-of-text token included.
     pub tokens: Vec<u32>,
+    /// Calls of tools that the model asks for, in its order; empty unless the options name tools.
+    pub tool_calls: Vec<ToolCall>,
     /// Why it ended.
     pub finish_reason: FinishReason,
     /// What it ended at, when `finish_reason` is `Stop`.

@@ -1,13 +1,14 @@
 //! One request's tokens and text: what becomes of the logits of each step, and where it ends.
 
+use super::tool_grammar::tool_grammar;
 use super::{
-    CancelToken, FinishReason, Generation, Guide, LogitsProcessor, Piece, Resolved, Sampler, StopMatch,
-    StopMatcher, Timings, Usage,
+    CancelToken, FinishReason, Generation, Guide, LogitsProcessor, Piece, Resolved, Sampler,
+    StopMatch, StopMatcher, Timings, Usage,
 };
 use crate::error::{Error, ErrorKind, Result};
 use crate::ops::SCREENED_TOKENS;
 use crate::profile::part;
-use crate::text::{TextDecoder, Tokenizer};
+use crate::text::{TextDecoder, Tokenizer, ToolCall, ToolParser};
 
 /// Everything of a generation but the network and its cache: those give logits, [`Self::accept`] takes
 /// them.
@@ -23,7 +24,9 @@ pub(crate) struct Sequence {
     /// Prompt and new tokens; a cache holds all but those that no forward has seen yet.
     tokens: Vec<u32>,
     usage: Usage,
+    /// All that was written, calls of tools included.
     text: String,
+    tools: Option<Tools>,
     max_new_tokens: usize,
     finished: Option<(FinishReason, Option<StopMatch>)>,
 }
@@ -44,13 +47,25 @@ impl Sequence {
         let usual = options
             .usual_new_tokens
             .map_or(room, |usual| usual.min(room));
-        let guide = options.constraint.as_ref();
+        let format = tokenizer.tool_format(options.tool_format);
+        let tools = (!options.tools.is_empty())
+            .then(|| Tools::new(ToolParser::behind(format, &tokenizer, &tokens)));
+        let stops = tools.as_ref().map_or(&[][..], |_| format.stops());
+        let stop: Vec<String> = options
+            .stop
+            .iter()
+            .cloned()
+            .chain(stops.iter().map(|&s| s.to_owned()))
+            .collect();
+        let grammar = tool_grammar(&options.tools, &options.tool_choice, format);
+        let guide = options.constraint.as_ref().or(grammar.as_ref());
         let guide = guide.map(|constraint| Guide::new(&tokenizer, constraint));
         Ok(Self {
             guide: guide.transpose()?,
+            tools,
+            stop: StopMatcher::new(&stop),
             tokenizer,
             sampler: Sampler::new(&options),
-            stop: StopMatcher::new(&options.stop),
             decoder: TextDecoder::new(),
             processor,
             cancel: options.cancel.clone().unwrap_or_default(),
@@ -106,7 +121,9 @@ impl Sequence {
     /// Whether the choice of a token depends on few of the highest logits. Twice as many are exact, so
     /// that a repetition penalty finds others to go on with.
     pub(crate) fn screens(&self) -> bool {
-        self.processor.is_none() && self.guide.is_none() && self.sampler.looks_at() <= SCREENED_TOKENS / 2
+        self.processor.is_none()
+            && self.guide.is_none()
+            && self.sampler.looks_at() <= SCREENED_TOKENS / 2
     }
 
     /// The next token and its text where the constraint leaves no choice: the model need not run, and
@@ -150,9 +167,11 @@ impl Sequence {
         {
             guide.accept(token)?;
         }
+        let n_calls = self.tool_calls().len();
         Ok(Piece {
             text: self.emit(token, end),
             token,
+            tool_calls: self.tool_calls()[n_calls..].to_vec(),
         })
     }
 
@@ -176,10 +195,10 @@ impl Sequence {
                 self.finished = Some((FinishReason::Stop, found));
             }
         }
-        self.text.push_str(&out);
         if self.finished.is_some() {
-            return out;
+            return self.reveal(&out, true);
         }
+        out = self.reveal(&out, false);
         let complete = self.guide.as_ref().is_some_and(Guide::is_complete);
         let end = end.or(complete.then_some(StopMatch::Constraint));
         if end.is_some() {
@@ -196,12 +215,25 @@ impl Sequence {
         if found.is_none() {
             rest.push_str(&self.stop.finish());
         }
-        self.text.push_str(&rest);
+        let rest = self.reveal(&rest, true);
         self.finished = Some(match found {
             Some(_) => (FinishReason::Stop, found),
             None => (reason, stop_match),
         });
         rest
+    }
+
+    /// Takes text that is certain and returns what of it is for the reader.
+    fn reveal(&mut self, text: &str, over: bool) -> String {
+        self.text.push_str(text);
+        match &mut self.tools {
+            Some(tools) => tools.take(text, over),
+            None => text.to_owned(),
+        }
+    }
+
+    fn tool_calls(&self) -> &[ToolCall] {
+        self.tools.as_ref().map_or(&[], |tools| &tools.calls)
     }
 
     /// The result; a generation that was not run to its end counts as cancelled.
@@ -210,8 +242,18 @@ impl Sequence {
             self.end(FinishReason::Cancelled, None);
         }
         let (finish_reason, stop_match) = self.finished.unwrap_or((FinishReason::Cancelled, None));
+        let (text, tool_calls) = match self.tools {
+            Some(tools) => (tools.text, tools.calls),
+            None => (self.text, Vec::new()),
+        };
+        let asks = finish_reason == FinishReason::Stop && !tool_calls.is_empty();
+        let (finish_reason, stop_match) = match asks {
+            true => (FinishReason::ToolCalls, None),
+            false => (finish_reason, stop_match),
+        };
         Generation {
-            text: self.text,
+            text,
+            tool_calls,
             tokens: self.tokens.split_off(self.usage.prompt_tokens),
             finish_reason,
             stop_match,
@@ -219,6 +261,35 @@ impl Sequence {
             timings,
             seed: (!self.options.is_greedy()).then_some(self.options.seed),
         }
+    }
+}
+
+/// The text of an answer that may call tools, taken apart.
+struct Tools {
+    parser: ToolParser,
+    text: String,
+    calls: Vec<ToolCall>,
+}
+
+impl Tools {
+    fn new(parser: ToolParser) -> Self {
+        Self {
+            parser,
+            text: String::new(),
+            calls: Vec::new(),
+        }
+    }
+
+    fn take(&mut self, text: &str, over: bool) -> String {
+        let mut parsed = self.parser.push(text);
+        if over {
+            let rest = self.parser.finish();
+            parsed.text.push_str(&rest.text);
+            parsed.calls.extend(rest.calls);
+        }
+        self.text.push_str(&parsed.text);
+        self.calls.extend(parsed.calls);
+        parsed.text
     }
 }
 

@@ -1,12 +1,16 @@
 //! Messages to tokens, through the checkpoint's own template.
 
 use minijinja::context;
-use minijinja::value::{Serde, Value};
+use minijinja::value::Serde;
 use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::text::added::Shield;
+use crate::text::template::ChatTemplate;
 use crate::text::tokenizer::{Segment, Tokenizer};
+use crate::text::tool_prompt;
+use crate::text::tools::{Tool, ToolCall, ToolFormat};
 
 /// The roles that templates compare with. They are constants of the caller, so they are never
 /// marked: a mark would make `role == 'user'` false.
@@ -33,7 +37,16 @@ pub struct Message {
     /// Who speaks: `system`, `user`, `assistant`, `tool`, or what the template knows besides.
     pub role: String,
     /// What is said: plain text. Control tokens spelled in it stay plain text.
+    #[serde(default, deserialize_with = "null_is_empty")]
     pub content: String,
+    /// Calls of tools that the assistant asked for in this turn.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub tool_calls: Vec<ToolCall>,
+}
+
+/// OpenAI's interface gives a message that is all calls the content null.
+fn null_is_empty<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<String, D::Error> {
+    Ok(Option::deserialize(deserializer)?.unwrap_or_default())
 }
 
 impl Message {
@@ -42,6 +55,7 @@ impl Message {
         Self {
             role: role.into(),
             content: content.into(),
+            tool_calls: Vec::new(),
         }
     }
 
@@ -60,9 +74,16 @@ impl Message {
         Self::new("assistant", content)
     }
 
-    /// The result of a tool.
+    /// The result of a tool; several results come in the order of their calls.
     pub fn tool(content: impl Into<String>) -> Self {
         Self::new("tool", content)
+    }
+
+    /// This message with calls that the assistant asked for.
+    #[must_use]
+    pub fn with_tool_calls(mut self, calls: impl IntoIterator<Item = ToolCall>) -> Self {
+        self.tool_calls = calls.into_iter().collect();
+        self
     }
 }
 
@@ -81,7 +102,7 @@ impl Tokenizer {
         messages: &[Message],
         add_generation_prompt: bool,
     ) -> Result<String> {
-        let (rendered, shield) = self.render_chat(messages, add_generation_prompt)?;
+        let (rendered, shield) = self.render_chat(messages, &[], add_generation_prompt)?;
         Ok(shield.restore(&rendered))
     }
 
@@ -97,7 +118,58 @@ impl Tokenizer {
         messages: &[Message],
         add_generation_prompt: bool,
     ) -> Result<Vec<u32>> {
-        let (rendered, shield) = self.render_chat(messages, add_generation_prompt)?;
+        self.encode_rendered(self.render_chat(messages, &[], add_generation_prompt)?)
+    }
+
+    /// As [`encode_chat`](Self::encode_chat) with a prompt for the answer, and with tools: through the
+    /// template where it knows them, else in the words of `format`.
+    ///
+    /// # Errors
+    /// As [`encode_chat`](Self::encode_chat), and `InvalidArgument` for a result without a call.
+    pub(crate) fn encode_chat_with_tools(
+        &self,
+        messages: &[Message],
+        tools: &[Tool],
+        format: Option<ToolFormat>,
+    ) -> Result<Vec<u32>> {
+        let format = self.tool_format(format);
+        let is_plain = tools.is_empty() && messages.iter().all(|m| m.tool_calls.is_empty());
+        if is_plain || self.template_has_tools(format) {
+            return self.encode_rendered(self.render_chat(messages, tools, true)?);
+        }
+        let spelled = tool_prompt::spell(messages, tools, format)?;
+        if !tool_prompt::continues(&spelled) {
+            return self.encode_chat(&spelled, true);
+        }
+        let mut tokens = self.encode_chat(&spelled, false)?;
+        let end = tokens.iter().rposition(|&id| self.is_special(id));
+        // Behind the control token that ends the turn a template prints a line break at most.
+        let end = end.filter(|end| tokens.len() - end <= 4).ok_or_else(|| {
+            Error::new(ErrorKind::InvalidTemplate, "an answer cannot be continued")
+                .with_path(self.path())
+                .with_key("chat_template")
+                .with_why("it does not end a message with a control token")
+        })?;
+        tokens.truncate(end);
+        Ok(tokens)
+    }
+
+    /// How calls are written: as asked for, else Hermes' form for a template that knows tools
+    /// (Qwen2.5's), else Qwen-Agent's, which is Qwen2's own
+    /// (<https://qwen.readthedocs.io/en/v2.0/framework/function_call.html>).
+    pub(crate) fn tool_format(&self, asked: Option<ToolFormat>) -> ToolFormat {
+        let knows_tools = self.template().is_some_and(ChatTemplate::knows_tools);
+        asked.unwrap_or(match knows_tools {
+            true => ToolFormat::Hermes,
+            false => ToolFormat::QwenAgent,
+        })
+    }
+
+    fn template_has_tools(&self, format: ToolFormat) -> bool {
+        format == ToolFormat::Hermes && self.template().is_some_and(ChatTemplate::knows_tools)
+    }
+
+    fn encode_rendered(&self, (rendered, shield): (String, Shield<'_>)) -> Result<Vec<u32>> {
         let mut tokens = Vec::with_capacity(rendered.len() / 3);
         // Scaffold and content are encoded together between two control tokens, because that is
         // the stretch in which BPE merges for transformers, too.
@@ -113,6 +185,7 @@ impl Tokenizer {
     fn render_chat(
         &self,
         messages: &[Message],
+        tools: &[Tool],
         add_generation_prompt: bool,
     ) -> Result<(String, Shield<'_>)> {
         if messages.is_empty() {
@@ -128,28 +201,31 @@ impl Tokenizer {
                 .with_why("neither tokenizer_config.json nor chat_template.jinja has one")
                 .with_help("this is a base model: prompt it with plain text, or use its -Instruct checkpoint")
         })?;
+        let tools: Vec<Value> = tools.iter().map(Tool::definition).collect();
+        let calls: Vec<String> = messages
+            .iter()
+            .flat_map(|message| &message.tool_calls)
+            .map(|call| format!("{}{}", call.name, call.arguments))
+            .chain(tools.iter().map(Value::to_string))
+            .collect();
         let texts = messages
             .iter()
-            .flat_map(|message| [&*message.role, &*message.content]);
+            .flat_map(|message| [&*message.role, &*message.content])
+            .chain(calls.iter().map(String::as_str));
         let shield = Shield::new(
             self.added_tokens(),
             texts.clone().chain([template.source()]),
         )?;
-        let guarded: Vec<Message> = messages
+        let guarded: Vec<Value> = messages.iter().map(|m| guard_message(&shield, m)).collect();
+        let tools: Vec<Value> = tools
             .iter()
-            .map(|message| Message {
-                role: match KNOWN_ROLES.contains(&message.role.as_str()) {
-                    true => message.role.clone(),
-                    false => shield.guard(&message.role),
-                },
-                content: shield.guard(&message.content),
-            })
+            .map(|tool| guard_value(&shield, tool))
             .collect();
         // transformers passes tools and documents even when there are none.
         let context = context! {
-            messages => Value::from(Serde(&guarded)),
+            messages => minijinja::Value::from(Serde(&guarded)),
             add_generation_prompt,
-            tools => (),
+            tools => (!tools.is_empty()).then(|| minijinja::Value::from(Serde(&tools))),
             documents => (),
             ..self.special_token_variables()
         };
@@ -157,6 +233,38 @@ impl Tokenizer {
             .render(&context, texts.map(str::len).sum())
             .map_err(|error| error.with_path(self.path()))?;
         Ok((rendered, shield))
+    }
+}
+
+/// A message as a template sees it, its texts marked.
+fn guard_message(shield: &Shield<'_>, message: &Message) -> Value {
+    let role = match KNOWN_ROLES.contains(&message.role.as_str()) {
+        true => message.role.clone(),
+        false => shield.guard(&message.role),
+    };
+    let mut guarded = json!({"role": role, "content": shield.guard(&message.content)});
+    if !message.tool_calls.is_empty() {
+        // Templates write the arguments with `tojson`.
+        let calls = message.tool_calls.iter().map(|call| {
+            let function = json!({"name": call.name, "arguments": call.arguments_value()});
+            guard_value(shield, &json!({"type": "function", "function": function}))
+        });
+        guarded["tool_calls"] = calls.collect();
+    }
+    guarded
+}
+
+/// A JSON value with all its texts marked.
+fn guard_value(shield: &Shield<'_>, value: &Value) -> Value {
+    match value {
+        Value::String(text) => shield.guard(text).into(),
+        Value::Array(items) => items.iter().map(|item| guard_value(shield, item)).collect(),
+        Value::Object(fields) => {
+            let guard =
+                |(key, value): (&String, &Value)| (shield.guard(key), guard_value(shield, value));
+            Value::Object(fields.iter().map(guard).collect())
+        }
+        other => other.clone(),
     }
 }
 
@@ -244,6 +352,39 @@ mod tests {
             tokenizer.apply_chat_template(&messages, false).unwrap(),
             "UX<|im_end|>!"
         );
+    }
+
+    /// Qwen2.5's own branches, shortened.
+    const WITH_TOOLS: &str = "{% if tools %}<|im_start|>system\n<tools>{% for tool in tools %}{{ tool | tojson }}{% endfor %}</tools><|im_end|>\n{% endif %}{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}{% if m.tool_calls %}{% for call in m.tool_calls %}<tool_call>{{ call.function.name }} {{ call.function.arguments | tojson }}</tool_call>{% endfor %}{% endif %}<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}";
+
+    #[test]
+    fn a_template_that_knows_tools_gets_them_and_their_text_stays_text() {
+        let tokenizer = chat(WITH_TOOLS);
+        assert_eq!(tokenizer.tool_format(None), ToolFormat::Hermes);
+        assert_eq!(chat(CHATML).tool_format(None), ToolFormat::QwenAgent);
+        let tools = [Tool::new("f", "says <|im_end|>", r#"{"type": "object"}"#).unwrap()];
+        let call = ToolCall::new("f", r#"{"x":"<|im_start|>"}"#);
+        let messages = [
+            Message::user("hi"),
+            Message::assistant("").with_tool_calls([call]),
+            Message::tool("7"),
+        ];
+        let tokens = tokenizer
+            .encode_chat_with_tools(&messages, &tools, None)
+            .unwrap();
+        let text = "<|im_start|>system\n<tools>{\"type\": \"function\", \"function\": {\"name\": \"f\", \"description\": \"says <|im_end|>\", \"parameters\": {\"type\": \"object\"}}}</tools><|im_end|>\n<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n<tool_call>f {\"x\": \"<|im_start|>\"}</tool_call><|im_end|>\n<|im_start|>tool\n7<|im_end|>\n<|im_start|>assistant\n";
+        assert_eq!(tokenizer.decode(&tokens, false).unwrap(), text);
+        assert_eq!(specials(&tokenizer, &tokens), 9);
+    }
+
+    #[test]
+    fn messages_are_read_in_the_form_of_openai() {
+        let json = r#"{"role": "assistant", "content": null, "tool_calls": [{"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}]}"#;
+        let message: Message = serde_json::from_str(json).unwrap();
+        let call = ToolCall::new("f", "{}");
+        assert_eq!(message, Message::assistant("").with_tool_calls([call]));
+        let plain = serde_json::to_string(&Message::user("hi")).unwrap();
+        assert_eq!(plain, r#"{"role":"user","content":"hi"}"#);
     }
 
     /// Pieces of control tokens and whole ones, so that neighbours can complete each other.

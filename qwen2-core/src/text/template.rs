@@ -35,6 +35,7 @@ const NAME: &str = "chat_template";
 pub(super) struct ChatTemplate {
     source: String,
     compiled: std::result::Result<Environment<'static>, String>,
+    knows_tools: bool,
 }
 
 /// What `raise_exception` leaves as the source of the engine's error.
@@ -55,10 +56,20 @@ impl ChatTemplate {
         let compiled = environment
             .add_template_owned(NAME, source.clone())
             .map_err(|error| error.to_string());
+        let reads_tools = |environment: &Environment<'_>| {
+            let template = environment.get_template(NAME);
+            template.is_ok_and(|template| template.undeclared_variables(false).contains("tools"))
+        };
         Self {
             source,
+            knows_tools: compiled.is_ok() && reads_tools(&environment),
             compiled: compiled.map(|()| environment),
         }
+    }
+
+    /// Whether it reads the variable `tools`.
+    pub(super) fn knows_tools(&self) -> bool {
+        self.knows_tools
     }
 
     pub(super) fn source(&self) -> &str {
@@ -293,6 +304,22 @@ fn tojson(
     Ok(Value::from(
         String::from_utf8_lossy(&output.bytes).into_owned(),
     ))
+}
+
+/// As Python's `json.dumps(value, ensure_ascii=False)`.
+pub(super) fn python_json(value: &serde_json::Value) -> String {
+    let formatter = PythonJson {
+        ascii: false,
+        separators: (", ".to_owned(), ": ".to_owned()),
+        indent: None,
+        depth: 0,
+        has_value: false,
+    };
+    let mut output = Vec::new();
+    let mut serializer = serde_json::Serializer::with_formatter(&mut output, formatter);
+    // Writing a JSON value to memory does not fail.
+    let _ = value.serialize(&mut serializer);
+    String::from_utf8_lossy(&output).into_owned()
 }
 
 /// The layout of Python's `json.dumps`.
