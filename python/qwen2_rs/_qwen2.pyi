@@ -1,7 +1,7 @@
 """The compiled half of the Python package `qwen2_rs`."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Final, Literal, NoReturn, final, overload
 
@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 from typing_extensions import Self
 
-from qwen2_rs._types import Message, MessageDict, Prompt
+from qwen2_rs._types import JsonSchema, Message, MessageDict, Prompt
 
 __all__ = [
     "CancelledError",
@@ -36,6 +36,7 @@ __all__ = [
     "Timings",
     "TokenStream",
     "Tokenizer",
+    "ToolCall",
     "UnsupportedError",
     "Usage",
     "__version__",
@@ -163,6 +164,13 @@ class Model:
         stop: str | Sequence[str] | None = None,
         stop_token_ids: Sequence[int] | None = None,
         ignore_eos: bool = False,
+        json_schema: JsonSchema | None = None,
+        regex: str | None = None,
+        grammar: str | None = None,
+        choice: Sequence[str] | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        tool_choice: Literal["auto", "none", "required"] | Mapping[str, Any] | None = None,
+        tool_format: Literal["hermes", "qwen_agent"] | None = None,
     ) -> Generation:
         """Answers a prompt: text, token ids or messages.
 
@@ -171,6 +179,13 @@ class Model:
         at least 1. top_p: above 0 to 1. min_p: 0 to 1. repetition_penalty: above 0, 1 is none. stop:
         strings that end the generation and are not part of its text. stop_token_ids: tokens that end
         it. ignore_eos: goes on after the checkpoint's own end tokens.
+
+        One of json_schema (a dict, its text or a pydantic model class), regex, grammar (llguidance's
+        Lark) and choice is what the text must look like. tools: what the model may ask its caller to
+        run, as in OpenAI's interface, for a prompt of messages; the calls are in
+        Generation.tool_calls. "strict": True in a tool's function forces its arguments to keep to its
+        parameters. tool_choice: auto, none, required or one tool. tool_format: hermes where the
+        checkpoint's template knows tools, else qwen_agent.
         """
 
     def stream(
@@ -187,6 +202,13 @@ class Model:
         stop: str | Sequence[str] | None = None,
         stop_token_ids: Sequence[int] | None = None,
         ignore_eos: bool = False,
+        json_schema: JsonSchema | None = None,
+        regex: str | None = None,
+        grammar: str | None = None,
+        choice: Sequence[str] | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        tool_choice: Literal["auto", "none", "required"] | Mapping[str, Any] | None = None,
+        tool_format: Literal["hermes", "qwen_agent"] | None = None,
     ) -> TokenStream:
         """Answers a prompt piece by piece; nothing is computed before the first piece is asked for.
         Options as in generate.
@@ -208,6 +230,13 @@ class Model:
         stop: str | Sequence[str] | None = None,
         stop_token_ids: Sequence[int] | None = None,
         ignore_eos: bool = False,
+        json_schema: JsonSchema | None = None,
+        regex: str | None = None,
+        grammar: str | None = None,
+        choice: Sequence[str] | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        tool_choice: Literal["auto", "none", "required"] | Mapping[str, Any] | None = None,
+        tool_format: Literal["hermes", "qwen_agent"] | None = None,
     ) -> Generation:
         """Answers a conversation; with stream=True piece by piece. Options as in generate."""
 
@@ -227,6 +256,13 @@ class Model:
         stop: str | Sequence[str] | None = None,
         stop_token_ids: Sequence[int] | None = None,
         ignore_eos: bool = False,
+        json_schema: JsonSchema | None = None,
+        regex: str | None = None,
+        grammar: str | None = None,
+        choice: Sequence[str] | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        tool_choice: Literal["auto", "none", "required"] | Mapping[str, Any] | None = None,
+        tool_format: Literal["hermes", "qwen_agent"] | None = None,
     ) -> TokenStream: ...
     @overload
     def chat(
@@ -244,6 +280,13 @@ class Model:
         stop: str | Sequence[str] | None = None,
         stop_token_ids: Sequence[int] | None = None,
         ignore_eos: bool = False,
+        json_schema: JsonSchema | None = None,
+        regex: str | None = None,
+        grammar: str | None = None,
+        choice: Sequence[str] | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        tool_choice: Literal["auto", "none", "required"] | Mapping[str, Any] | None = None,
+        tool_format: Literal["hermes", "qwen_agent"] | None = None,
     ) -> Generation | TokenStream: ...
     @overload
     def generate_batch(
@@ -261,6 +304,13 @@ class Model:
         stop: str | Sequence[str] | None = None,
         stop_token_ids: Sequence[int] | None = None,
         ignore_eos: bool = False,
+        json_schema: JsonSchema | None = None,
+        regex: str | None = None,
+        grammar: str | None = None,
+        choice: Sequence[str] | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        tool_choice: Literal["auto", "none", "required"] | Mapping[str, Any] | None = None,
+        tool_format: Literal["hermes", "qwen_agent"] | None = None,
     ) -> list[Generation]:
         """Answers several prompts, in order. The first failure is raised once all have run; with
         return_exceptions=True failures stand in the list instead. Options as in generate.
@@ -282,6 +332,13 @@ class Model:
         stop: str | Sequence[str] | None = None,
         stop_token_ids: Sequence[int] | None = None,
         ignore_eos: bool = False,
+        json_schema: JsonSchema | None = None,
+        regex: str | None = None,
+        grammar: str | None = None,
+        choice: Sequence[str] | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        tool_choice: Literal["auto", "none", "required"] | Mapping[str, Any] | None = None,
+        tool_format: Literal["hermes", "qwen_agent"] | None = None,
     ) -> list[Generation | Qwen2Error]: ...
     def session(self) -> Session:
         """A conversation that keeps its cache between turns."""
@@ -380,6 +437,13 @@ class Session:
         stop: str | Sequence[str] | None = None,
         stop_token_ids: Sequence[int] | None = None,
         ignore_eos: bool = False,
+        json_schema: JsonSchema | None = None,
+        regex: str | None = None,
+        grammar: str | None = None,
+        choice: Sequence[str] | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        tool_choice: Literal["auto", "none", "required"] | Mapping[str, Any] | None = None,
+        tool_format: Literal["hermes", "qwen_agent"] | None = None,
     ) -> Generation:
         """Answers what was appended; the answer becomes part of the conversation."""
 
@@ -396,6 +460,13 @@ class Session:
         stop: str | Sequence[str] | None = None,
         stop_token_ids: Sequence[int] | None = None,
         ignore_eos: bool = False,
+        json_schema: JsonSchema | None = None,
+        regex: str | None = None,
+        grammar: str | None = None,
+        choice: Sequence[str] | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        tool_choice: Literal["auto", "none", "required"] | Mapping[str, Any] | None = None,
+        tool_format: Literal["hermes", "qwen_agent"] | None = None,
     ) -> TokenStream:
         """As generate, piece by piece. What was generated when the stream ends or is closed becomes
         part of the conversation.
@@ -523,6 +594,25 @@ class Piece:
     def token(self) -> int:
         """The token's id."""
 
+    @property
+    def tool_calls(self) -> list[ToolCall]:
+        """Calls of tools that became whole with it; their text is not in the text."""
+
+@final
+class ToolCall:
+    """A call that the model asks for."""
+
+    @property
+    def name(self) -> str:
+        """The name that the model wrote, which need not be one of the tools."""
+
+    @property
+    def arguments(self) -> str:
+        """The text of a JSON object. It keeps to the tool's schema only where the tool is strict."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The dict of OpenAI's interface, for the tool_calls of a message."""
+
 @final
 class Generation:
     """A finished generation; str(generation) is its text."""
@@ -534,6 +624,10 @@ class Generation:
     @property
     def tokens(self) -> list[int]:
         """The new tokens, an end token included."""
+
+    @property
+    def tool_calls(self) -> list[ToolCall]:
+        """Calls of tools that the model asks for, in its order."""
 
     @property
     def finish_reason(self) -> Literal["stop", "length", "tool_calls", "cancelled"]:
@@ -560,8 +654,10 @@ class StopMatch:
     """What ended a generation."""
 
     @property
-    def kind(self) -> Literal["eos", "token", "text"]:
-        """eos: an end token of the checkpoint; token: one of stop_token_ids; text: one of stop."""
+    def kind(self) -> Literal["eos", "token", "text", "constraint"]:
+        """eos: an end token of the checkpoint; token: one of stop_token_ids; text: one of stop;
+        constraint: it allows nothing more.
+        """
 
     @property
     def token(self) -> int | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TypeAlias, TypedDict
+from typing import Any, Protocol, TypeAlias, TypedDict
 
 
 class MessageDict(TypedDict):
@@ -15,8 +15,21 @@ class MessageDict(TypedDict):
     """What is said: plain text. Control tokens spelled in it stay plain text."""
 
 
-Message: TypeAlias = MessageDict | Mapping[str, str]
-"""A dict with a role and a content."""
+Message: TypeAlias = MessageDict | Mapping[str, Any]
+"""A dict with a role and a content; with tools also tool_calls, tool_call_id and name, as in OpenAI's
+interface."""
 
 Prompt: TypeAlias = str | Sequence[int] | Sequence[Message]
 """What a model answers to: text, token ids or a conversation."""
+
+
+class SchemaClass(Protocol):
+    """A model class of pydantic."""
+
+    @classmethod
+    def model_json_schema(cls) -> dict[str, Any]:
+        """Its JSON schema."""
+
+
+JsonSchema: TypeAlias = Mapping[str, Any] | bool | str | type[SchemaClass]
+"""A JSON schema: a dict, its text, or a pydantic model class."""

@@ -24,12 +24,22 @@ pub const QWEN2_STOP_MATCH_EOS: i32 = 1;
 pub const QWEN2_STOP_MATCH_TOKEN: i32 = 2;
 /// One of the caller's stop strings.
 pub const QWEN2_STOP_MATCH_TEXT: i32 = 3;
+/// The constraint, which allows nothing more.
+pub const QWEN2_STOP_MATCH_CONSTRAINT: i32 = 4;
 
 /// A finished generation. Owned by the caller that received it; never changes.
 pub struct qwen2_generation {
     result: Generation,
     text: Terminated,
     stop_text: Terminated,
+    /// Name and arguments of each.
+    tool_calls: Vec<(Terminated, Terminated)>,
+}
+
+impl qwen2_generation {
+    pub(crate) fn tool_calls(&self) -> &[(Terminated, Terminated)] {
+        &self.tool_calls
+    }
 }
 
 impl Handle for qwen2_generation {
@@ -42,7 +52,11 @@ impl From<Generation> for qwen2_generation {
             Some(StopMatch::Text(text)) => Terminated::from(text.as_str()),
             _ => Terminated::default(),
         };
+        let show = |text: &str| Terminated::from(text);
+        let calls = result.tool_calls.iter();
+        let calls = calls.map(|call| (show(&call.name), show(&call.arguments)));
         Self {
+            tool_calls: calls.collect(),
             text: Terminated::from(result.text.as_str()),
             stop_text,
             result,
@@ -50,7 +64,7 @@ impl From<Generation> for qwen2_generation {
     }
 }
 
-/// The text, without the stop string and without special tokens, NUL-terminated; `len` (may be NULL)
+/// The text, without the stop string, special tokens and calls of tools, NUL-terminated; `len` (may be NULL)
 /// gets its length in bytes. Valid until the generation is freed. NULL, and 0 in `len`, for a handle
 /// that is none.
 #[unsafe(no_mangle)]
@@ -103,6 +117,7 @@ pub unsafe extern "C" fn qwen2_generation_stop_match(generation: *const qwen2_ge
             Some(StopMatch::Eos(_)) => QWEN2_STOP_MATCH_EOS,
             Some(StopMatch::Token(_)) => QWEN2_STOP_MATCH_TOKEN,
             Some(StopMatch::Text(_)) => QWEN2_STOP_MATCH_TEXT,
+            Some(StopMatch::Constraint) => QWEN2_STOP_MATCH_CONSTRAINT,
             _ => QWEN2_STOP_MATCH_NONE,
         },
     )

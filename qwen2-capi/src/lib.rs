@@ -25,6 +25,7 @@ mod prompt;
 mod session;
 mod stream;
 mod tokenizer;
+mod tools;
 mod values;
 mod version;
 
@@ -38,5 +39,6 @@ pub use prompt::*;
 pub use session::*;
 pub use stream::*;
 pub use tokenizer::*;
+pub use tools::*;
 pub use values::*;
 pub use version::*;

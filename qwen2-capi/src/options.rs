@@ -10,7 +10,7 @@ use crate::fence::{self, Handle, Outcome};
 /// Settings of a generation. What is not set is as the checkpoint's `generation_config.json` says,
 /// then as the setter says. Values are checked when a generation starts; the error names the field.
 /// Filters work in this order: repetition_penalty, temperature, top_k, top_p, min_p.
-pub struct qwen2_options(GenerateOptions);
+pub struct qwen2_options(pub(crate) GenerateOptions);
 
 /// A switch that ends generations from any thread. It has no way back: one for each generation.
 pub struct qwen2_cancel(pub(crate) CancelToken);

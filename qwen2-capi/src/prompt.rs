@@ -33,6 +33,17 @@ impl qwen2_prompt {
     }
 }
 
+impl qwen2_prompt {
+    /// The last message of a prompt of messages.
+    pub(crate) fn last_message(&mut self) -> Outcome<Option<&mut Message>> {
+        match &mut self.0 {
+            None => Ok(None),
+            Some(Prompt::Chat(messages)) => Ok(messages.last_mut()),
+            Some(_) => Err(not_messages()),
+        }
+    }
+}
+
 fn not_messages() -> Box<qwen2_error> {
     let help = "use one prompt for messages and another one for text or tokens, or clear it first";
     qwen2_error::invalid(

@@ -66,3 +66,13 @@ fn smoke_test_passes_on_the_demo_model() {
     let workshop = Workshop::new();
     run(Command::new(workshop.compile_test("smoke.c", &[])).arg(demo()));
 }
+
+#[test]
+fn constraints_and_tools_work_as_c_and_as_cpp_and_lose_nothing() {
+    for more in [&SANITIZERS[..], &["-xc++"]] {
+        let workshop = Workshop::new();
+        let output = run(Command::new(workshop.compile_test("tools.c", more)).arg(demo()));
+        assert_eq!(text(&output.stdout), "tools: all well\n");
+        assert_eq!(text(&output.stderr), "", "a library is silent");
+    }
+}

@@ -7,6 +7,7 @@ use pyo3::prelude::*;
 use pyo3::types::{PyByteArray, PyBytes, PyList, PyMapping, PyString};
 use qwen2_core::{Message, Prompt, Source};
 
+use crate::constraint;
 use crate::error::Failure;
 
 /// A whole number of any size, so that one out of range gets our message rather than Python's
@@ -125,17 +126,33 @@ fn message(position: usize, item: &Bound<'_, PyAny>) -> PyResult<Message> {
             "messages[{position}] is not a dict with role and content"
         ))
     })?;
-    let mut known = [("role", None), ("content", None)];
+    let mut known = [
+        ("role", None),
+        ("content", None),
+        ("tool_calls", None),
+        // Of OpenAI's interface; results are matched with calls by their order.
+        ("tool_call_id", None),
+        ("name", None),
+    ];
     for key in mapping.keys()? {
         let Some(slot) = known
             .iter_mut()
             .find(|(name, _)| key.eq(name).unwrap_or(false))
         else {
             let key = format!("messages[{position}][{}]", key.repr()?);
-            let help = "a message has a role and a content, nothing else";
+            let help = "a message has a role and a content, and tool_calls, tool_call_id and name with tools";
             return Err(Failure::invalid("unknown key of a message", &key, "", help).into());
         };
         slot.1 = Some(mapping.get_item(key)?);
+    }
+    let calls = match known[2].1.take() {
+        Some(calls) => constraint::calls(&format!("messages[{position}]['tool_calls']"), &calls)?,
+        None => Vec::new(),
+    };
+    // OpenAI's interface gives a message that is all calls no content.
+    let is_none = |value: &Bound<'_, PyAny>| value.is_none();
+    if !calls.is_empty() && known[1].1.as_ref().is_none_or(is_none) {
+        known[1].1 = Some(PyString::new(item.py(), "").into_any());
     }
     let mut text = |at: usize| {
         let (name, value) = &mut known[at];
@@ -149,7 +166,7 @@ fn message(position: usize, item: &Bound<'_, PyAny>) -> PyResult<Message> {
             .map_err(|_| PyTypeError::new_err(format!("{key} is not a str")))?
             .extract::<String>()
     };
-    Ok(Message::new(text(0)?, text(1)?))
+    Ok(Message::new(text(0)?, text(1)?).with_tool_calls(calls))
 }
 
 /// Messages as the dicts they came as.
@@ -158,6 +175,11 @@ pub(crate) fn to_dicts<'py>(py: Python<'py>, messages: &[Message]) -> PyResult<B
         let dict = pyo3::types::PyDict::new(py);
         dict.set_item("role", &message.role)?;
         dict.set_item("content", &message.content)?;
+        if !message.tool_calls.is_empty() {
+            let calls = message.tool_calls.iter();
+            let calls = calls.map(|call| constraint::to_dict(py, call));
+            dict.set_item("tool_calls", calls.collect::<PyResult<Vec<_>>>()?)?;
+        }
         Ok(dict)
     });
     PyList::new(py, dicts.collect::<PyResult<Vec<_>>>()?)

@@ -1,6 +1,7 @@
 //! The compiled half of the Python package `qwen2_rs`.
 
 mod arguments;
+mod constraint;
 mod enter;
 mod error;
 mod model;
@@ -40,6 +41,7 @@ fn _qwen2(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<results::Piece>()?;
     module.add_class::<results::StopMatch>()?;
     module.add_class::<results::Timings>()?;
+    module.add_class::<results::ToolCall>()?;
     module.add_class::<results::Usage>()?;
     module.add_function(wrap_pyfunction!(devices, module)?)?;
     module.add_function(wrap_pyfunction!(model::convert, module)?)?;

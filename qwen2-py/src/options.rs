@@ -6,6 +6,7 @@ use pyo3::types::PyDict;
 use qwen2_core::GenerateOptions;
 
 use crate::arguments::{TokenIds, Whole};
+use crate::constraint;
 
 /// The signature of a verb that takes the options, for its doc: `head` is what stands before them. The verb
 /// itself takes `**options`, which [`read`] reads; what Python's `inspect` shows is this.
@@ -14,7 +15,9 @@ macro_rules! signature {
         concat!(
             $head,
             "max_new_tokens=None, temperature=None, top_k=None, top_p=None, min_p=None, ",
-            "repetition_penalty=None, seed=None, stop=None, stop_token_ids=None, ignore_eos=False",
+            "repetition_penalty=None, seed=None, stop=None, stop_token_ids=None, ignore_eos=False, ",
+            "json_schema=None, regex=None, grammar=None, choice=None, ",
+            "tools=None, tool_choice=None, tool_format=None",
             ")\n--\n"
         )
     };
@@ -56,6 +59,12 @@ fn set(
             options.stop_token_ids = ids.map(|ids| ids.0).unwrap_or_default();
         }
         "ignore_eos" => options.ignore_eos = extract(name, value)?,
+        "json_schema" | "regex" | "grammar" | "choice" => {
+            constraint::set_constraint(options, name, value)?;
+        }
+        "tools" => options.tools = constraint::tools(name, value)?,
+        "tool_choice" => options.tool_choice = constraint::tool_choice(name, value)?,
+        "tool_format" => options.tool_format = constraint::tool_format(name, value)?,
         _ => {
             return Err(PyTypeError::new_err(format!(
                 "{verb}() got an unexpected keyword argument '{name}'"

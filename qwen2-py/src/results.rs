@@ -1,6 +1,7 @@
 //! What a generation gives back.
 
 use pyo3::prelude::*;
+use pyo3::types::PyDict;
 
 /// One token and the text that became whole with it.
 #[pyclass(module = "qwen2_rs", frozen, get_all)]
@@ -9,6 +10,8 @@ pub(crate) struct Piece {
     text: String,
     /// The token's id.
     token: u32,
+    /// Calls of tools that became whole with it.
+    tool_calls: Vec<ToolCall>,
 }
 
 #[pymethods]
@@ -31,6 +34,7 @@ impl From<qwen2_core::Piece> for Piece {
         Self {
             text: piece.text,
             token: piece.token,
+            tool_calls: piece.tool_calls.into_iter().map(ToolCall::from).collect(),
         }
     }
 }
@@ -38,10 +42,12 @@ impl From<qwen2_core::Piece> for Piece {
 /// A finished generation.
 #[pyclass(module = "qwen2_rs", frozen, get_all)]
 pub(crate) struct Generation {
-    /// The text, without the stop string and without special tokens.
+    /// The text, without the stop string, special tokens and calls of tools.
     text: String,
     /// The new tokens, an end token included.
     tokens: Vec<u32>,
+    /// Calls of tools that the model asks for.
+    tool_calls: Vec<ToolCall>,
     /// Why it ended: stop, length, tool_calls or cancelled.
     finish_reason: &'static str,
     /// What it ended at, if finish_reason is stop.
@@ -78,6 +84,11 @@ impl Generation {
         Ok(Self {
             text: generation.text,
             tokens: generation.tokens,
+            tool_calls: generation
+                .tool_calls
+                .into_iter()
+                .map(ToolCall::from)
+                .collect(),
             finish_reason: generation.finish_reason.name(),
             stop_match: stop_match.transpose()?,
             usage: Py::new(py, Usage::from(generation.usage))?,
@@ -87,10 +98,44 @@ impl Generation {
     }
 }
 
+/// A call that the model asks for.
+#[pyclass(module = "qwen2_rs", frozen, get_all, skip_from_py_object)]
+#[derive(Clone)]
+pub(crate) struct ToolCall {
+    /// The name that the model wrote, which need not be one of the tools.
+    name: String,
+    /// The text of a JSON object.
+    arguments: String,
+}
+
+#[pymethods]
+impl ToolCall {
+    /// The dict of OpenAI's interface, for the tool_calls of a message.
+    fn to_dict<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyDict>> {
+        let call = qwen2_core::ToolCall::new(&*self.name, &*self.arguments);
+        crate::constraint::to_dict(py, &call)
+    }
+
+    fn __repr__(&self, py: Python<'_>) -> PyResult<String> {
+        let (name, arguments) = (quoted(py, &self.name)?, quoted(py, &self.arguments)?);
+        Ok(format!("ToolCall(name={name}, arguments={arguments})"))
+    }
+}
+
+impl From<qwen2_core::ToolCall> for ToolCall {
+    fn from(call: qwen2_core::ToolCall) -> Self {
+        Self {
+            name: call.name,
+            arguments: call.arguments,
+        }
+    }
+}
+
 /// What ended a generation.
 #[pyclass(module = "qwen2_rs", frozen, get_all)]
 pub(crate) struct StopMatch {
-    /// eos (an end token of the checkpoint), token (one of stop_token_ids) or text (one of stop).
+    /// eos (an end token of the checkpoint), token (one of stop_token_ids), text (one of stop) or
+    /// constraint, which allows nothing more.
     kind: &'static str,
     /// The token, for eos and token.
     token: Option<u32>,
@@ -119,6 +164,7 @@ impl From<qwen2_core::StopMatch> for StopMatch {
             qwen2_core::StopMatch::Eos(token) => ("eos", Some(token), None),
             qwen2_core::StopMatch::Token(token) => ("token", Some(token), None),
             qwen2_core::StopMatch::Text(text) => ("text", None, Some(text)),
+            qwen2_core::StopMatch::Constraint => ("constraint", None, None),
             _ => ("other", None, None), // the enum may grow
         };
         Self { kind, token, text }

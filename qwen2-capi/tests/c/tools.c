@@ -1,0 +1,129 @@
+/* Constraints and tools, on the model in argv[1]. Is C11 and C++17. */
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "qwen2.h"
+
+#define NUL QWEN2_NUL_TERMINATED
+
+#define CHECK(condition)                                                                            \
+    do {                                                                                            \
+        if (!(condition)) {                                                                         \
+            fprintf(stderr, "%s:%d: %s\n", __FILE__, __LINE__, #condition);                         \
+            exit(1);                                                                                \
+        }                                                                                           \
+    } while (0)
+
+static qwen2_error *error = NULL;
+
+#define OK(call) CHECK((call) == QWEN2_OK && error == NULL)
+
+static void fails(qwen2_status status, qwen2_status want) {
+    CHECK(status == want && error != NULL && qwen2_error_code(error) == want);
+    qwen2_error_free(error);
+    error = NULL;
+}
+
+static const char TOOL[] =
+    "{\"type\": \"function\", \"function\": {\"name\": \"measure\", \"strict\": true, \"parameters\": {\"type\": "
+    "\"object\", \"properties\": {\"size\": {\"enum\": [\"small\"]}}, \"required\": [\"size\"], "
+    "\"additionalProperties\": false}}}";
+
+static qwen2_prompt *question(void) {
+    qwen2_prompt *prompt = qwen2_prompt_new();
+    OK(qwen2_prompt_add_message(prompt, "user", NUL, "What is 2 plus 3?", NUL, &error));
+    return prompt;
+}
+
+static void constraints(const qwen2_model *model) {
+    qwen2_prompt *prompt = question();
+    qwen2_options *options = qwen2_options_new_greedy();
+    qwen2_generation *generation = NULL;
+    const char *texts[] = {"one two", "one two"};
+    const size_t lens[] = {7, 3};
+
+    OK(qwen2_options_set_choice(options, texts, NULL, 1, &error));
+    OK(qwen2_generate(model, prompt, options, &generation, &error));
+    CHECK(strcmp(qwen2_generation_text(generation, NULL), "one two") == 0);
+    CHECK(qwen2_generation_finish_reason(generation) == QWEN2_FINISH_STOP);
+    CHECK(qwen2_generation_stop_match(generation) == QWEN2_STOP_MATCH_CONSTRAINT);
+    CHECK(qwen2_generation_n_tool_calls(generation) == 0);
+    CHECK(qwen2_generation_tool_call_name(generation, 0, NULL) == NULL);
+    qwen2_generation_free(generation);
+
+    OK(qwen2_options_set_choice(options, texts + 1, lens + 1, 1, &error));
+    OK(qwen2_generate(model, prompt, options, &generation, &error));
+    CHECK(strcmp(qwen2_generation_text(generation, NULL), "one") == 0);
+    qwen2_generation_free(generation);
+
+    OK(qwen2_options_set_regex(options, "[0-9]{3}", NUL, &error));
+    OK(qwen2_generate(model, prompt, options, &generation, &error));
+    CHECK(strspn(qwen2_generation_text(generation, NULL), "0123456789") == 3);
+    qwen2_generation_free(generation);
+
+    OK(qwen2_options_set_grammar(options, "start: \"x\" | \"yy\"", NUL, &error));
+    OK(qwen2_generate(model, prompt, options, &generation, &error));
+    CHECK(strchr("xy", qwen2_generation_text(generation, NULL)[0]) != NULL);
+    qwen2_generation_free(generation);
+
+    OK(qwen2_options_set_json_schema(options, "{\"const\": [true]}", NUL, &error));
+    OK(qwen2_generate(model, prompt, options, &generation, &error));
+    CHECK(strstr(qwen2_generation_text(generation, NULL), "true") != NULL);
+    qwen2_generation_free(generation);
+
+    OK(qwen2_options_set_json_schema(options, "{\"type\": \"animal\"}", NUL, &error));
+    fails(qwen2_generate(model, prompt, options, &generation, &error), QWEN2_ERROR_INVALID_CONSTRAINT);
+    fails(qwen2_options_set_regex(options, NULL, NUL, &error), QWEN2_ERROR_INVALID_ARGUMENT);
+    fails(qwen2_options_set_choice(options, NULL, NULL, 2, &error), QWEN2_ERROR_INVALID_ARGUMENT);
+    qwen2_options_free(options);
+    qwen2_prompt_free(prompt);
+}
+
+static void tools(const qwen2_model *model) {
+    const int32_t formats[] = {QWEN2_TOOL_FORMAT_HERMES, QWEN2_TOOL_FORMAT_QWEN_AGENT, QWEN2_TOOL_FORMAT_DEFAULT};
+    for (size_t i = 0; i < 3; i++) {
+        qwen2_prompt *prompt = question();
+        qwen2_options *options = qwen2_options_new_greedy();
+        qwen2_generation *generation = NULL;
+        size_t len = 0;
+        OK(qwen2_options_add_tool(options, TOOL, NUL, &error));
+        OK(qwen2_options_set_tool_format(options, formats[i], &error));
+        OK(qwen2_options_set_tool_choice_name(options, "measure", NUL, &error));
+        OK(qwen2_generate(model, prompt, options, &generation, &error));
+        CHECK(qwen2_generation_finish_reason(generation) == QWEN2_FINISH_TOOL_CALLS);
+        CHECK(qwen2_generation_n_tool_calls(generation) == 1);
+        CHECK(strcmp(qwen2_generation_tool_call_name(generation, 0, &len), "measure") == 0 && len == 7);
+        const char *arguments = qwen2_generation_tool_call_arguments(generation, 0, &len);
+        CHECK(strstr(arguments, "\"small\"") != NULL && len == strlen(arguments));
+        CHECK(qwen2_generation_tool_call_arguments(generation, 1, &len) == NULL && len == 0);
+
+        fails(qwen2_prompt_add_tool_call(prompt, "measure", NUL, arguments, len, &error), QWEN2_ERROR_INVALID_ARGUMENT);
+        OK(qwen2_prompt_add_message(prompt, "assistant", NUL, "", NUL, &error));
+        OK(qwen2_prompt_add_tool_call(prompt, "measure", NUL, arguments, NUL, &error));
+        OK(qwen2_prompt_add_message(prompt, "tool", NUL, "5", NUL, &error));
+        qwen2_generation_free(generation);
+        OK(qwen2_options_set_tool_choice(options, QWEN2_TOOL_CHOICE_NONE, &error));
+        qwen2_options_set_max_new_tokens(options, 3);
+        OK(qwen2_generate(model, prompt, options, &generation, &error));
+        qwen2_generation_free(generation);
+
+        fails(qwen2_options_add_tool(options, "{}", NUL, &error), QWEN2_ERROR_INVALID_ARGUMENT);
+        fails(qwen2_options_set_tool_choice(options, 9, &error), QWEN2_ERROR_INVALID_ARGUMENT);
+        fails(qwen2_options_set_tool_format(options, -1, &error), QWEN2_ERROR_INVALID_ARGUMENT);
+        qwen2_options_free(options);
+        qwen2_prompt_free(prompt);
+    }
+}
+
+int main(int argc, char **argv) {
+    qwen2_model *model = NULL;
+    CHECK(argc == 2);
+    OK(qwen2_model_load(argv[1], NUL, NULL, &model, &error));
+    constraints(model);
+    tools(model);
+    qwen2_model_free(model);
+    puts("tools: all well");
+    return 0;
+}
