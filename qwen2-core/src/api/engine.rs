@@ -221,7 +221,7 @@ impl Engine {
         }
         let inner = &*model.inner;
         let resolved = request.options.resolve(&inner.defaults)?;
-        let tokens = model.encode(&request.prompt)?;
+        let tokens = model.encode_for(&request.prompt, &resolved)?;
         let cache = model.new_cache();
         self.worker.submit(Job {
             network: inner.host.network.clone(),

@@ -11,7 +11,7 @@ use super::worker::{Shared, Waiting};
 use super::{EngineStats, Settings};
 use crate::error::{Error, ErrorKind, Result};
 use crate::fence::fenced;
-use crate::generate::{FinishReason, Network, Sequence, Timings};
+use crate::generate::{FinishReason, Network, Piece, Sequence, Timings};
 use crate::model::cache::Cache;
 use crate::model::{Part, Rows};
 
@@ -383,11 +383,11 @@ impl Scheduler {
                 running.share(&mut self.prefix);
             }
             let running = &mut self.running[index];
-            self.stats.completion_tokens += 1;
             // A logits processor is the caller's: its panic ends its own request.
             let accepted = fenced(|| running.sequence.accept(row));
-            match accepted.unwrap_or_else(|why| Err(panicked(why))) {
-                Ok(piece) => running.outlet.push(piece),
+            let accepted = accepted.unwrap_or_else(|why| Err(panicked(why)));
+            match running.take(accepted) {
+                Ok(n_tokens) => self.stats.completion_tokens += n_tokens,
                 Err(error) => {
                     ended.push((index, Some(error)));
                     continue;
@@ -456,6 +456,19 @@ impl Running {
             started: Instant::now(),
             first: None,
         }
+    }
+
+    /// Hands on the token that was chosen and those that a constraint forces behind it, which the next
+    /// step reads together; returns how many.
+    fn take(&mut self, chosen: Result<Piece>) -> Result<u64> {
+        let mut n_tokens = 0;
+        let mut next = Some(chosen);
+        while let Some(piece) = next {
+            self.outlet.push(piece?);
+            n_tokens += 1;
+            next = self.sequence.forced();
+        }
+        Ok(n_tokens)
     }
 
     /// Tokens that no forward has seen.
