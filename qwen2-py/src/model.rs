@@ -64,7 +64,7 @@ impl Model {
 impl Model {
     /// Loads a model.
     ///
-    /// source: a directory with a checkpoint, or the id of one on the Hugging Face hub.
+    /// source: a directory with a checkpoint, or the id of one on a hub (`[modelscope:]org/name[@revision][:file]`).
     /// device: auto, cpu, wgpu, vulkan, metal, cuda, with an index for a GPU, as in cuda:1.
     /// dtype: auto (as stored), f32, f16 or bf16.
     /// quantize: q8 or q4 packs the matrices into fewer bits.
@@ -371,7 +371,7 @@ impl Model {
 /// Packs the checkpoint source into the new directory destination, which loads at once and takes
 /// less room; into a GGUF file if the name ends in .gguf.
 ///
-/// source: a directory with a checkpoint, or the id of one on the Hugging Face hub.
+/// source: a directory with a checkpoint, or the id of one on a hub (`[modelscope:]org/name[@revision][:file]`).
 /// destination: must not exist; it is there whole or not at all.
 /// precision: q8 or q4.
 /// progress: as of Model.load.
@@ -404,7 +404,7 @@ pub(crate) fn quantize(
 /// Converts the checkpoint source into destination: a GGUF file if its name ends in .gguf, else a
 /// directory of safetensors.
 ///
-/// source: a directory with a checkpoint, a GGUF file, or the id of a checkpoint on the Hugging Face hub.
+/// source: a directory with a checkpoint, a GGUF file, or the id of a checkpoint on a hub.
 /// destination: must not exist; it is there whole or not at all.
 /// dtype: f32, f16 or bf16; None: as stored, and blocks of a GGUF file as bf16.
 /// progress: as of Model.load.
@@ -434,7 +434,7 @@ pub(crate) fn convert(
 
 /// As convert, with a LoRA adapter added to the weights.
 ///
-/// source: a directory with a checkpoint, a GGUF file, or the id of a checkpoint on the Hugging Face hub.
+/// source: a directory with a checkpoint, a GGUF file, or the id of a checkpoint on a hub.
 /// adapter: a directory with an adapter, as PEFT saves it.
 /// destination: must not exist; it is there whole or not at all.
 /// dtype: f32, f16 or bf16; None: as stored, and blocks of a GGUF file as bf16.

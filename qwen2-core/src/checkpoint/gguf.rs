@@ -159,11 +159,22 @@ fn entries(tensor: &Tensor) -> impl Iterator<Item = Entry> {
     })
 }
 
-/// `model-00001-of-00003.gguf` and its like stand for all their parts, any other file for itself.
+/// The file's parts: `model-00001-of-00003.gguf` and its like stand for all of theirs, any other for
+/// itself.
 fn parts(path: &Path) -> Vec<PathBuf> {
-    let name = path.file_name().and_then(|name| name.to_str());
+    match path.file_name().and_then(|name| name.to_str()) {
+        Some(name) => part_names(name)
+            .into_iter()
+            .map(|name| path.with_file_name(name))
+            .collect(),
+        None => vec![path.to_owned()],
+    }
+}
+
+/// As [`parts`], by names.
+pub(super) fn part_names(name: &str) -> Vec<String> {
     let numbered = || -> Option<(&str, usize)> {
-        let stem = name?.strip_suffix(".gguf")?;
+        let stem = name.strip_suffix(".gguf")?;
         let (rest, count) = stem.rsplit_once("-of-")?;
         let (base, number) = rest.rsplit_once('-')?;
         let is_number = |text: &str| text.len() == 5 && text.bytes().all(|b| b.is_ascii_digit());
@@ -172,9 +183,9 @@ fn parts(path: &Path) -> Vec<PathBuf> {
     };
     match numbered() {
         Some((base, count)) if count > 0 => (1..=count)
-            .map(|number| path.with_file_name(format!("{base}-{number:05}-of-{count:05}.gguf")))
+            .map(|number| format!("{base}-{number:05}-of-{count:05}.gguf"))
             .collect(),
-        _ => vec![path.to_owned()],
+        _ => vec![name.to_owned()],
     }
 }
 

@@ -6,6 +6,7 @@ pub(crate) mod gguf;
 pub(crate) mod groups;
 #[cfg(feature = "hub")]
 mod hub;
+mod hub_id;
 mod join;
 pub(crate) mod mmap;
 pub(crate) mod names;

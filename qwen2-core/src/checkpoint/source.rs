@@ -1,16 +1,20 @@
-//! Where a model comes from: a path, or an id of the Hugging Face hub.
+//! Where a model comes from: a path, or an id of a hub.
 
 use std::fmt;
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 
+use super::hub_id::HubId;
 use super::{Progress, gguf};
 use crate::error::{Error, ErrorKind, Result};
 
 /// Where a model comes from.
 ///
-/// Text is a path if something exists there, else an id of the hub if it has the form `org/name`.
-/// A [`Path`] is always a path.
+/// Text is a path if something exists there, else an id if it has the form
+/// `[hub:]org/name[@revision][:file]`: `hub` is `huggingface` (`hf`) or `modelscope`, by default what
+/// the variable `QWEN2_HUB` says, else `huggingface`; `revision` a branch, a tag or a commit; `file`
+/// picks one of a repository's GGUF files, by its quantization (`Q4_0`), its name, or a pattern with
+/// `*`. A [`Path`] is always a path.
 #[non_exhaustive]
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Source {
@@ -92,7 +96,7 @@ impl Source {
             Ok(metadata) if metadata.is_dir() => of_directory(path),
             Ok(_) => of_file(path),
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => match self {
-                Self::Text(text) if is_hub_id(text) => of_directory(&from_hub(text, progress)?),
+                Self::Text(text) if let Some(id) = HubId::parse(text) => from_hub(&id, progress),
                 _ => Err(Error::new(ErrorKind::NotFound, "no such model")
                     .with_path(path)
                     .with_help(
@@ -134,33 +138,18 @@ fn of_file(path: &Path) -> Result<Place> {
     }
 }
 
-/// The rule of huggingface_hub (`validate_repo_id`), with an organisation required.
-fn is_hub_id(text: &str) -> bool {
-    let part = |part: &str| {
-        let inner = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.');
-        let edge = |c: char| c.is_ascii_alphanumeric() || c == '_';
-        part.len() <= 96
-            && part.chars().all(inner)
-            && part.starts_with(edge)
-            && part.ends_with(edge)
-    };
-    let Some((org, name)) = text.split_once('/') else {
-        return false;
-    };
-    let odd = text.contains("--") || text.contains("..") || text.ends_with(".git");
-    part(org) && part(name) && !odd
-}
-
 #[cfg(feature = "hub")]
-fn from_hub(id: &str, progress: &mut dyn FnMut(Progress) -> ControlFlow<()>) -> Result<PathBuf> {
-    super::hub::directory(id, &super::hub::HubSettings::from_env()?, progress)
+fn from_hub(id: &HubId, progress: &mut dyn FnMut(Progress) -> ControlFlow<()>) -> Result<Place> {
+    let settings = super::hub::HubSettings::from_env(id.hub)?;
+    let want = super::hub::Want::Model(id.file.clone());
+    super::hub::place(id, &want, &settings, progress)
 }
 
 #[cfg(not(feature = "hub"))]
-fn from_hub(id: &str, _progress: &mut dyn FnMut(Progress) -> ControlFlow<()>) -> Result<PathBuf> {
+fn from_hub(id: &HubId, _progress: &mut dyn FnMut(Progress) -> ControlFlow<()>) -> Result<Place> {
     Err(
         Error::new(ErrorKind::Unsupported, "hub ids need the cargo feature hub")
-            .with_key(id)
+            .with_key(&id.repository)
             .with_help("build with the feature, or give a directory; none of this name exists"),
     )
 }
@@ -171,34 +160,6 @@ mod tests {
 
     fn open(source: impl Into<Source>) -> Result<Place> {
         source.into().place(&mut |_| ControlFlow::Continue(()))
-    }
-
-    #[test]
-    fn hub_ids_are_told_from_paths() {
-        for id in ["Qwen/Qwen2-0.5B-Instruct", "a/b", "org_1/name.v2", "_a/b_"] {
-            assert!(is_hub_id(id), "{id}");
-        }
-        for path in [
-            "",
-            "name",
-            "/abs/path",
-            "./org/name",
-            "../org/name",
-            "~/model",
-            "a/b/c",
-            "a\\b",
-            "org/",
-            "/name",
-            "org/na me",
-            "org/name.git",
-            "org/a..b",
-            "org/a--b",
-            "org/.hidden",
-            "-o/n",
-            "ö/n",
-        ] {
-            assert!(!is_hub_id(path), "{path}");
-        }
     }
 
     #[test]
