@@ -117,7 +117,7 @@ impl ModelBuilder {
         self
     }
 
-    /// A directory with a LoRA adapter of PEFT's, which is added to the weights while they are loaded.
+    /// A directory with a LoRA adapter of PEFT's, or where none exists an id of one on a hub, which is added to the weights while they are loaded.
     /// Matrices that are stored in blocks or groups become bf16 then, unless they are packed again.
     pub fn adapter(mut self, directory: impl Into<PathBuf>) -> Self {
         self.adapter = Some(directory.into());

@@ -10,6 +10,7 @@ use super::Encoding;
 use super::directory::Directory;
 use super::mmap;
 use super::safetensors::{self, Extra};
+use super::source::adapter_directory;
 use crate::config::{DType, one_line};
 use crate::error::{Error, ErrorKind, Result};
 
@@ -23,6 +24,8 @@ const MAX_CONFIG: u64 = 16 << 20;
 #[derive(Debug)]
 pub(crate) struct Adapter {
     path: PathBuf,
+    /// The model that it was made for, as PEFT names it.
+    pub(crate) base_model: Option<String>,
     deltas: BTreeMap<String, Delta>,
 }
 
@@ -40,12 +43,13 @@ pub(crate) struct Delta {
 }
 
 impl Adapter {
-    /// Reads the adapter in the directory `path`.
+    /// Reads the adapter in the directory `path`, or of that id on a hub.
     ///
     /// # Errors
     /// `NotFound`, `InvalidFile` and `Unsupported` for its files. Pickles (`adapter_model.bin`) are not
     /// read: they can run code.
     pub(crate) fn open(path: &Path) -> Result<Self> {
+        let path = &adapter_directory(path)?;
         let directory = Directory::open(path)?;
         let config = Config::read(&directory)?;
         let shown = path.join(WEIGHTS);
@@ -116,8 +120,10 @@ impl Adapter {
             };
             deltas.insert(format!("{module}.weight"), delta);
         }
+        let base_model = config.fields.get("base_model_name_or_path");
         Ok(Self {
             path: path.to_owned(),
+            base_model: base_model.and_then(Value::as_str).map(str::to_owned),
             deltas,
         })
     }
@@ -150,6 +156,12 @@ impl Adapter {
     /// What is added to the matrix `name`.
     pub(crate) fn delta(&self, name: &str) -> Option<&Delta> {
         self.deltas.get(name)
+    }
+
+    /// The matrices that it changes, with its rank and scale there.
+    pub(crate) fn matrices(&self) -> impl Iterator<Item = (&str, usize, f32)> {
+        let deltas = self.deltas.iter();
+        deltas.map(|(name, delta)| (name.as_str(), delta.rank, delta.scale))
     }
 
     /// Bytes of its matrices in f32.

@@ -96,7 +96,9 @@ impl Source {
             Ok(metadata) if metadata.is_dir() => of_directory(path),
             Ok(_) => of_file(path),
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => match self {
-                Self::Text(text) if let Some(id) = HubId::parse(text) => from_hub(&id, progress),
+                Self::Text(text) if let Some(id) = HubId::parse(text) => {
+                    from_hub(&id, What::Model, progress)
+                }
                 _ => Err(Error::new(ErrorKind::NotFound, "no such model")
                     .with_path(path)
                     .with_help(
@@ -138,15 +140,48 @@ fn of_file(path: &Path) -> Result<Place> {
     }
 }
 
+/// The directory of a LoRA adapter: `path` itself, or where nothing is there and it reads like an id,
+/// that of the adapter on a hub, downloaded first.
+///
+/// # Errors
+/// As [`Source::place`] for an id; a path is not looked at.
+pub(super) fn adapter_directory(path: &Path) -> Result<PathBuf> {
+    let id = path.to_str().and_then(HubId::parse);
+    match id.filter(|id| id.file.is_none() && !path.exists()) {
+        None => Ok(path.to_owned()),
+        Some(id) => match from_hub(&id, What::Adapter, &mut |_| ControlFlow::Continue(()))? {
+            Place::Directory(path) | Place::Gguf(path) => Ok(path),
+        },
+    }
+}
+
+/// What a repository is looked at for.
+#[cfg_attr(not(feature = "hub"), allow(dead_code))]
+enum What {
+    Model,
+    Adapter,
+}
+
 #[cfg(feature = "hub")]
-fn from_hub(id: &HubId, progress: &mut dyn FnMut(Progress) -> ControlFlow<()>) -> Result<Place> {
+fn from_hub(
+    id: &HubId,
+    what: What,
+    progress: &mut dyn FnMut(Progress) -> ControlFlow<()>,
+) -> Result<Place> {
     let settings = super::hub::HubSettings::from_env(id.hub)?;
-    let want = super::hub::Want::Model(id.file.clone());
+    let want = match what {
+        What::Model => super::hub::Want::Model(id.file.clone()),
+        What::Adapter => super::hub::Want::Adapter,
+    };
     super::hub::place(id, &want, &settings, progress)
 }
 
 #[cfg(not(feature = "hub"))]
-fn from_hub(id: &HubId, _progress: &mut dyn FnMut(Progress) -> ControlFlow<()>) -> Result<Place> {
+fn from_hub(
+    id: &HubId,
+    _what: What,
+    _progress: &mut dyn FnMut(Progress) -> ControlFlow<()>,
+) -> Result<Place> {
     Err(
         Error::new(ErrorKind::Unsupported, "hub ids need the cargo feature hub")
             .with_key(&id.repository)

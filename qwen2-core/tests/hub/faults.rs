@@ -107,6 +107,16 @@ fn a_server_that_ignores_ranges_leaves_no_wrong_file() {
 }
 
 #[test]
+fn a_server_that_never_sends_the_end_is_given_up_on() {
+    let hub = Hub::start("tied");
+    cut(&hub);
+    hub.state().ignore_resume = true;
+    let outcome = hub.load(&[]);
+    assert_eq!(outcome["kind"], "network", "{outcome}");
+    hub.assert_that_no_file_is_wrong();
+}
+
+#[test]
 fn two_processes_at_once_fetch_each_file_once() {
     let hub = Hub::start("tied");
     hub.state().delay = Duration::from_millis(1000);

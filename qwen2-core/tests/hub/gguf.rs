@@ -1,14 +1,12 @@
 //! Repositories of GGUF files, on both hubs.
 
 use std::collections::BTreeMap;
-use std::path::Path;
 
-use crate::server::{Hub, files_of};
+use crate::server::{Hub, files_of, fixture};
 
 /// One file and one in two parts.
 fn repository() -> BTreeMap<String, Vec<u8>> {
-    let gguf = Path::new(env!("CARGO_MANIFEST_DIR")).join("../conformance/gguf");
-    let files = files_of(&gguf, "");
+    let files = files_of(&fixture("gguf"), "");
     let renamed = files.into_iter().map(|(name, bytes)| {
         let name = name.replace("moe", "tiny-q8_0");
         (name.replace("bf16_shards", "bf16/tiny-bf16"), bytes)

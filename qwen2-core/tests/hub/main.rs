@@ -25,7 +25,11 @@ fn child_loads_what_the_environment_says() {
     let cancel = std::env::var_os("QWEN2_TEST_CANCEL").is_some();
     let progress = Arc::new(Mutex::new(Vec::new()));
     let seen = progress.clone();
-    let loaded = Model::builder(id)
+    let builder = match std::env::var("QWEN2_TEST_ADAPTER") {
+        Ok(adapter) => Model::builder(server::fixture("models/tied")).adapter(adapter),
+        Err(_) => Model::builder(id),
+    };
+    let loaded = builder
         .device(Device::cpu())
         .progress(move |progress| {
             seen.lock()

@@ -2,7 +2,7 @@
 
 use std::fs;
 
-use crate::server::{AtEnd, COMMIT, Hub, ID, WEIGHTS};
+use crate::server::{AtEnd, COMMIT, Hub, ID, WEIGHTS, files_of, fixture};
 
 const MODEL_SCOPE: &str = "modelscope:org/tiny-model";
 
@@ -131,4 +131,20 @@ fn models_of_earlier_versions_of_its_package_are_used_where_they_are() {
         let offline = [("QWEN2_OFFLINE", "1")];
         assert_eq!(hub.load_id(&other, &offline)["kind"], "not_found");
     }
+}
+
+#[test]
+fn an_adapter_is_fetched_by_its_id_from_either_hub() {
+    let files = files_of(&fixture("adapters/plain"), "reference.json");
+    let hub = Hub::with(files);
+    for id in [ID, MODEL_SCOPE] {
+        let before = hub.n_requests();
+        let outcome = hub.load(&[("QWEN2_TEST_ADAPTER", id)]);
+        assert_eq!(outcome["hidden_size"], 32, "{outcome}");
+        assert!(hub.n_requests() > before);
+        let offline = [("QWEN2_TEST_ADAPTER", id), ("QWEN2_OFFLINE", "1")];
+        assert_eq!(hub.load(&offline)["hidden_size"], 32);
+    }
+    let outcome = hub.load(&[("QWEN2_TEST_ADAPTER", "org/other")]);
+    assert_eq!(outcome["kind"], "not_found", "{outcome}");
 }

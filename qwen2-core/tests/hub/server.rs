@@ -59,8 +59,8 @@ pub enum AtEnd {
 impl Hub {
     /// With the files of a fixture.
     pub fn start(fixture: &str) -> Self {
-        let models = Path::new(env!("CARGO_MANIFEST_DIR")).join("../conformance/models");
-        Self::with(files_of(&models.join(fixture), "reference.json"))
+        let directory = self::fixture("models").join(fixture);
+        Self::with(files_of(&directory, "reference.json"))
     }
 
     pub fn with(files: BTreeMap<String, Vec<u8>>) -> Self {
@@ -187,6 +187,11 @@ impl Hub {
             assert_eq!(&fs::read(&path).expect("read"), right, "{}", path.display());
         }
     }
+}
+
+pub fn fixture(path: &str) -> PathBuf {
+    let conformance = Path::new(env!("CARGO_MANIFEST_DIR")).join("../conformance");
+    conformance.join(path)
 }
 
 pub fn read_outcome(outcome: &Path) -> Value {

@@ -52,7 +52,7 @@ pub(super) fn fetch(
             Err(RecvTimeoutError::Disconnected) => break,
         }
         // Returning drops `reports`, which ends the worker at its next report.
-        if progress(last).is_break() {
+        if last.bytes_total > 0 && progress(last).is_break() {
             return Err(cancelled(&settings.cache));
         }
     }

@@ -29,7 +29,7 @@ pub(super) struct Transfer<'a> {
     pub(super) size: u64,
     /// In hexadecimal digits, where the hub tells it.
     pub(super) sha256: Option<&'a str>,
-    /// The unfinished file, in the directory of the finished one.
+    /// The unfinished file, on the disk of the finished one.
     pub(super) part: PathBuf,
     pub(super) lock: PathBuf,
     pub(super) target: PathBuf,
@@ -55,8 +55,8 @@ impl Transfer<'_> {
             return report(self.size);
         }
         let (mut attempt, mut damaged) = (0, 0);
+        let mut most = length(&self.part).unwrap_or(0);
         loop {
-            let before = length(&self.part).unwrap_or(0);
             let failed = match self.attempt(report) {
                 Ok(sum) if self.sha256.is_none_or(|wanted| wanted == sum) => break,
                 Ok(sum) => {
@@ -74,8 +74,10 @@ impl Transfer<'_> {
                 }
                 Err(failed) => failed,
             };
-            let grown = length(&self.part).unwrap_or(0) > before;
-            attempt = if grown { 1 } else { attempt + 1 };
+            // Bytes that were there before do not count: a server may begin anew for ever.
+            let there = length(&self.part).unwrap_or(0);
+            attempt = if there > most { 1 } else { attempt + 1 };
+            most = most.max(there);
             if !failed.again || attempt >= ATTEMPTS {
                 return Err(failed.error);
             }
@@ -179,20 +181,21 @@ impl Transfer<'_> {
         let disk = |error| fatal(self.disk(&self.part, error));
         let range = (start > 0).then(|| format!("bytes={start}-"));
         let answer = self.client.get(&self.url, self.name, range)?;
-        let partial = answer.status() == 206;
+        let status = answer.status().as_u16();
         let ranges = answer.headers().get(header::CONTENT_RANGE);
-        let from_start = ranges.and_then(|range| range.to_str().ok());
-        let expected = format!("bytes {start}-");
+        let sent = ranges.and_then(|range| range.to_str().ok());
+        let wanted = format!("bytes {start}-");
+        let fits = status == 206 && sent.is_some_and(|range| range.starts_with(&wanted));
         let mut done = start;
-        if start > 0 && !(partial && from_start.is_some_and(|range| range.starts_with(&expected))) {
-            // Its whole file follows, or none: what we have is of no use to this server.
+        if start > 0 && !fits {
+            // The whole file follows, or nothing: what we have is of no use to this server.
             part.set_len(0).map_err(disk)?;
             part.rewind().map_err(disk)?;
             *sum = Sha256::new();
             done = 0;
-            if partial || answer.status() == 416 {
-                return Err(again(self.wrong_size("no such part")));
-            }
+        }
+        if !(fits || status == 200) {
+            return Err(again(self.wrong_size(&format!("status {status}"))));
         }
         let mut body = answer.into_body().into_reader();
         let mut chunk = vec![0; CHUNK];
