@@ -127,7 +127,7 @@ impl SampleArgs {
 
 #[derive(Args, Debug)]
 pub(crate) struct ChatArgs {
-    /// A directory, a GGUF file, or an id of the hub such as Qwen/Qwen2-0.5B-Instruct [default: the demo model].
+    /// A directory, a GGUF file, or an id of a hub such as Qwen/Qwen2-0.5B-Instruct [default: the demo model].
     pub(crate) model: Option<OsString>,
     /// Instructions for the model [default: the chat template's own].
     #[arg(long)]
@@ -143,7 +143,7 @@ pub(crate) struct ChatArgs {
 
 #[derive(Args, Debug)]
 pub(crate) struct GenerateArgs {
-    /// A directory, a GGUF file, or an id of the hub such as Qwen/Qwen2-0.5B-Instruct.
+    /// A directory, a GGUF file, or an id of a hub such as Qwen/Qwen2-0.5B-Instruct.
     pub(crate) model: OsString,
     /// The text to continue; - reads it from stdin, without the newline at its end.
     pub(crate) prompt: String,
@@ -164,17 +164,27 @@ pub(crate) struct GenerateArgs {
 
 #[derive(Args, Debug)]
 pub(crate) struct InfoArgs {
-    /// A directory, a GGUF file, or an id of the hub [default: the demo model].
+    /// A directory, a GGUF file, a config.json, the directory of an adapter, or an id of a hub [default:
+    /// the demo model].
     pub(crate) model: Option<OsString>,
     /// Memory for weights of this precision, f32, f16 or bf16 [default: as stored].
     #[arg(long)]
     pub(crate) dtype: Option<String>,
+    /// Memory for weights that are packed into q8 or q4 while loading.
+    #[arg(long, conflicts_with = "dtype")]
+    pub(crate) quantize: Option<String>,
+    /// Memory for keys and values in f32, f16, bf16, q8 or q4 [default: f16, beside f32 f32].
+    #[arg(long)]
+    pub(crate) kv_cache: Option<String>,
     /// Memory for this context [default: all the model can].
     #[arg(long)]
     pub(crate) context_length: Option<usize>,
     /// What reaches beyond the trained length, yarn, yarn_when_needed or dual_chunk [default: yarn].
     #[arg(long)]
     pub(crate) long_context: Option<String>,
+    /// Memory on this device [default: auto, the best that is found].
+    #[arg(long, default_value = "auto")]
+    pub(crate) device: String,
     /// One JSON object instead of lines.
     #[arg(long)]
     pub(crate) json: bool,
@@ -182,7 +192,7 @@ pub(crate) struct InfoArgs {
 
 #[derive(Args, Debug)]
 pub(crate) struct TokenizeArgs {
-    /// A directory, a GGUF file, or an id of the hub.
+    /// A directory, a GGUF file, or an id of a hub.
     pub(crate) model: OsString,
     /// The text, or with --decode the ids; - reads stdin, without the newline at its end.
     pub(crate) text: String,
@@ -199,7 +209,7 @@ pub(crate) struct TokenizeArgs {
 
 #[derive(Args, Debug)]
 pub(crate) struct QuantizeArgs {
-    /// A directory, a GGUF file, or an id of the hub.
+    /// A directory, a GGUF file, or an id of a hub.
     pub(crate) model: OsString,
     /// Where to put the packed checkpoint, a directory, or a file if its name ends in .gguf; must not
     /// exist.
@@ -214,7 +224,7 @@ pub(crate) struct QuantizeArgs {
 
 #[derive(Args, Debug)]
 pub(crate) struct ConvertArgs {
-    /// A directory, a GGUF file, or an id of the hub.
+    /// A directory, a GGUF file, or an id of a hub.
     pub(crate) model: OsString,
     /// A GGUF file if the name ends in .gguf, else a directory; must not exist.
     pub(crate) destination: PathBuf,
@@ -225,7 +235,7 @@ pub(crate) struct ConvertArgs {
 
 #[derive(Args, Debug)]
 pub(crate) struct MergeArgs {
-    /// A directory, a GGUF file, or an id of the hub.
+    /// A directory, a GGUF file, or an id of a hub.
     pub(crate) model: OsString,
     /// The directory of the adapter, as PEFT saves it.
     pub(crate) adapter: PathBuf,
@@ -238,7 +248,7 @@ pub(crate) struct MergeArgs {
 
 #[derive(Args, Debug)]
 pub(crate) struct PerplexityArgs {
-    /// A directory, a GGUF file, or an id of the hub.
+    /// A directory, a GGUF file, or an id of a hub.
     pub(crate) model: OsString,
     /// A text file in UTF-8.
     pub(crate) text: PathBuf,
@@ -257,7 +267,7 @@ pub(crate) struct PerplexityArgs {
 
 #[derive(Args, Debug)]
 pub(crate) struct BenchArgs {
-    /// A directory, a GGUF file, or an id of the hub [default: random weights of --shape].
+    /// A directory, a GGUF file, or an id of a hub [default: random weights of --shape].
     #[arg(conflicts_with = "shape")]
     pub(crate) model: Option<OsString>,
     /// Random weights of a published shape: 0.5b, 1.5b, 7b, 57b-a14b or 72b [default: 0.5b].

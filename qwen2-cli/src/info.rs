@@ -1,48 +1,75 @@
-//! `qwen2 info`: what a checkpoint is and what it needs, from its files' names and its config.
+//! `qwen2 info`: what a checkpoint or an adapter is, and what it needs.
+
+mod adapter;
+mod report;
 
 use std::collections::BTreeMap;
 use std::ffi::OsStr;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use qwen2_core::{DType, Device, KvCacheType, LongContext, ModelConfig, inspect, instruction_set};
-use serde_json::{Value, json};
+use qwen2_core::{
+    DType, Device, KvCacheType, LongContext, ModelConfig, Quantization, inspect, weight_bytes,
+};
 
 use crate::args::InfoArgs;
 use crate::failure::Failure;
-use crate::output::{self, human_bytes, human_count};
-use crate::{demo, load};
+use crate::{demo, load, output};
 
 /// Configs have a kilobyte; what is much larger is something else.
 const MAX_CONFIG: u64 = 16 << 20;
 
-struct Facts {
+/// A model, and what was asked about it.
+pub(super) struct Facts {
     name: String,
+    /// As its file has it, before it is stretched.
+    trained: ModelConfig,
     config: ModelConfig,
-    /// Bytes of the weight files.
-    stored_bytes: Option<u64>,
-    /// Bytes of the weights in memory, where their headers were read.
-    weight_bytes: Option<u64>,
-    /// Bytes by how they are stored, where the headers were read.
-    formats: Option<BTreeMap<String, u64>>,
+    stored: Option<Stored>,
     dtype: Option<DType>,
+    quantization: Option<Quantization>,
+    /// Bytes of the weights as `--dtype` or `--quantize` wants them.
+    asked_bytes: Option<u64>,
+    kv_cache: Option<KvCacheType>,
     context_length: usize,
+    long_context: LongContext,
+    device: String,
+}
+
+/// What the headers of the weights say.
+struct Stored {
+    container: &'static str,
+    /// Bytes of all tensors.
+    bytes: u64,
+    /// In memory, if they are loaded with no other wish.
+    weight_bytes: u64,
+    /// Bytes by how they are stored.
+    formats: BTreeMap<String, u64>,
 }
 
 pub(crate) fn run(args: &InfoArgs) -> Result<(), Failure> {
+    if let Some(model) = &args.model
+        && Path::new(model).join(adapter::CONFIG).is_file()
+    {
+        return adapter::run(Path::new(model), args.json);
+    }
     let mut facts = match &args.model {
-        None => of_directory(&demo::directory()?)?,
-        Some(model) => match directory_of(model) {
-            Some(directory) => match of_directory(&directory)? {
-                // What its matrices become is for their headers to say.
-                facts if facts.config.group_quantization.is_some() => of_checkpoint(model)?,
-                facts => facts,
-            },
+        None => of_checkpoint(demo::directory()?.as_os_str())?,
+        Some(model) => match config_of(model) {
+            Some(config) => of_config(&config)?,
             None => of_checkpoint(model)?,
         },
     };
     if let Some(dtype) = &args.dtype {
         facts.dtype = Some(dtype.parse()?);
+        facts.change_weights("--dtype")?;
+    }
+    if let Some(quantization) = &args.quantize {
+        facts.quantization = Some(quantization.parse()?);
+        facts.change_weights("--quantize")?;
+    }
+    if let Some(kv_cache) = &args.kv_cache {
+        facts.kv_cache = Some(kv_cache.parse()?);
     }
     if let Some(wanted) = args.context_length {
         if wanted == 0 {
@@ -53,203 +80,144 @@ pub(crate) fn run(args: &InfoArgs) -> Result<(), Failure> {
         }
         facts.context_length = wanted;
     }
-    let by = args
-        .long_context
-        .as_deref()
-        .map_or(Ok(LongContext::default()), str::parse)?;
-    facts.config = facts.config.stretched_to(facts.context_length, by)?;
+    if let Some(by) = &args.long_context {
+        facts.long_context = by.parse()?;
+    }
+    let by = facts.long_context;
+    facts.config = facts.trained.stretched_to(facts.context_length, by)?;
+    facts.device = args.device.parse::<Device>()?.resolved()?.to_string();
     match args.json {
         true => output::print_json(&facts.json()),
         false => output::print(&facts.lines()),
     }
 }
 
-/// The directory that `model` names, itself or by a weight file in it.
-fn directory_of(model: &OsStr) -> Option<PathBuf> {
+/// The config that `model` means where there are no weights: itself, or the one in a directory.
+fn config_of(model: &OsStr) -> Option<PathBuf> {
     let path = Path::new(model);
-    match path.extension() {
-        _ if path.join("config.json").exists() => Some(path.to_owned()),
-        Some(extension) if extension == "safetensors" && path.is_file() => {
-            let parent = path
-                .parent()
-                .filter(|parent| !parent.as_os_str().is_empty());
-            Some(parent.unwrap_or(Path::new(".")).to_owned())
-        }
-        _ => None,
+    if path
+        .extension()
+        .is_some_and(|extension| extension == "json")
+        && path.is_file()
+    {
+        return Some(path.to_owned());
     }
+    let config = path.join("config.json");
+    let is_weights = |entry: fs::DirEntry| {
+        let path = entry.path();
+        path.extension()
+            .is_some_and(|extension| extension == "safetensors")
+    };
+    let has_weights = fs::read_dir(path).ok()?.flatten().any(is_weights);
+    (config.is_file() && !has_weights).then_some(config)
 }
 
-fn of_directory(directory: &Path) -> Result<Facts, Failure> {
-    let path = directory.join("config.json");
+fn of_config(path: &Path) -> Result<Facts, Failure> {
     let unreadable = |why: &dyn std::fmt::Display| {
         Failure::new(
             format!("cannot be read: {}: {why}", path.display()),
-            "is this the directory of a checkpoint?",
+            "is this the config.json of a model?",
         )
     };
-    let size = fs::metadata(&path)
+    let size = fs::metadata(path)
         .map_err(|error| unreadable(&error))?
         .len();
     if size > MAX_CONFIG {
         return Err(unreadable(&format!("{size} bytes, at most {MAX_CONFIG}")));
     }
-    let config =
-        ModelConfig::from_json(&fs::read(&path).map_err(|error| unreadable(&error))?, &path)?;
-    let name = fs::canonicalize(directory)
-        .ok()
-        .and_then(|path| Some(path.file_name()?.to_string_lossy().into_owned()));
-    Ok(Facts {
-        name: name.unwrap_or_else(|| directory.display().to_string()),
-        stored_bytes: Some(stored_bytes(directory)?),
-        weight_bytes: None,
-        formats: None,
-        dtype: config.dtype,
-        context_length: config.context_length(),
-        config,
-    })
+    let bytes = fs::read(path).map_err(|error| unreadable(&error))?;
+    let config = ModelConfig::from_json(&bytes, path)?;
+    // config.json is what every model calls it; its directory has the name.
+    let real = fs::canonicalize(path).unwrap_or_else(|_| path.to_owned());
+    let name = match path.file_name() {
+        Some(name) if name == "config.json" => real.parent().and_then(Path::file_name),
+        _ => path.file_stem(),
+    };
+    let name = name.unwrap_or(path.as_os_str()).to_string_lossy();
+    let dtype = config.dtype;
+    Ok(Facts::new(name.into_owned(), config, dtype))
 }
 
-fn stored_bytes(directory: &Path) -> Result<u64, Failure> {
-    let mut bytes = 0;
-    for entry in fs::read_dir(directory)? {
-        let path = entry?.path();
-        if path
-            .extension()
-            .is_some_and(|extension| extension == "safetensors")
-        {
-            bytes += fs::metadata(&path)?.len();
-        }
-    }
-    Ok(bytes)
-}
-
-/// A GGUF file, or an id of the hub, whose files must be here first.
+/// Weights whose headers are read; of an id of a hub they must be here first.
 fn of_checkpoint(model: &OsStr) -> Result<Facts, Failure> {
     let source = load::source(model);
     let found = load::with_bar("reading", |progress| inspect(source, progress))?;
-    let name = Path::new(model).file_name().unwrap_or(model);
+    let real = fs::canonicalize(model).unwrap_or_else(|_| PathBuf::from(model));
+    let name = real.file_name().unwrap_or(model).to_string_lossy();
     Ok(Facts {
-        name: name.to_string_lossy().into_owned(),
-        stored_bytes: Some(found.stored_bytes),
-        weight_bytes: Some(found.weight_bytes),
-        formats: Some(found.formats),
-        dtype: found.dtype,
-        context_length: found.config.context_length(),
-        config: found.config,
+        stored: Some(Stored {
+            container: found.container,
+            bytes: found.stored_bytes,
+            weight_bytes: found.weight_bytes,
+            formats: found.formats,
+        }),
+        ..Facts::new(name.into_owned(), found.config, found.dtype)
     })
 }
 
 impl Facts {
-    fn weight_bytes(&self) -> Option<u64> {
-        if self.config.packed {
-            return self.stored_bytes;
+    fn new(name: String, config: ModelConfig, dtype: Option<DType>) -> Self {
+        Self {
+            name,
+            context_length: config.context_length(),
+            trained: config.clone(),
+            config,
+            stored: None,
+            dtype,
+            quantization: None,
+            asked_bytes: None,
+            kv_cache: None,
+            long_context: LongContext::default(),
+            device: String::new(),
         }
-        if !self.is_dense() {
-            return self.weight_bytes;
-        }
-        self.dtype
-            .map(|dtype| self.config.parameter_count() * dtype.size_in_bytes() as u64)
     }
 
-    /// Whether the weights are numbers, which `--dtype` may change.
+    /// The weights become what the option says.
+    fn change_weights(&mut self, option: &str) -> Result<(), Failure> {
+        if self.config.packed {
+            return Err(Failure::usage(
+                format!("{option} cannot change a packed model"),
+                "leave it out, or ask about the checkpoint that it was made of",
+            ));
+        }
+        let dtype = self.dtype.unwrap_or(DType::F32);
+        self.asked_bytes = Some(weight_bytes(&self.config, dtype, self.quantization));
+        Ok(())
+    }
+
+    /// In memory; unknown where only headers could tell.
+    fn weight_bytes(&self) -> Option<u64> {
+        let of_config = || {
+            let plain = !self.config.packed && self.config.group_quantization.is_none();
+            let dtype = self.dtype.filter(|_| plain)?;
+            Some(weight_bytes(&self.config, dtype, None))
+        };
+        let stored = || Some(self.stored.as_ref()?.weight_bytes);
+        self.asked_bytes.or_else(stored).or_else(of_config)
+    }
+
+    /// Whether the weights are kept as numbers.
     fn is_dense(&self) -> bool {
         let dense = |name: &String| name.parse::<DType>().is_ok();
-        self.formats
-            .as_ref()
-            .is_none_or(|formats| formats.keys().all(dense))
+        match (self.asked_bytes, &self.stored) {
+            (Some(_), _) => self.quantization.is_none(),
+            (None, Some(stored)) => stored.formats.keys().all(dense) && !self.config.packed,
+            (None, None) => !self.config.packed && self.config.group_quantization.is_none(),
+        }
     }
 
-    fn cache_bytes_per_token(&self) -> u64 {
-        let cache = match self.config.packed || !self.is_dense() {
-            true => KvCacheType::F16,
-            false => self.dtype.unwrap_or(DType::F32).default_kv_cache(),
-        };
-        self.config.kv_bytes_per_token(cache)
-    }
-
-    fn cache_bytes(&self) -> u64 {
-        self.cache_bytes_per_token() * self.context_length as u64
-    }
-
-    fn packed_cache_bytes(&self, kv_cache: KvCacheType) -> u64 {
-        self.config.kv_bytes_per_token(kv_cache) * self.context_length as u64
-    }
-
-    fn json(&self) -> Value {
-        json!({
-            "name": self.name,
-            "model_type": self.config.model_type,
-            "parameters": self.config.parameter_count(),
-            "stored_bytes": self.stored_bytes,
-            "dtype": self.dtype.map(DType::name),
-            "formats": self.formats,
-            "context_length": self.context_length,
-            "weight_bytes": self.weight_bytes(),
-            "cache_bytes_per_token": self.cache_bytes_per_token(),
-            "cache_bytes": self.cache_bytes(),
-            "cache_bytes_q8": self.packed_cache_bytes(KvCacheType::Q8),
-            "cache_bytes_q4": self.packed_cache_bytes(KvCacheType::Q4),
-            "devices": Device::compiled(),
-            "instruction_set": instruction_set(),
-            "threads": threads(),
-            "config": self.config,
-            "version": env!("CARGO_PKG_VERSION"),
+    fn kv_cache(&self) -> KvCacheType {
+        self.kv_cache.unwrap_or_else(|| match self.is_dense() {
+            true => self.dtype.unwrap_or(DType::F32).default_kv_cache(),
+            false => KvCacheType::F16,
         })
     }
 
-    fn lines(&self) -> String {
-        let config = &self.config;
-        let dtype = match (&self.formats, self.dtype) {
-            (Some(formats), _) if !self.is_dense() => {
-                formats.keys().cloned().collect::<Vec<_>>().join(", ")
-            }
-            (_, Some(dtype)) => dtype.name().to_owned(),
-            _ => "dtype not announced".to_owned(),
-        };
-        let stored = self.stored_bytes.map_or_else(
-            || dtype.clone(),
-            |bytes| format!("{}, {dtype}", human_bytes(bytes)),
-        );
-        let weights = self
-            .weight_bytes()
-            .map_or_else(|| "unknown".to_owned(), human_bytes);
-        let architecture = format!(
-            "{}, {} layers of width {}, {} heads over {} of keys and values",
-            config.model_type,
-            config.num_hidden_layers,
-            config.hidden_size,
-            config.num_attention_heads,
-            config.num_key_value_heads,
-        );
-        let rows = [
-            ("model", self.name.clone()),
-            ("architecture", architecture),
-            ("parameters", human_count(config.parameter_count())),
-            ("stored", stored),
-            ("context", format!("{} tokens", self.context_length)),
-            ("weights", weights),
-            (
-                "cache",
-                format!(
-                    "{} for the whole context ({} in q8, {} in q4), {} a token",
-                    human_bytes(self.cache_bytes()),
-                    human_bytes(self.packed_cache_bytes(KvCacheType::Q8)),
-                    human_bytes(self.packed_cache_bytes(KvCacheType::Q4)),
-                    human_bytes(self.cache_bytes_per_token())
-                ),
-            ),
-            ("devices", Device::compiled().join(", ")),
-            (
-                "processor",
-                format!("{}, {} threads", instruction_set(), threads()),
-            ),
-        ];
-        rows.iter()
-            .map(|(name, value)| format!("{name:<14}{value}\n"))
-            .collect()
+    fn cache_bytes(&self, kv_cache: KvCacheType) -> u64 {
+        self.config.kv_bytes_per_token(kv_cache) * self.context_length as u64
     }
-}
 
-fn threads() -> usize {
-    std::thread::available_parallelism().map_or(1, usize::from)
+    fn memory_bytes(&self) -> Option<u64> {
+        Some(self.weight_bytes()? + self.cache_bytes(self.kv_cache()))
+    }
 }

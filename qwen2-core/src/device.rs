@@ -1,5 +1,7 @@
 //! Where a model computes: the device string, what is compiled in, and what is there.
 
+mod survey;
+
 use std::fmt;
 use std::str::FromStr;
 
@@ -7,6 +9,7 @@ use burn::tensor::{Device as BurnDevice, Tensor, TensorData};
 
 use crate::error::{Error, ErrorKind, Result};
 use crate::fence::fenced;
+pub use survey::DeviceReport;
 
 /// A place to compute, as its string says: `auto`, `cpu`, `wgpu`, `vulkan`, `metal`, `webgpu`,
 /// `cuda`, `ndarray`, the GPUs with an optional index (`cuda:1`).

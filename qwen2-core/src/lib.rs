@@ -17,16 +17,16 @@ mod text;
 #[doc(hidden)]
 pub use api::SessionRun;
 pub use api::{
-    CheckpointInfo, Engine, EngineBuilder, Logits, Memory, Model, ModelBuilder, Perplexity, Prompt,
-    Quantization, Request, Session, SessionStream, convert, inspect, instruction_set, merge_lora,
-    quantize,
+    AdapterInfo, CheckpointInfo, Engine, EngineBuilder, Logits, Memory, Model, ModelBuilder,
+    Perplexity, Prompt, Quantization, Request, Session, SessionStream, convert, inspect,
+    inspect_adapter, instruction_set, merge_lora, quantize, weight_bytes,
 };
 pub use checkpoint::{Progress, Source};
 pub use config::{
     DType, DualChunkAttention, GenerationConfig, GroupMethod, GroupQuantization, KvCacheType,
     LongContext, ModelConfig, MoeConfig, RopeScaling,
 };
-pub use device::Device;
+pub use device::{Device, DeviceReport};
 pub use engine::{EngineStats, RequestStream, WhenFull};
 pub use error::{Error, ErrorKind, Result};
 #[doc(hidden)]

@@ -20,7 +20,7 @@ pub fn instruction_set() -> &'static str {
 pub use builder::ModelBuilder;
 pub use convert::{convert, merge_lora};
 pub use engine::{Engine, EngineBuilder, Request};
-pub use inspect::{CheckpointInfo, inspect};
+pub use inspect::{AdapterInfo, CheckpointInfo, inspect, inspect_adapter, weight_bytes};
 pub use model::{Logits, Memory, Model, Prompt};
 pub use perplexity::Perplexity;
 pub use quantize::{Quantization, quantize};

@@ -117,7 +117,7 @@ impl ModelConfig {
                 .with_why(why)
                 .with_help(help))
         };
-        let reach = trained.saturating_mul(MOST_STRETCH).max(most);
+        let reach = self.longest_context(LongContext::DualChunk);
         if context_length > reach {
             let why = format!(
                 "{context_length}, the model has {trained} and is stretched {MOST_STRETCH} times at most"
@@ -153,8 +153,18 @@ impl ModelConfig {
         })
     }
 
+    /// The longest context that [`Self::stretched_to`] gives this model with `by`, in tokens.
+    pub fn longest_context(&self, by: LongContext) -> usize {
+        let most = self.context_length();
+        let chunks = by == LongContext::DualChunk || self.dual_chunk_attention.is_some();
+        if self.rope_scaling.is_some() && !chunks {
+            return most;
+        }
+        self.trained_length().saturating_mul(MOST_STRETCH).max(most)
+    }
+
     /// Positions that the model was trained on, as far as the config tells.
-    fn trained_length(&self) -> usize {
+    pub fn trained_length(&self) -> usize {
         match &self.rope_scaling {
             None => self.max_position_embeddings,
             Some(RopeScaling::Yarn {
