@@ -57,7 +57,7 @@ pub enum ErrorKind {
     InvalidTemplate = 12,
     /// A schema or grammar cannot be compiled.
     InvalidConstraint = 13,
-    /// A progress callback stopped the loading.
+    /// The caller stopped it: loading by its progress callback, logits and scores by a switch.
     Cancelled = 14,
     /// A bug of this library.
     Internal = 99,

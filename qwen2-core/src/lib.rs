@@ -32,7 +32,7 @@ pub use error::{Error, ErrorKind, Result};
 #[doc(hidden)]
 pub use fence::fenced;
 pub use generate::{
-    CancelToken, Constraint, FinishReason, GenerateOptions, Generation, LogitsProcessor, Piece,
-    StopMatch, Timings, TokenStream, Usage,
+    CancelToken, Constraint, FinishReason, GenerateOptions, Generation, LogitsProcessor, OnPrefill,
+    Piece, PrefillProgress, StopMatch, Timings, TokenStream, Usage,
 };
 pub use text::{Message, Tokenizer, Tool, ToolCall, ToolChoice, ToolFormat};

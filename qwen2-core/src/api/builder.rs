@@ -440,6 +440,7 @@ impl ModelBuilder {
                     network: Arc::new(Network { qwen2, threads }),
                     tokenizer,
                     prefill_chunk: self.prefill_chunk,
+                    draft: None,
                 },
                 config,
                 device,

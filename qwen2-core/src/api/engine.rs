@@ -220,6 +220,7 @@ impl Engine {
             );
         }
         let inner = &*model.inner;
+        refuse_solitary(&request.options)?;
         let resolved = request.options.resolve(&inner.defaults)?;
         let tokens = model.encode_for(&request.prompt, &resolved)?;
         let cache = model.new_cache();
@@ -257,6 +258,24 @@ impl Engine {
     /// The model it computes.
     pub fn model(&self) -> &Model {
         &self.model
+    }
+}
+
+/// Options that an engine has no use for: it has other sequences to compute with, and reads a prompt between
+/// their steps.
+fn refuse_solitary(options: &GenerateOptions) -> Result<()> {
+    let solitary = [
+        ("prompt_lookup", options.prompt_lookup.is_some()),
+        ("draft_tokens", options.draft_tokens.is_some()),
+        ("on_prefill", options.on_prefill.is_some()),
+    ];
+    match solitary.iter().find(|(_, is_set)| *is_set) {
+        None => Ok(()),
+        Some((key, _)) => Err(
+            Error::new(ErrorKind::Unsupported, "engine has no such option")
+                .with_key(*key)
+                .with_help("leave it unset, or generate with the model or a session"),
+        ),
     }
 }
 

@@ -2,6 +2,7 @@
 
 mod builder;
 mod convert;
+mod draft;
 mod engine;
 mod inspect;
 mod model;

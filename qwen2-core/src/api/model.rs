@@ -12,8 +12,8 @@ use crate::device::Device;
 use crate::error::{Error, ErrorKind, Result};
 use crate::fence::fenced;
 use crate::generate::{
-    GenerateOptions, Generation, Host, LogitsProcessor, Network, Resolved, Run, SamplingDefaults,
-    TokenStream,
+    CancelToken, GenerateOptions, Generation, Host, LogitsProcessor, Network, Resolved, Run,
+    SamplingDefaults, TokenStream,
 };
 use crate::model::{Delta, Rows};
 use crate::text::{Message, Tokenizer};
@@ -24,6 +24,7 @@ pub struct Model {
     pub(crate) inner: Arc<Inner>,
 }
 
+#[derive(Clone)]
 pub(crate) struct Inner {
     pub(crate) name: String,
     pub(crate) config: ModelConfig,
@@ -230,22 +231,16 @@ impl Model {
     /// # Errors
     /// `InvalidArgument` for an empty sequence or an unknown id, `ContextOverflow`, `DeviceFailed`.
     pub fn logits(&self, tokens: &[u32]) -> Result<Logits> {
-        self.check_tokens(tokens)?;
-        let mut cache = self.new_cache();
-        self.inner
-            .host
-            .network
-            .qwen2
-            .ready(&mut cache, tokens.len());
+        self.logits_with(tokens, &CancelToken::new())
+    }
+
+    /// As [`Model::logits`], until `cancel` ends it.
+    ///
+    /// # Errors
+    /// As [`Model::logits`], and `Cancelled`.
+    pub fn logits_with(&self, tokens: &[u32], cancel: &CancelToken) -> Result<Logits> {
         let mut values = Vec::new();
-        for chunk in tokens.chunks(self.inner.host.prefill_chunk) {
-            values.extend(
-                self.inner
-                    .host
-                    .network
-                    .forward(chunk, &mut cache, Rows::All)?,
-            );
-        }
+        self.each_chunk(tokens, cancel, &mut |logits| values.extend(logits))?;
         Ok(Logits {
             values,
             n_tokens: tokens.len(),
@@ -259,26 +254,41 @@ impl Model {
     /// # Errors
     /// As [`Model::logits`].
     pub fn score(&self, tokens: &[u32]) -> Result<Vec<f32>> {
-        self.check_tokens(tokens)?;
-        let mut cache = self.new_cache();
-        self.inner
-            .host
-            .network
-            .qwen2
-            .ready(&mut cache, tokens.len());
+        self.score_with(tokens, &CancelToken::new())
+    }
+
+    /// As [`Model::score`], until `cancel` ends it.
+    ///
+    /// # Errors
+    /// As [`Model::logits`], and `Cancelled`.
+    pub fn score_with(&self, tokens: &[u32], cancel: &CancelToken) -> Result<Vec<f32>> {
         let mut scores = Vec::with_capacity(tokens.len());
         let vocab_size = self.inner.config.vocab_size;
-        for chunk in tokens.chunks(self.inner.host.prefill_chunk) {
-            let logits = self
-                .inner
-                .host
-                .network
-                .forward(chunk, &mut cache, Rows::All)?;
+        self.each_chunk(tokens, cancel, &mut |logits| {
             let next = &tokens[(scores.len() + 1).min(tokens.len())..];
             let rows = logits.chunks_exact(vocab_size).zip(next);
             scores.extend(rows.map(|(row, &token)| log_softmax(row, token)));
-        }
+        })?;
         Ok(scores)
+    }
+
+    /// Calls `body` with the logits of every chunk of `tokens`.
+    fn each_chunk(
+        &self,
+        tokens: &[u32],
+        cancel: &CancelToken,
+        body: &mut dyn FnMut(Vec<f32>),
+    ) -> Result<()> {
+        self.check_tokens(tokens)?;
+        let host = &self.inner.host;
+        let mut cache = self.new_cache();
+        host.network.qwen2.ready(&mut cache, tokens.len());
+        let watch = cancel.watch();
+        for chunk in tokens.chunks(host.prefill_chunk) {
+            let network = &host.network;
+            body(network.forward(chunk, &mut cache, Rows::All, &watch)?);
+        }
+        Ok(())
     }
 
     /// The architecture, as `config.json` gives it.
@@ -346,7 +356,8 @@ impl Model {
         let resolved = options.resolve(&self.inner.defaults)?;
         let tokens = self.encode_for(&prompt, &resolved)?;
         let cache = self.new_cache();
-        let run = Run::new(self.inner.host.clone(), tokens, &cache, resolved, processor)?;
+        let host = self.inner.host.clone();
+        let run = Run::new(host, tokens, &cache, resolved, processor, None)?;
         Ok(TokenStream::new(run, cache))
     }
 

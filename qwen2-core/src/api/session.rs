@@ -2,7 +2,7 @@
 
 use super::model::{Model, Prompt};
 use crate::error::{Error, ErrorKind, Result};
-use crate::generate::{CancelToken, GenerateOptions, Generation, Piece, Run};
+use crate::generate::{CancelToken, Draft, GenerateOptions, Generation, Piece, Run};
 use crate::model::cache::Cache;
 use crate::text::{Message, Tool, ToolFormat};
 
@@ -15,6 +15,8 @@ pub struct Session {
     messages: Vec<Message>,
     /// The tools that the last generation had: they are part of what the tokens say.
     tools: (Vec<Tool>, Option<ToolFormat>),
+    /// The draft model with what it has read, between two generations that use it.
+    draft: Option<Box<Draft>>,
 }
 
 impl Session {
@@ -26,6 +28,7 @@ impl Session {
             tokens: Vec::new(),
             messages: Vec::new(),
             tools: (Vec::new(), None),
+            draft: None,
         }
     }
 
@@ -159,17 +162,24 @@ impl Session {
         let resolved = options.resolve(&self.model.inner.defaults)?;
         self.use_tools(&resolved.tools, resolved.tool_format)?;
         let host = self.model.inner.host.clone();
+        let draft = match resolved.prompt_lookup {
+            None => self.draft.take(),
+            Some(_) => None,
+        };
         Ok(SessionRun(Run::new(
             host,
             self.tokens.clone(),
             &self.cache,
             resolved,
             None,
+            draft,
         )?))
     }
 
     /// Takes over what a run has added.
-    fn commit(&mut self, run: &Run) {
+    fn commit(&mut self, run: &mut Run) {
+        run.settle(&mut self.cache);
+        self.draft = run.take_draft().or_else(|| self.draft.take());
         if run.tokens().len() == self.tokens.len() {
             return;
         }
@@ -190,6 +200,7 @@ impl Session {
             tokens: self.tokens.clone(),
             messages: self.messages.clone(),
             tools: self.tools.clone(),
+            draft: self.draft.clone(),
         })
     }
 
@@ -258,8 +269,8 @@ impl SessionRun {
     }
 
     /// Makes what was generated part of the conversation and returns the result.
-    pub fn finish(self, session: &mut Session) -> Generation {
-        session.commit(&self.0);
+    pub fn finish(mut self, session: &mut Session) -> Generation {
+        session.commit(&mut self.0);
         self.0.into_generation()
     }
 }

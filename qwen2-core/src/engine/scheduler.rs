@@ -104,7 +104,7 @@ impl Scheduler {
     fn reap(&mut self) {
         let is_over = |sequence: &Sequence, outlet: &Outlet| {
             let unread = outlet.full_since();
-            sequence.is_cancelled()
+            sequence.interruption().is_some()
                 || outlet.is_dropped()
                 || unread.is_some_and(|since| since.elapsed() > PATIENCE)
         };
@@ -127,7 +127,9 @@ impl Scheduler {
                 .map(|waiting| Running::new(waiting, (0, 0))),
         );
         for mut running in over {
-            running.sequence.end(FinishReason::Cancelled, None);
+            let reason = running.sequence.interruption();
+            let reason = reason.unwrap_or(FinishReason::Cancelled);
+            running.sequence.end(reason, None);
             self.end(running, None);
         }
     }

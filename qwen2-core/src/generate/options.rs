@@ -1,20 +1,25 @@
 //! What a caller may set for a generation, and what then holds.
 
+use std::ops::ControlFlow;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 use rand::TryRng;
 use rand::rngs::SysRng;
 use serde::{Deserialize, Serialize};
 
 use super::Constraint;
+use super::prefill::{OnPrefill, PrefillProgress};
 use crate::error::{Error, ErrorKind, Result};
+use crate::ops::Watch;
 use crate::text::{Tool, ToolChoice, ToolFormat};
 
 const MAX_TEMPERATURE: f32 = 100.0;
 const MAX_TOOLS: usize = 128;
 const MAX_STOP_STRINGS: usize = 64;
 const MAX_STOP_LEN: usize = 4096;
+const MAX_DRAFT_TOKENS: usize = 64;
 
 /// Settings of one generation.
 ///
@@ -69,6 +74,21 @@ pub struct GenerateOptions {
     /// How calls are written. Default: Hermes' form where the checkpoint's chat template knows tools,
     /// else Qwen-Agent's.
     pub tool_format: Option<ToolFormat>,
+    /// Proposes this many tokens at a time, 1 to 64, by looking up what followed the last ones where
+    /// they stood before, in place of a draft model: several are checked in one step of the model.
+    /// The tokens stay the same; answers that repeat their prompt (code, summaries) come faster,
+    /// others a little slower. Default: off.
+    pub prompt_lookup: Option<usize>,
+    /// How many tokens the draft model of [`Model::with_draft`](crate::Model::with_draft) proposes
+    /// at a time, 1 to 64. Default: 4; only for a model that has one.
+    pub draft_tokens: Option<usize>,
+    /// Most seconds that the generation takes, from the call that starts it, above 0; it then ends
+    /// with [`FinishReason::Timeout`](crate::FinishReason::Timeout) and keeps its text. Default: no
+    /// limit.
+    pub timeout: Option<f64>,
+    /// Called while the prompt is read.
+    #[serde(skip)]
+    pub on_prefill: Option<OnPrefill>,
     /// Ends the generation from another thread.
     #[serde(skip)]
     pub cancel: Option<CancelToken>,
@@ -183,6 +203,37 @@ impl GenerateOptions {
         self
     }
 
+    /// Sets [`prompt_lookup`](Self#structfield.prompt_lookup).
+    #[must_use]
+    pub fn prompt_lookup(mut self, n_tokens: usize) -> Self {
+        self.prompt_lookup = Some(n_tokens);
+        self
+    }
+
+    /// Sets [`draft_tokens`](Self#structfield.draft_tokens).
+    #[must_use]
+    pub fn draft_tokens(mut self, n_tokens: usize) -> Self {
+        self.draft_tokens = Some(n_tokens);
+        self
+    }
+
+    /// Sets [`timeout`](Self#structfield.timeout).
+    #[must_use]
+    pub fn timeout(mut self, seconds: f64) -> Self {
+        self.timeout = Some(seconds);
+        self
+    }
+
+    /// Sets [`on_prefill`](Self#structfield.on_prefill).
+    #[must_use]
+    pub fn on_prefill(
+        mut self,
+        callback: impl Fn(PrefillProgress) -> ControlFlow<()> + Send + Sync + 'static,
+    ) -> Self {
+        self.on_prefill = Some(OnPrefill::new(callback));
+        self
+    }
+
     /// Sets [`cancel`](Self#structfield.cancel).
     #[must_use]
     pub fn cancel(mut self, cancel: CancelToken) -> Self {
@@ -230,6 +281,10 @@ impl GenerateOptions {
             },
             tool_choice: self.tool_choice.clone(),
             tool_format: self.tool_format,
+            prompt_lookup: self.prompt_lookup,
+            draft_tokens: self.draft_tokens,
+            timeout: self.timeout.map(seconds).transpose()?,
+            on_prefill: self.on_prefill.clone(),
             cancel: self.cancel.clone(),
         };
         resolved.check()?;
@@ -274,6 +329,10 @@ pub(crate) struct Resolved {
     pub(crate) tools: Vec<Tool>,
     pub(crate) tool_choice: ToolChoice,
     pub(crate) tool_format: Option<ToolFormat>,
+    pub(crate) prompt_lookup: Option<usize>,
+    pub(crate) draft_tokens: Option<usize>,
+    pub(crate) timeout: Option<Duration>,
+    pub(crate) on_prefill: Option<OnPrefill>,
     pub(crate) cancel: Option<CancelToken>,
 }
 
@@ -314,6 +373,15 @@ impl Resolved {
         if self.max_new_tokens == Some(0) {
             let help = "to only read the prompt, use logits or score";
             return Err(out_of_range("max_new_tokens", 0, "1 or more", help));
+        }
+        for (key, n_tokens) in [
+            ("prompt_lookup", self.prompt_lookup),
+            ("draft_tokens", self.draft_tokens),
+        ] {
+            if let Some(n) = n_tokens.filter(|n| !(1..=MAX_DRAFT_TOKENS).contains(n)) {
+                let help = "4 is usual; leave it unset to go token by token";
+                return Err(out_of_range(key, n, "1 to 64", help));
+            }
         }
         self.check_stop()?;
         self.check_tools()
@@ -399,6 +467,17 @@ fn out_of_range(key: &str, found: impl std::fmt::Display, range: &str, help: &st
         .with_help(help)
 }
 
+fn seconds(timeout: f64) -> Result<Duration> {
+    // As far as the clock can tell, and no zero: nothing would ever begin.
+    match Duration::try_from_secs_f64(timeout) {
+        Ok(duration) if !duration.is_zero() => Ok(duration),
+        _ => {
+            let help = "seconds; leave it unset for no limit";
+            Err(out_of_range("timeout", timeout, "above 0 and finite", help))
+        }
+    }
+}
+
 fn entropy() -> Result<u64> {
     SysRng.try_next_u64().map_err(|error| {
         Error::new(ErrorKind::Io, "no seed from the operating system")
@@ -419,10 +498,18 @@ impl CancelToken {
         Self::default()
     }
 
-    /// Ends every generation that holds this token, after the token it is working on. One atomic
-    /// store: safe in a signal handler. There is no way back.
+    /// Ends every generation that holds this token, in the middle of a forward too: on the processor
+    /// within some milliseconds. One atomic store: safe in a signal handler. There is no way back.
     pub fn cancel(&self) {
         self.0.store(true, Ordering::Release);
+    }
+
+    /// Ends forwards, too.
+    pub(crate) fn watch(&self) -> Watch {
+        Watch {
+            switch: Some(Arc::clone(&self.0)),
+            ..Watch::default()
+        }
     }
 
     /// Whether [`cancel`](Self::cancel) was called.
@@ -551,6 +638,12 @@ mod tests {
                 "NaN",
             ),
             (new().max_new_tokens(0), "max_new_tokens", "0"),
+            (new().prompt_lookup(0), "prompt_lookup", "0"),
+            (new().draft_tokens(65), "draft_tokens", "65"),
+            (new().timeout(0.0), "timeout", "0"),
+            (new().timeout(-1.5), "timeout", "-1.5"),
+            (new().timeout(f64::NAN), "timeout", "NaN"),
+            (new().timeout(f64::INFINITY), "timeout", "inf"),
             (new().stop(["ok", ""]), "stop[1]", "0 bytes"),
             (new().stop(["x".repeat(4097)]), "stop[0]", "4097 bytes"),
             (new().stop(vec!["x"; 65]), "stop", "65 strings"),

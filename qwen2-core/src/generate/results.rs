@@ -58,6 +58,11 @@ pub struct Usage {
     pub cached_tokens: usize,
     /// New tokens.
     pub completion_tokens: usize,
+    /// Tokens that were proposed by the draft model or by prompt lookup.
+    pub draft_tokens: usize,
+    /// Those of them that the model chose, too: over `draft_tokens` this is the acceptance rate. Each
+    /// saved one step of the model.
+    pub accepted_tokens: usize,
 }
 
 /// Wall-clock times of one generation.

@@ -56,6 +56,19 @@ impl Sampler {
         }
     }
 
+    /// A second one that will draw what this one draws.
+    pub(crate) fn twin(&self) -> Self {
+        let mut rng = ChaCha8Rng::from_seed(self.rng.get_seed());
+        rng.set_word_pos(self.rng.get_word_pos());
+        Self {
+            filters: self.filters,
+            rng,
+            kept: Vec::new(),
+            scratch: Vec::new(),
+            seen: Vec::new(),
+        }
+    }
+
     /// Of how many of the highest logits the choice depends.
     pub(crate) fn looks_at(&self) -> usize {
         match self.filters.top_k {

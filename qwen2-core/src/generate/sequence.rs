@@ -1,12 +1,14 @@
 //! One request's tokens and text: what becomes of the logits of each step, and where it ends.
 
+use std::time::Instant;
+
 use super::tool_grammar::tool_grammar;
 use super::{
     CancelToken, FinishReason, Generation, Guide, LogitsProcessor, Piece, Resolved, Sampler,
     StopMatch, StopMatcher, Timings, Usage,
 };
 use crate::error::{Error, ErrorKind, Result};
-use crate::ops::SCREENED_TOKENS;
+use crate::ops::{SCREENED_TOKENS, Watch};
 use crate::profile::part;
 use crate::text::{TextDecoder, Tokenizer, ToolCall, ToolParser};
 
@@ -21,6 +23,7 @@ pub(crate) struct Sequence {
     processor: Option<Box<dyn LogitsProcessor>>,
     guide: Option<Guide>,
     cancel: CancelToken,
+    deadline: Option<Instant>,
     /// Prompt and new tokens; a cache holds all but those that no forward has seen yet.
     tokens: Vec<u32>,
     usage: Usage,
@@ -69,10 +72,13 @@ impl Sequence {
             decoder: TextDecoder::new(),
             processor,
             cancel: options.cancel.clone().unwrap_or_default(),
+            // One that lies beyond what the clock can tell is none.
+            deadline: options
+                .timeout
+                .and_then(|timeout| Instant::now().checked_add(timeout)),
             usage: Usage {
                 prompt_tokens: tokens.len(),
-                cached_tokens: 0,
-                completion_tokens: 0,
+                ..Usage::default()
             },
             tokens,
             text: String::new(),
@@ -94,6 +100,50 @@ impl Sequence {
 
     pub(crate) fn is_cancelled(&self) -> bool {
         self.cancel.is_cancelled()
+    }
+
+    /// What ends it from outside, if anything did.
+    pub(crate) fn interruption(&self) -> Option<FinishReason> {
+        match self.deadline {
+            _ if self.is_cancelled() => Some(FinishReason::Cancelled),
+            Some(deadline) if Instant::now() >= deadline => Some(FinishReason::Timeout),
+            _ => None,
+        }
+    }
+
+    /// What ends a forward for it.
+    pub(crate) fn watch(&self) -> Watch {
+        Watch {
+            deadline: self.deadline,
+            ..self.cancel.watch()
+        }
+    }
+
+    /// As [`Self::watch`], for the forward that reads `n` tokens of the prompt behind `n_past`.
+    pub(crate) fn prefill_watch(&self, n_past: usize, n: usize) -> Watch {
+        let watch = self.watch();
+        match &self.options.on_prefill {
+            Some(on_prefill) if self.usage.completion_tokens == 0 => {
+                on_prefill.over(&watch, &self.cancel, (n_past, n, self.tokens.len()))
+            }
+            _ => watch,
+        }
+    }
+
+    /// What will choose the next token.
+    pub(crate) fn sampler(&self) -> &Sampler {
+        &self.sampler
+    }
+
+    /// New tokens that there may still be.
+    pub(crate) fn left(&self) -> usize {
+        self.max_new_tokens - self.usage.completion_tokens
+    }
+
+    /// Counts tokens that were proposed, and those that were chosen.
+    pub(crate) fn count_drafts(&mut self, proposed: usize, accepted: usize) {
+        self.usage.draft_tokens += proposed;
+        self.usage.accepted_tokens += accepted;
     }
 
     /// Prompt and new tokens so far.

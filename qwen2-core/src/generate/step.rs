@@ -4,7 +4,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::fence::fenced;
 use crate::model::cache::Cache;
 use crate::model::{Part, Qwen2, Rows};
-use crate::ops::Threads;
+use crate::ops::{Threads, Watch, watched};
 use crate::profile::part;
 
 /// A network with the threads that compute it.
@@ -28,25 +28,35 @@ impl Network {
         )
     }
 
-    /// Runs `tokens` behind the cache; logits of `rows`, row-major.
+    /// Runs `tokens` behind the cache, until `watch` is over; logits of `rows`, row-major.
     ///
     /// # Errors
-    /// `ContextOverflow`; `DeviceFailed` if the backend failed, and then the cache is empty.
+    /// `ContextOverflow`; `Cancelled` when the watch is over, and then the cache is as it was, or empty;
+    /// `DeviceFailed` if the backend failed, and then the cache is empty.
     pub(crate) fn forward(
         &self,
         tokens: &[u32],
         cache: &mut Cache,
         rows: Rows,
+        watch: &Watch,
     ) -> Result<Vec<f32>> {
+        let n_past = cache.n_tokens();
         let part = Part {
             tokens,
-            cache,
+            cache: &mut *cache,
             rows,
         };
-        self.forward_batch(&mut [part])
+        let outcome = watched(watch, || self.forward_batch(&mut [part]));
+        // Operations that were left out show in no result, so there is none.
+        if watch.is_over() {
+            cache.truncate(n_past);
+            return Err(cancelled());
+        }
+        outcome
     }
 
-    /// As [`Self::forward`] for several sequences at once; the logits of their rows in order.
+    /// As [`Self::forward`] for several sequences at once, which nothing ends; the logits of their rows in
+    /// order.
     ///
     /// # Errors
     /// As [`Self::forward`], with all caches empty where the backend failed.
@@ -75,6 +85,11 @@ impl Network {
         }
         logits
     }
+}
+
+fn cancelled() -> Error {
+    Error::new(ErrorKind::Cancelled, "computation was cancelled")
+        .with_help("a cancel token or a timeout of the call ended it")
 }
 
 fn failed(why: &str) -> Error {

@@ -15,6 +15,8 @@ pub enum FinishReason {
     ToolCalls,
     /// The caller cancelled; the text so far is kept.
     Cancelled,
+    /// The `timeout` passed; the text so far is kept.
+    Timeout,
 }
 
 impl FinishReason {
@@ -25,6 +27,7 @@ impl FinishReason {
             Self::Length => "length",
             Self::ToolCalls => "tool_calls",
             Self::Cancelled => "cancelled",
+            Self::Timeout => "timeout",
         }
     }
 }
@@ -174,6 +177,7 @@ mod tests {
             FinishReason::Length,
             FinishReason::ToolCalls,
             FinishReason::Cancelled,
+            FinishReason::Timeout,
         ] {
             assert_eq!(serde_json::to_value(reason).unwrap(), reason.name());
         }

@@ -3,11 +3,12 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use super::speculative::{Ahead, DRAFT_TOKENS, Draft, DraftModel, Proposer};
 use super::{
     CancelToken, FinishReason, Generation, LogitsProcessor, Network, Piece, Resolved, Sequence,
     Timings,
 };
-use crate::error::Result;
+use crate::error::{Error, ErrorKind, Result};
 use crate::model::Rows;
 use crate::model::cache::Cache;
 use crate::text::Tokenizer;
@@ -19,6 +20,7 @@ pub(crate) struct Host {
     pub(crate) tokenizer: Tokenizer,
     /// Tokens that one forward of the prefill takes.
     pub(crate) prefill_chunk: usize,
+    pub(crate) draft: Option<DraftModel>,
 }
 
 /// One generation under way; the cache is lent to it at every step.
@@ -27,24 +29,30 @@ pub(crate) struct Run {
     sequence: Sequence,
     /// Whether the model ran: the first run pays for the prompt.
     started: bool,
+    /// What proposes tokens, and how many at a time.
+    proposer: Option<(Proposer, usize)>,
+    ahead: Ahead,
     prefill: Duration,
     decode: Duration,
     failed: bool,
 }
 
 impl Run {
-    /// Checks that the prompt fits; computes nothing yet. The cache holds a prefix of `tokens`.
+    /// Checks that the prompt fits; computes nothing yet. The cache holds a prefix of `tokens`; `draft`
+    /// is what [`Self::take_draft`] gave before, if there was a run before this one.
     ///
     /// # Errors
-    /// `InvalidArgument` for an empty prompt or an id outside the vocabulary, `ContextOverflow`,
-    /// `InvalidConstraint`.
+    /// `InvalidArgument` for an empty prompt or an id outside the vocabulary, or for options of a draft
+    /// model where there is none, `ContextOverflow`, `InvalidConstraint`.
     pub(crate) fn new(
         host: Host,
         tokens: Vec<u32>,
         cache: &Cache,
         options: Resolved,
         processor: Option<Box<dyn LogitsProcessor>>,
+        draft: Option<Box<Draft>>,
     ) -> Result<Self> {
+        let proposer = proposer(&host, &options, draft)?;
         let cached_tokens = host.network.qwen2.keeps(cache, tokens.len());
         let tokenizer = host.tokenizer.clone();
         let context_length = cache.context_length();
@@ -52,6 +60,8 @@ impl Run {
         sequence.set_cached(cached_tokens);
         Ok(Self {
             host,
+            proposer,
+            ahead: Ahead::new(sequence.tokens().len(), Vec::new(), Vec::new()),
             sequence,
             started: false,
             prefill: Duration::ZERO,
@@ -95,34 +105,97 @@ impl Run {
             return piece.map(Some);
         }
         self.started = true;
-        let Some(mut logits) = self.forward(cache)? else {
-            self.sequence.end(FinishReason::Cancelled, None);
-            return Ok(None);
-        };
-        self.sequence.accept(&mut logits).map(Some)
-    }
-
-    /// Runs what the cache has not seen, in chunks; `None` if the generation was cancelled.
-    fn forward(&mut self, cache: &mut Cache) -> Result<Option<Vec<f32>>> {
-        let tokens = self.sequence.tokens();
-        // The last token must run again to give its logits, if the cache has it already.
-        cache.truncate(tokens.len() - 1);
-        self.host.network.qwen2.ready(cache, tokens.len());
-        loop {
-            if self.sequence.is_cancelled() {
+        match self.logits(cache) {
+            Ok(()) => {}
+            // Whatever came of it: the caller asked for an end, not for an error.
+            Err(error) if error.kind() == ErrorKind::Cancelled => {
+                let reason = self.sequence.interruption();
+                let reason = reason.unwrap_or(FinishReason::Cancelled);
+                self.sequence.end(reason, None);
                 return Ok(None);
             }
-            let pending = &tokens[cache.n_tokens()..];
-            let chunk = &pending[..pending.len().min(self.host.prefill_chunk)];
-            let rows = match chunk.len() == pending.len() {
-                false => Rows::None,
-                true if self.sequence.screens() => Rows::Screened,
-                true => Rows::Last,
-            };
-            let logits = self.host.network.forward(chunk, cache, rows)?;
-            if rows != Rows::None {
-                return Ok(Some(logits));
-            }
+            Err(error) => return Err(error),
+        }
+        let Some(row) = self.ahead.row(self.sequence.tokens()) else {
+            return Err(Error::new(ErrorKind::Internal, "a forward gave no logits"));
+        };
+        let piece = self.sequence.accept(row)?;
+        let accepted = self.ahead.follow(self.sequence.tokens());
+        self.sequence.count_drafts(0, accepted);
+        Ok(Some(piece))
+    }
+
+    /// Sees to the logits behind the sequence: they are here, or what the cache has not seen runs, in
+    /// chunks, the last one with what is proposed.
+    ///
+    /// # Errors
+    /// `Cancelled`, and those of the forward.
+    fn logits(&mut self, cache: &mut Cache) -> Result<()> {
+        if self.sequence.interruption().is_some() {
+            return Err(Error::new(ErrorKind::Cancelled, "generation was cancelled"));
+        }
+        if self.ahead.row(self.sequence.tokens()).is_some() {
+            return Ok(());
+        }
+        let tokens = self.sequence.tokens();
+        let (qwen2, most) = (&self.host.network.qwen2, self.host.prefill_chunk);
+        self.ahead.settle(cache);
+        // The last token must run again to give its logits, if the cache has it already.
+        cache.truncate(tokens.len() - 1);
+        qwen2.ready(cache, tokens.len());
+        while tokens.len() - cache.n_tokens() > most {
+            self.forward(&tokens[cache.n_tokens()..][..most], cache, Rows::None)?;
+        }
+        let proposals = self.propose(cache)?;
+        let tokens = self.sequence.tokens();
+        let pending = &tokens[cache.n_tokens()..];
+        let logits = match proposals.len() {
+            0 if self.sequence.screens() => self.forward(pending, cache, Rows::Screened)?,
+            0 => self.forward(pending, cache, Rows::Last)?,
+            n => self.forward(&[pending, &proposals].concat(), cache, Rows::Tail(n + 1))?,
+        };
+        let n_tokens = tokens.len();
+        self.sequence.count_drafts(proposals.len(), 0);
+        self.ahead = Ahead::new(n_tokens, proposals, logits);
+        Ok(())
+    }
+
+    fn forward(&self, tokens: &[u32], cache: &mut Cache, rows: Rows) -> Result<Vec<f32>> {
+        let watch = self.sequence.prefill_watch(cache.n_tokens(), tokens.len());
+        let network = &self.host.network;
+        network.forward(tokens, cache, rows, &watch)
+    }
+
+    /// What may come next. Nothing before the first token, which is not to wait for a draft model, and
+    /// nothing that there is no room for.
+    fn propose(&mut self, cache: &Cache) -> Result<Vec<u32>> {
+        let Some((proposer, most)) = &mut self.proposer else {
+            return Ok(Vec::new());
+        };
+        let tokens = self.sequence.tokens();
+        let left = self.sequence.left().saturating_sub(1); // the model adds one itself
+        let room = left.min(cache.context_length() - tokens.len());
+        let n = room.min(*most);
+        let first = self.sequence.usage().completion_tokens == 0;
+        let qwen2 = &self.host.network.qwen2;
+        if first || n == 0 || !qwen2.are_alike(tokens.len(), tokens.len() + n) {
+            return Ok(Vec::new());
+        }
+        let watch = self.sequence.watch();
+        proposer.propose(tokens, n, self.sequence.sampler(), &watch)
+    }
+
+    /// Leaves the cache with what the sequence holds, and no more.
+    pub(crate) fn settle(&self, cache: &mut Cache) {
+        self.ahead.settle(cache);
+        cache.truncate(self.sequence.tokens().len());
+    }
+
+    /// The draft model with its cache, for the next run of a conversation.
+    pub(crate) fn take_draft(&mut self) -> Option<Box<Draft>> {
+        match self.proposer.take() {
+            Some((Proposer::Draft(draft), _)) => Some(draft),
+            _ => None,
         }
     }
 
@@ -134,6 +207,30 @@ impl Run {
         let timings = Timings::new(self.prefill, n_prefill, self.decode, n_decode);
         self.sequence.into_generation(timings)
     }
+}
+
+/// What proposes tokens for a generation with these options, and how many at a time.
+fn proposer(
+    host: &Host,
+    options: &Resolved,
+    draft: Option<Box<Draft>>,
+) -> Result<Option<(Proposer, usize)>> {
+    if options.draft_tokens.is_some() && host.draft.is_none() {
+        return Err(
+            Error::new(ErrorKind::InvalidArgument, "model has no draft model")
+                .with_key("draft_tokens")
+                .with_help("give it one with with_draft, or use prompt_lookup, which needs none"),
+        );
+    }
+    Ok(match (options.prompt_lookup, &host.draft) {
+        (Some(n), _) => Some((Proposer::Lookup, n)),
+        (None, Some(model)) => {
+            let draft = draft.unwrap_or_else(|| Box::new(Draft::new(model.clone())));
+            let n = options.draft_tokens.unwrap_or(DRAFT_TOKENS);
+            Some((Proposer::Draft(draft), n))
+        }
+        (None, None) => None,
+    })
 }
 
 /// A generation that runs as it is read: an iterator of [`Piece`]s; dropping it stops it.

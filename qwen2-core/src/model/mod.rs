@@ -64,6 +64,8 @@ pub(crate) enum Rows {
     None,
     /// The last token's.
     Last,
+    /// As many of the last tokens'.
+    Tail(usize),
     /// The last token's, exact where they are highest and near elsewhere, if the head is screened.
     Screened,
     /// Every token's.
@@ -91,7 +93,7 @@ struct Lane<'a> {
 impl Qwen2 {
     /// Runs the tokens of several sequences, each behind what its cache holds, so that each weight is
     /// read once for all of them; the logits of their rows in order, `[rows, vocab_size]` f32, nothing
-    /// for no rows. A head is screened for a batch of one only.
+    /// for no rows, and where the watch ended it. A head is screened for a batch of one only.
     ///
     /// # Errors
     /// `ContextOverflow` if the tokens do not fit a cache, before any computation.
@@ -118,8 +120,11 @@ impl Qwen2 {
         });
         let mut lanes: Vec<_> = part("rope tables", || lanes.collect());
         let mut h = part("embed", || ops::embed(&self.embed_tokens, &tokens)); // [n, hidden]
-        for layer in &self.layers {
+        for (index, layer) in self.layers.iter().enumerate() {
             h = layer.forward(h, &mut lanes);
+            if ops::layer_done(index + 1, self.layers.len()).is_break() {
+                return Ok(None);
+            }
         }
         drop(lanes);
         for part in &mut *batch {
@@ -157,6 +162,11 @@ impl Qwen2 {
         cache.expect(n_tokens);
     }
 
+    /// Whether sequences of both lengths have the same frequencies.
+    pub(crate) fn are_alike(&self, n_tokens: usize, other: usize) -> bool {
+        self.rope.is_long(n_tokens) == self.rope.is_long(other)
+    }
+
     /// Positions of a cache that a sequence of `n_tokens` tokens can build on.
     pub(crate) fn keeps(&self, cache: &Cache, n_tokens: usize) -> usize {
         match self.rope.is_long(n_tokens) == cache.is_long() {
@@ -180,6 +190,7 @@ fn chosen_rows(h: Tensor<2>, batch: &[Part<'_>]) -> Option<Tensor<2>> {
         end += n;
         match part.rows {
             Rows::All => chosen.push(h.clone().narrow(0, end - n, n)),
+            Rows::Tail(rows) => chosen.push(h.clone().narrow(0, end - rows, rows)),
             Rows::Last | Rows::Screened => chosen.push(h.clone().narrow(0, end - 1, 1)),
             Rows::None => {}
         }

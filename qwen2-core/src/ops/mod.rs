@@ -10,6 +10,7 @@ mod low_rank;
 pub(crate) mod packed;
 pub(crate) mod portable;
 mod visible;
+pub(crate) mod watch;
 
 use std::sync::{Mutex, PoisonError};
 
@@ -19,6 +20,7 @@ pub(crate) use key_values::{CACHE_BLOCK, CacheFormat, KeyValues, PAGE};
 pub(crate) use linear::{Linear, RmsNorm, Weight};
 pub(crate) use low_rank::LowRank;
 pub(crate) use visible::Visible;
+pub(crate) use watch::{Watch, layer_done, watched};
 
 /// Cosines and sines of the positions of one forward.
 #[derive(Debug, Clone)]

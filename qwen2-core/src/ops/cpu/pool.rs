@@ -9,6 +9,7 @@ use std::thread::{self, JoinHandle, Thread};
 
 use super::simd::prefetch;
 use crate::fence::silence_thread;
+use crate::ops::watch;
 
 /// How often a worker looks for work before it parks; some tens of microseconds, which is longer
 /// than the gap between two operations of a token and shorter than anybody would notice.
@@ -288,13 +289,10 @@ pub(crate) fn with_pool<R>(pool: &Arc<Pool>, body: impl FnOnce() -> R) -> R {
     body()
 }
 
-/// Runs `n_tasks` on the pool of this thread, or one after the other where there is none.
+/// Runs `n_tasks` on the pool of this thread, or one after the other where there is none. Tasks that were
+/// not begun when the watch over this thread ends are left out.
 pub(crate) fn parallel(n_tasks: usize, task: &(dyn Fn(usize) + Sync)) {
-    let pool = CURRENT.with_borrow(Clone::clone);
-    match pool {
-        Some(pool) => pool.run(n_tasks, task),
-        None => (0..n_tasks).for_each(task),
-    }
+    run_watched(n_tasks, None, task);
 }
 
 /// As [`parallel`], for tasks that read much memory; see [`Pool::run_streams`].
@@ -303,9 +301,22 @@ pub(crate) fn parallel_streams(
     streams: &dyn Fn(usize) -> Streams,
     task: &(dyn Fn(usize) + Sync),
 ) {
-    let pool = CURRENT.with_borrow(Clone::clone);
-    match pool {
-        Some(pool) => pool.run_streams(n_tasks, Some(streams), task),
+    run_watched(n_tasks, Some(streams), task);
+}
+
+fn run_watched(
+    n_tasks: usize,
+    streams: Option<&dyn Fn(usize) -> Streams>,
+    task: &(dyn Fn(usize) + Sync),
+) {
+    let watch = watch::current();
+    let task = |index| {
+        if !watch.is_over() {
+            task(index);
+        }
+    };
+    match CURRENT.with_borrow(Clone::clone) {
+        Some(pool) => pool.run_streams(n_tasks, streams, &task),
         None => (0..n_tasks).for_each(task),
     }
 }
@@ -444,6 +455,31 @@ mod tests {
             count.fetch_add(1, Ordering::Relaxed);
         });
         assert_eq!(count.load(Ordering::Relaxed), 16);
+    }
+
+    #[test]
+    fn tasks_that_were_not_begun_are_left_out_when_the_watch_ends() {
+        for threads in [1, 3] {
+            let pool = Arc::new(Pool::new(threads).expect("threads start"));
+            let switch = Arc::new(AtomicBool::new(false));
+            let watch = watch::Watch {
+                switch: Some(Arc::clone(&switch)),
+                ..watch::Watch::default()
+            };
+            let count = AtomicUsize::new(0);
+            let task = |_| {
+                count.fetch_add(1, Ordering::Relaxed);
+                switch.store(true, Ordering::Release);
+            };
+            let run = || with_pool(&pool, || parallel(1000, &task));
+            watch::watched(&watch, run);
+            // One for each thread at most: the first to end sets the switch.
+            assert!((1..=threads).contains(&count.load(Ordering::Relaxed)));
+            watch::watched(&watch, run);
+            assert!(count.load(Ordering::Relaxed) <= threads);
+            run();
+            assert!(count.load(Ordering::Relaxed) >= 1000);
+        }
     }
 
     #[test]
