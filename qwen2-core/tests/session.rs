@@ -151,3 +151,91 @@ fn a_session_refuses_what_exceeds_the_context_and_stays_as_it_was() {
         ErrorKind::ContextOverflow
     );
 }
+
+fn said(session: &qwen2_core::Session) -> Vec<&str> {
+    session.messages().iter().map(|m| m.role.as_str()).collect()
+}
+
+#[test]
+fn a_rollback_equals_never_having_said_it() {
+    let model = model();
+    let options = GenerateOptions::greedy().max_new_tokens(4);
+    let mut session = model.session();
+    session
+        .append([Message::system("x"), Message::user("a b")])
+        .unwrap();
+    let first = session.generate(&options).unwrap();
+    session.append([Message::user("c")]).unwrap();
+    session.generate(&options).unwrap();
+    // The last turn, then only the answer before it, which comes anew.
+    session.rollback(2).unwrap();
+    assert_eq!(said(&session), ["system", "user", "assistant"]);
+    let left = session.messages().to_vec();
+    assert_eq!(
+        session.tokens(),
+        model.tokenizer().encode_chat(&left, true).unwrap()
+    );
+    session.rollback(1).unwrap();
+    let again = session.generate(&options).unwrap();
+    assert_eq!(again.tokens, first.tokens);
+    assert!(again.usage.cached_tokens + 1 >= again.usage.prompt_tokens);
+    session.rollback(3).unwrap();
+    assert!(session.tokens().is_empty() && session.messages().is_empty());
+    session.append(Prompt::Tokens(vec![9, 10])).unwrap();
+    let error = session.rollback(1).unwrap_err();
+    assert_eq!(
+        (error.kind(), error.key()),
+        (ErrorKind::InvalidArgument, Some("n_messages"))
+    );
+    assert_eq!(session.tokens(), [9, 10]);
+}
+
+#[test]
+fn a_shift_equals_a_fresh_session_of_what_is_left() {
+    let model = model();
+    let mut session = model.session();
+    session.append(Prompt::Tokens(tokens())).unwrap();
+    session.generate(&greedy(5)).unwrap();
+    let whole = session.tokens().to_vec();
+    session.shift(4, 7).unwrap();
+    let left = [&whole[..4], &whole[11..]].concat();
+    assert_eq!(session.tokens(), left);
+    let got = session.generate(&greedy(8)).unwrap();
+    let fresh = model.generate(Prompt::Tokens(left), &greedy(8)).unwrap();
+    assert_eq!((got.usage.cached_tokens, got.tokens), (4, fresh.tokens));
+    let n = session.tokens().len();
+    for (keep, drop) in [(n, 1), (0, n + 1), (usize::MAX, 2)] {
+        let error = session.shift(keep, drop).unwrap_err();
+        assert_eq!(
+            (error.kind(), error.key()),
+            (ErrorKind::InvalidArgument, Some("n_tokens"))
+        );
+    }
+    assert_eq!(session.tokens().len(), n);
+}
+
+#[test]
+fn a_shift_of_messages_keeps_the_first_and_the_last() {
+    let model = model();
+    let turns = [
+        Message::system("s"),
+        Message::user("a"),
+        Message::assistant("b"),
+        Message::user("c"),
+    ];
+    let mut session = model.session();
+    session.append(turns.clone()).unwrap();
+    assert_eq!(session.shift(1, 1).unwrap_err().key(), Some("session"));
+    session.shift_messages(1, 2).unwrap();
+    let left = [turns[0].clone(), turns[3].clone()];
+    assert_eq!(session.messages(), left);
+    assert_eq!(
+        session.tokens(),
+        model.tokenizer().encode_chat(&left, true).unwrap()
+    );
+    assert_eq!(
+        session.shift_messages(1, 2).unwrap_err().kind(),
+        ErrorKind::InvalidArgument
+    );
+    assert_eq!(session.messages(), left);
+}

@@ -409,7 +409,7 @@ impl Model {
         self.check_ids(tokens)
     }
 
-    fn check_ids(&self, tokens: &[u32]) -> Result<()> {
+    pub(crate) fn check_ids(&self, tokens: &[u32]) -> Result<()> {
         let vocab_size = self.inner.config.vocab_size;
         match tokens.iter().find(|&&token| token as usize >= vocab_size) {
             Some(token) => Err(Error::new(ErrorKind::InvalidArgument, "no such token")

@@ -1,5 +1,8 @@
 //! A conversation that keeps its cache between turns.
 
+mod forget;
+mod store;
+
 use super::model::{Model, Prompt};
 use crate::error::{Error, ErrorKind, Result};
 use crate::generate::{CancelToken, Draft, GenerateOptions, Generation, Piece, Run};

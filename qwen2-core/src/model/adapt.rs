@@ -45,7 +45,7 @@ impl Qwen2 {
     }
 
     /// Calls `body` with every matrix that is multiplied with, by its name in checkpoints.
-    fn each_linear(&mut self, body: &mut dyn FnMut(&str, &mut Linear)) {
+    pub(super) fn each_linear(&mut self, body: &mut dyn FnMut(&str, &mut Linear)) {
         for (index, layer) in self.layers.iter_mut().enumerate() {
             let prefix = format!("model.layers.{index}");
             let attention = &mut layer.self_attn;

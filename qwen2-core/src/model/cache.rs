@@ -1,5 +1,7 @@
 //! The keys and values of one sequence, in pages that come as it grows.
 
+use std::ops::Range;
+
 use burn::tensor::{Device, Tensor};
 
 use crate::error::{Error, ErrorKind, Result};
@@ -198,6 +200,48 @@ impl Cache {
         self.n_tokens = self.n_tokens.min(n_tokens);
     }
 
+    /// Gives what it holds, as [`Self::import`] takes it, to `write`, piece by piece.
+    ///
+    /// # Errors
+    /// Those of `write`.
+    pub(crate) fn export(&self, write: &mut dyn FnMut(&[u8]) -> Result<()>) -> Result<()> {
+        for layer in &self.layers {
+            for at in stretches(self.n_tokens) {
+                let (page, at) = layer.place(at);
+                write(&layer.0[page].bytes_of(at))?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Takes over what another cache of this kind held, `n_tokens` positions; `read` fills the pieces
+    /// that were written.
+    ///
+    /// # Errors
+    /// Those of `read`, and then it is empty; `ContextOverflow`.
+    pub(crate) fn import(
+        &mut self,
+        n_tokens: usize,
+        long: bool,
+        read: &mut dyn FnMut(&mut [u8]) -> Result<()>,
+    ) -> Result<()> {
+        self.clear();
+        self.long = long;
+        self.reserve(n_tokens)?;
+        let mut bytes = Vec::new();
+        for layer in &mut self.layers {
+            for at in stretches(n_tokens) {
+                let (page, at) = layer.place(at);
+                bytes.resize(layer.0[page].len_of(at.len()), 0);
+                read(&mut bytes)?;
+                let own = layer.0.remove(page); // the only handle, to be written in place
+                layer.0.insert(page, own.with_bytes(at, &bytes));
+            }
+        }
+        self.n_tokens = n_tokens;
+        Ok(())
+    }
+
     /// Forgets everything, buffers included: what is left after a failure in mid-write.
     pub(crate) fn clear(&mut self) {
         self.layers.clear();
@@ -241,6 +285,14 @@ impl CacheShape {
     }
 }
 
+/// Whole blocks that cover `n_tokens` positions, those of a page at a time.
+fn stretches(n_tokens: usize) -> impl Iterator<Item = Range<usize>> {
+    let end = n_tokens.next_multiple_of(CACHE_BLOCK);
+    (0..end)
+        .step_by(PAGE)
+        .map(move |start| start..end.min(start + PAGE))
+}
+
 impl LayerCache {
     /// Writes the keys and values of `qkv` behind `n_past`; the queries, as [`ops::append`] has them.
     pub(crate) fn append(
@@ -261,5 +313,12 @@ impl LayerCache {
 
     pub(crate) fn pages(&self) -> &[KeyValues] {
         &self.0
+    }
+
+    /// The page that holds these positions, and where. Pages are of [`PAGE`] positions, or there is one.
+    fn place(&self, at: Range<usize>) -> (usize, Range<usize>) {
+        let capacity = self.0[0].capacity();
+        let first = at.start / capacity * capacity;
+        (first / capacity, at.start - first..at.end - first)
     }
 }

@@ -7,6 +7,7 @@
 mod adapt;
 mod attention;
 pub(crate) mod cache;
+mod fingerprint;
 mod load;
 mod mlp;
 mod moe;
