@@ -51,6 +51,9 @@
 // The caller cancelled; the text so far is kept.
 #define QWEN2_FINISH_CANCELLED 4
 
+// The timeout passed; the text so far is kept.
+#define QWEN2_FINISH_TIMEOUT 5
+
 // No stop: the generation ended for another reason.
 #define QWEN2_STOP_MATCH_NONE 0
 
@@ -128,6 +131,13 @@ typedef int32_t qwen2_status;
 // then fails with `QWEN2_ERROR_CANCELLED`. A download counts first, then the weights count anew.
 // It must return: no `longjmp`, no C++ exception.
 typedef int32_t (*qwen2_progress_fn)(uint64_t bytes_done, uint64_t bytes_total, void *user_data);
+
+// Called while a prompt is read, after every layer of every chunk, with the tokens done, those that were
+// in the cache included, and in all; the last time both are equal. It is called on the thread that is
+// in `qwen2_generate`, `qwen2_stream_next` or the like, and only then. Returns 0 to go on; anything else
+// ends the generation, which then has the finish reason CANCELLED. It must return: no `longjmp`, no C++
+// exception.
+typedef int32_t (*qwen2_prefill_fn)(uint64_t tokens_done, uint64_t tokens_total, void *user_data);
 
 // Called with one event: `level` is one of `QWEN2_LOG_*`, `message` one line of UTF-8,
 // NUL-terminated, valid during the call. It is called on threads that are inside a function of this
@@ -356,6 +366,14 @@ void qwen2_model_free(qwen2_model *model);
 // Another handle to the same weights, freed with `qwen2_model_free`; NULL for a handle that is none.
 qwen2_model *qwen2_model_clone(const qwen2_model *model);
 
+// A handle to `model` with `draft`, a smaller model of the same vocabulary, which proposes tokens; several
+// are checked in one step, and the tokens stay those of `model` alone. Both handles stay usable, and are
+// freed on their own. `*out` is freed with `qwen2_model_free`.
+qwen2_status qwen2_model_with_draft(const qwen2_model *model,
+                                    const qwen2_model *draft,
+                                    qwen2_model **out,
+                                    qwen2_error **error);
+
 // Answers a prompt. `options` may be NULL: as the checkpoint says. `*out` is freed with
 // `qwen2_generation_free`.
 qwen2_status qwen2_generate(const qwen2_model *model,
@@ -379,6 +397,22 @@ qwen2_status qwen2_model_score(const qwen2_model *model,
                                size_t n_tokens,
                                float *scores,
                                qwen2_error **error);
+
+// As `qwen2_model_logits`, until `cancel` (may be NULL) ends it with `QWEN2_ERROR_CANCELLED`.
+qwen2_status qwen2_model_logits_with(const qwen2_model *model,
+                                     const uint32_t *tokens,
+                                     size_t n_tokens,
+                                     const qwen2_cancel *cancel,
+                                     qwen2_logits **out,
+                                     qwen2_error **error);
+
+// As `qwen2_model_score`, until `cancel` (may be NULL) ends it with `QWEN2_ERROR_CANCELLED`.
+qwen2_status qwen2_model_score_with(const qwen2_model *model,
+                                    const uint32_t *tokens,
+                                    size_t n_tokens,
+                                    const qwen2_cancel *cancel,
+                                    float *scores,
+                                    qwen2_error **error);
 
 // The logits, row-major: one row for each token, one column for each id of the vocabulary; the
 // sizes go to `n_tokens` and `vocab_size` (may be NULL). Valid until the logits are freed. NULL,
@@ -514,6 +548,23 @@ qwen2_status qwen2_options_add_stop(qwen2_options *options,
 // One more token that ends the generation, besides the checkpoint's own.
 void qwen2_options_add_stop_token_id(qwen2_options *options, uint32_t token);
 
+// Proposes `n_tokens` tokens at a time, 1 to 64, by looking up what followed the last ones where they
+// stood before, in place of a draft model: several are checked in one step. The tokens stay the same;
+// answers that repeat their prompt come faster. Default: off.
+void qwen2_options_set_prompt_lookup(qwen2_options *options, size_t n_tokens);
+
+// How many tokens the draft model of `qwen2_model_with_draft` proposes at a time, 1 to 64. Default: 4;
+// only for a model that has one.
+void qwen2_options_set_draft_tokens(qwen2_options *options, size_t n_tokens);
+
+// Most seconds that a generation takes, from the call that starts it, above 0; it then has the finish
+// reason TIMEOUT and keeps its text. Default: no limit.
+void qwen2_options_set_timeout(qwen2_options *options, double seconds);
+
+// Who hears how far the reading of a prompt is; NULL: nobody, the default. `user_data` is borrowed until
+// every generation with these settings has ended.
+void qwen2_options_set_on_prefill(qwen2_options *options, qwen2_prefill_fn on_prefill, void *user_data);
+
 // The switch of the generations made with these settings; shared, not moved: both handles are freed
 // on their own. NULL takes it away.
 void qwen2_options_set_cancel(qwen2_options *options, const qwen2_cancel *cancel);
@@ -521,8 +572,8 @@ void qwen2_options_set_cancel(qwen2_options *options, const qwen2_cancel *cancel
 // A switch that is off. Freed with `qwen2_cancel_free`.
 qwen2_cancel *qwen2_cancel_new(void);
 
-// Ends every generation that has this switch, after the token it is working on; it then has the
-// finish reason CANCELLED and keeps its text. From any thread, and from a signal handler: it is one
+// Ends every generation that has this switch, in the middle of a prompt too; it then has the finish
+// reason CANCELLED and keeps its text. From any thread, and from a signal handler: it is one
 // atomic store, and therefore the one function that does not check its handle beyond NULL.
 void qwen2_cancel_now(const qwen2_cancel *cancel);
 
@@ -563,6 +614,12 @@ uint64_t qwen2_generation_cached_tokens(const qwen2_generation *generation);
 
 // New tokens.
 uint64_t qwen2_generation_completion_tokens(const qwen2_generation *generation);
+
+// Tokens that were proposed by the draft model or by prompt lookup.
+uint64_t qwen2_generation_draft_tokens(const qwen2_generation *generation);
+
+// Those of them that the model chose, too; over the number of all this is the acceptance rate.
+uint64_t qwen2_generation_accepted_tokens(const qwen2_generation *generation);
 
 // Seconds that reading the prompt took, the first new token included.
 double qwen2_generation_prefill_s(const qwen2_generation *generation);
@@ -645,6 +702,40 @@ qwen2_status qwen2_session_fork(const qwen2_session *session, qwen2_session **ou
 // Forgets all but the first `n_tokens` tokens. Messages can no longer be appended then, unless
 // everything was forgotten.
 qwen2_status qwen2_session_truncate(qwen2_session *session, size_t n_tokens, qwen2_error **error);
+
+// Takes back the last `n_messages` messages, answers of the model included; after one of them the model may
+// answer anew. Fails, and changes nothing, if there are fewer.
+qwen2_status qwen2_session_rollback(qwen2_session *session, size_t n_messages, qwen2_error **error);
+
+// Makes room in a session of text: forgets `n_tokens` tokens behind the first `keep_first`. What stands
+// behind them is read again at the next generation. Fails, and changes nothing, if there are fewer, and in
+// a session of messages. Nothing is ever forgotten unless it is asked for.
+qwen2_status qwen2_session_shift(qwen2_session *session,
+                                 size_t keep_first,
+                                 size_t n_tokens,
+                                 qwen2_error **error);
+
+// Makes room in a conversation: forgets `n_messages` messages behind the first `keep_first`, such as 1 for
+// a system prompt. Fails, and changes nothing, if there are fewer.
+qwen2_status qwen2_session_shift_messages(qwen2_session *session,
+                                          size_t keep_first,
+                                          size_t n_messages,
+                                          qwen2_error **error);
+
+// Writes the conversation and its cache to a file, which replaces one of this name; the file is complete
+// or not there.
+qwen2_status qwen2_session_save(const qwen2_session *session,
+                                const char *path,
+                                size_t len,
+                                qwen2_error **error);
+
+// A session that `qwen2_session_save` wrote, with its cache. A file that is damaged, or of another model or
+// of other settings, is refused. `*out` is freed with `qwen2_session_free`.
+qwen2_status qwen2_session_open(const qwen2_model *model,
+                                const char *path,
+                                size_t len,
+                                qwen2_session **out,
+                                qwen2_error **error);
 
 // Everything said so far, as tokens: a copy, freed with `qwen2_tokens_free`.
 qwen2_status qwen2_session_tokens(const qwen2_session *session, qwen2_tokens **out, qwen2_error **error);

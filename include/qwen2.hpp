@@ -89,6 +89,9 @@ public:
     Options &seed(std::uint64_t v) { return qwen2_options_set_seed(raw_.get(), v), *this; }
     Options &ignore_eos(bool v) { return qwen2_options_set_ignore_eos(raw_.get(), v), *this; }
     Options &stop_token_id(std::uint32_t v) { return qwen2_options_add_stop_token_id(raw_.get(), v), *this; }
+    Options &prompt_lookup(std::size_t v) { return qwen2_options_set_prompt_lookup(raw_.get(), v), *this; }
+    Options &draft_tokens(std::size_t v) { return qwen2_options_set_draft_tokens(raw_.get(), v), *this; }
+    Options &timeout(double seconds) { return qwen2_options_set_timeout(raw_.get(), seconds), *this; }
     Options &cancel(const Cancel &v) { return qwen2_options_set_cancel(raw_.get(), v.get()), *this; }
     Options &stop(std::string_view v) {
         detail::call(qwen2_options_add_stop, raw_.get(), v.data(), v.size());
@@ -140,6 +143,8 @@ public:
     std::uint64_t prompt_tokens() const { return qwen2_generation_prompt_tokens(raw_.get()); }
     std::uint64_t cached_tokens() const { return qwen2_generation_cached_tokens(raw_.get()); }
     std::uint64_t completion_tokens() const { return qwen2_generation_completion_tokens(raw_.get()); }
+    std::uint64_t draft_tokens() const { return qwen2_generation_draft_tokens(raw_.get()); }
+    std::uint64_t accepted_tokens() const { return qwen2_generation_accepted_tokens(raw_.get()); }
     double decode_tokens_per_s() const { return qwen2_generation_decode_tokens_per_s(raw_.get()); }
     const qwen2_generation *get() const noexcept { return raw_.get(); }            ///< for the other getters
 private:
@@ -189,6 +194,14 @@ public:
         return Session(out);
     }
     void truncate(std::size_t n_tokens) { detail::call(qwen2_session_truncate, raw_.get(), n_tokens); }
+    void rollback(std::size_t n_messages) { detail::call(qwen2_session_rollback, raw_.get(), n_messages); }
+    void shift(std::size_t keep_first, std::size_t n_tokens) {
+        detail::call(qwen2_session_shift, raw_.get(), keep_first, n_tokens);
+    }
+    void shift_messages(std::size_t keep_first, std::size_t n_messages) {
+        detail::call(qwen2_session_shift_messages, raw_.get(), keep_first, n_messages);
+    }
+    void save(std::string_view path) const { detail::call(qwen2_session_save, raw_.get(), path.data(), path.size()); }
     std::vector<std::uint32_t> tokens() const {
         qwen2_tokens *out = nullptr;
         detail::call(qwen2_session_tokens, raw_.get(), &out);
@@ -300,6 +313,17 @@ public:
         qwen2_session *out = nullptr;
         detail::call(qwen2_session_new, raw_.get(), &out);
         return Session(out);
+    }
+    Session open_session(std::string_view path) const {
+        qwen2_session *out = nullptr;
+        detail::call(qwen2_session_open, raw_.get(), path.data(), path.size(), &out);
+        return Session(out);
+    }
+    /// This model with a smaller one beside it, which proposes tokens.
+    Model with_draft(const Model &draft) const {
+        qwen2_model *out = nullptr;
+        detail::call(qwen2_model_with_draft, raw_.get(), draft.raw_.get(), &out);
+        return Model(out);
     }
     Tokenizer tokenizer() const { return Tokenizer(qwen2_model_tokenizer(raw_.get())); }
     std::string name() const { return qwen2_model_name(raw_.get()); }

@@ -171,6 +171,10 @@ class Model:
         tools: Sequence[Mapping[str, Any]] | None = None,
         tool_choice: Literal["auto", "none", "required"] | Mapping[str, Any] | None = None,
         tool_format: Literal["hermes", "qwen_agent"] | None = None,
+        prompt_lookup: int | None = None,
+        draft_tokens: int | None = None,
+        timeout: float | None = None,
+        on_prefill: Callable[[int, int], object] | None = None,
     ) -> Generation:
         """Answers a prompt: text, token ids or messages.
 
@@ -178,7 +182,11 @@ class Model:
         the end of the context. temperature: 0 to 100, 0 takes the likeliest token every time. top_k:
         at least 1. top_p: above 0 to 1. min_p: 0 to 1. repetition_penalty: above 0, 1 is none. stop:
         strings that end the generation and are not part of its text. stop_token_ids: tokens that end
-        it. ignore_eos: goes on after the checkpoint's own end tokens.
+        it. ignore_eos: goes on after the checkpoint's own end tokens. prompt_lookup: proposes 1 to 64
+        tokens at a time by what followed the last ones where they stood before. draft_tokens: how many
+        the draft model of with_draft proposes, 1 to 64, by default 4. timeout: most seconds. on_prefill:
+        a function that gets the tokens of the prompt done and in all while it is read; what it raises
+        ends the generation and goes to sys.unraisablehook.
 
         One of json_schema (a dict, its text or a pydantic model class), regex, grammar (llguidance's
         Lark) and choice is what the text must look like. tools: what the model may ask its caller to
@@ -209,6 +217,10 @@ class Model:
         tools: Sequence[Mapping[str, Any]] | None = None,
         tool_choice: Literal["auto", "none", "required"] | Mapping[str, Any] | None = None,
         tool_format: Literal["hermes", "qwen_agent"] | None = None,
+        prompt_lookup: int | None = None,
+        draft_tokens: int | None = None,
+        timeout: float | None = None,
+        on_prefill: Callable[[int, int], object] | None = None,
     ) -> TokenStream:
         """Answers a prompt piece by piece; nothing is computed before the first piece is asked for.
         Options as in generate.
@@ -237,6 +249,10 @@ class Model:
         tools: Sequence[Mapping[str, Any]] | None = None,
         tool_choice: Literal["auto", "none", "required"] | Mapping[str, Any] | None = None,
         tool_format: Literal["hermes", "qwen_agent"] | None = None,
+        prompt_lookup: int | None = None,
+        draft_tokens: int | None = None,
+        timeout: float | None = None,
+        on_prefill: Callable[[int, int], object] | None = None,
     ) -> Generation:
         """Answers a conversation; with stream=True piece by piece. Options as in generate."""
 
@@ -263,6 +279,10 @@ class Model:
         tools: Sequence[Mapping[str, Any]] | None = None,
         tool_choice: Literal["auto", "none", "required"] | Mapping[str, Any] | None = None,
         tool_format: Literal["hermes", "qwen_agent"] | None = None,
+        prompt_lookup: int | None = None,
+        draft_tokens: int | None = None,
+        timeout: float | None = None,
+        on_prefill: Callable[[int, int], object] | None = None,
     ) -> TokenStream: ...
     @overload
     def chat(
@@ -287,6 +307,10 @@ class Model:
         tools: Sequence[Mapping[str, Any]] | None = None,
         tool_choice: Literal["auto", "none", "required"] | Mapping[str, Any] | None = None,
         tool_format: Literal["hermes", "qwen_agent"] | None = None,
+        prompt_lookup: int | None = None,
+        draft_tokens: int | None = None,
+        timeout: float | None = None,
+        on_prefill: Callable[[int, int], object] | None = None,
     ) -> Generation | TokenStream: ...
     @overload
     def generate_batch(
@@ -311,6 +335,10 @@ class Model:
         tools: Sequence[Mapping[str, Any]] | None = None,
         tool_choice: Literal["auto", "none", "required"] | Mapping[str, Any] | None = None,
         tool_format: Literal["hermes", "qwen_agent"] | None = None,
+        prompt_lookup: int | None = None,
+        draft_tokens: int | None = None,
+        timeout: float | None = None,
+        on_prefill: Callable[[int, int], object] | None = None,
     ) -> list[Generation]:
         """Answers several prompts, in order. The first failure is raised once all have run; with
         return_exceptions=True failures stand in the list instead. Options as in generate.
@@ -339,9 +367,24 @@ class Model:
         tools: Sequence[Mapping[str, Any]] | None = None,
         tool_choice: Literal["auto", "none", "required"] | Mapping[str, Any] | None = None,
         tool_format: Literal["hermes", "qwen_agent"] | None = None,
+        prompt_lookup: int | None = None,
+        draft_tokens: int | None = None,
+        timeout: float | None = None,
+        on_prefill: Callable[[int, int], object] | None = None,
     ) -> list[Generation | Qwen2Error]: ...
     def session(self) -> Session:
         """A conversation that keeps its cache between turns."""
+
+    def open_session(self, path: str | os.PathLike[str]) -> Session:
+        """A session that Session.save wrote, with its cache: nothing of it is read again. A file that is
+        damaged, or of another model or of other settings, raises InvalidFileError.
+        """
+
+    def with_draft(self, draft: Model) -> Model:
+        """This model with draft, a smaller one of the same vocabulary, which proposes tokens; several are
+        checked in one step, and the tokens stay those of this model alone. Both share their weights
+        with the new one.
+        """
 
     def logits(self, tokens: Sequence[int] | npt.NDArray[np.integer[Any]]) -> npt.NDArray[np.float32]:
         """The logits of every token of a sequence: float32, [n_tokens, vocab_size]."""
@@ -444,6 +487,10 @@ class Session:
         tools: Sequence[Mapping[str, Any]] | None = None,
         tool_choice: Literal["auto", "none", "required"] | Mapping[str, Any] | None = None,
         tool_format: Literal["hermes", "qwen_agent"] | None = None,
+        prompt_lookup: int | None = None,
+        draft_tokens: int | None = None,
+        timeout: float | None = None,
+        on_prefill: Callable[[int, int], object] | None = None,
     ) -> Generation:
         """Answers what was appended; the answer becomes part of the conversation."""
 
@@ -467,6 +514,10 @@ class Session:
         tools: Sequence[Mapping[str, Any]] | None = None,
         tool_choice: Literal["auto", "none", "required"] | Mapping[str, Any] | None = None,
         tool_format: Literal["hermes", "qwen_agent"] | None = None,
+        prompt_lookup: int | None = None,
+        draft_tokens: int | None = None,
+        timeout: float | None = None,
+        on_prefill: Callable[[int, int], object] | None = None,
     ) -> TokenStream:
         """As generate, piece by piece. What was generated when the stream ends or is closed becomes
         part of the conversation.
@@ -478,6 +529,27 @@ class Session:
     def truncate(self, n_tokens: int) -> None:
         """Forgets all but the first n_tokens tokens; messages can no longer be appended then, unless
         everything was forgotten.
+        """
+
+    def rollback(self, n_messages: int) -> None:
+        """Takes back the last n_messages messages, answers of the model included; after one of them the
+        model may answer anew.
+        """
+
+    def shift(self, keep_first: int, n_tokens: int) -> None:
+        """Makes room in a session of text: forgets n_tokens tokens behind the first keep_first. What
+        stands behind them is read again at the next generation. Nothing is ever forgotten unless it is
+        asked for.
+        """
+
+    def shift_messages(self, keep_first: int, n_messages: int) -> None:
+        """Makes room in a conversation: forgets n_messages messages behind the first keep_first, such as
+        1 for a system prompt.
+        """
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the conversation and its cache to a file, which replaces one of this name; the file is
+        complete or not there. Model.open_session reads it.
         """
 
     @property
@@ -629,8 +701,7 @@ class Generation:
     def tool_calls(self) -> list[ToolCall]:
         """Calls of tools that the model asks for, in its order."""
 
-    @property
-    def finish_reason(self) -> Literal["stop", "length", "tool_calls", "cancelled"]:
+    def finish_reason(self) -> Literal["stop", "length", "tool_calls", "cancelled", "timeout"]:
         """Why it ended."""
 
     @property
@@ -682,6 +753,14 @@ class Usage:
     @property
     def completion_tokens(self) -> int:
         """New tokens."""
+
+    @property
+    def draft_tokens(self) -> int:
+        """Tokens that were proposed by the draft model or by prompt lookup."""
+
+    @property
+    def accepted_tokens(self) -> int:
+        """Those of them that the model chose, too; over draft_tokens this is the acceptance rate."""
 
 @final
 class Timings:

@@ -43,6 +43,7 @@ LONG = {
     "the reading of a long prompt": ("model.generate(tokens, temperature=0, ignore_eos=True)", ""),
     "the reading of a stream's prompt": ("next(model.stream(tokens, temperature=0, ignore_eos=True))", ""),
     "stream": ("stream()", "print(kept.finish().finish_reason)"),
+    "the scores of a long text": ("model.score(tokens)", ""),
     "a batch": ("model.generate_batch([[1, 2, 3]] * 50, temperature=0, ignore_eos=True)", ""),
     "a session": (
         "session.generate(temperature=0, ignore_eos=True)",

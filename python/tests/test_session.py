@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
-from conftest import COUNTING, QUESTION
-from qwen2_rs import ContextOverflowError, InvalidArgumentError, Model
+from conftest import COUNTING, QUESTION, fixture_directory
+from qwen2_rs import ContextOverflowError, InvalidArgumentError, InvalidFileError, Model
 
 
 def test_a_conversation_equals_the_chat_of_its_messages(demo: Model) -> None:
@@ -134,3 +135,53 @@ def test_a_failed_append_changes_nothing(demo: Model) -> None:
     with pytest.raises(InvalidArgumentError):
         session.append([10**6])
     assert session.tokens == [1, 2]
+
+
+def test_a_rollback_lets_the_model_answer_anew(demo: Model) -> None:
+    session = demo.session()
+    session.append(QUESTION)
+    first = session.generate(temperature=0)
+    session.append(COUNTING)
+    session.generate(temperature=0)
+    session.rollback(3)
+    assert session.messages == QUESTION
+    again = session.generate(temperature=0)
+    assert again.text == first.text
+    assert again.usage.cached_tokens > 0
+    with pytest.raises(InvalidArgumentError, match="session has fewer messages"):
+        session.rollback(3)
+
+
+def test_a_shift_forgets_the_middle(demo: Model) -> None:
+    session = demo.session()
+    session.append([*QUESTION, {"role": "assistant", "content": "42"}, *COUNTING])
+    session.shift_messages(0, 2)
+    assert session.messages == COUNTING
+    assert session.generate(temperature=0).text == demo.chat(COUNTING, temperature=0).text
+    tokens = demo.session()
+    tokens.append([5, 6, 7, 8, 9])
+    tokens.shift(1, 2)
+    assert tokens.tokens == [5, 8, 9]
+    with pytest.raises(InvalidArgumentError, match="session is shorter"):
+        tokens.shift(2, 2)
+
+
+def test_a_session_comes_back_from_its_file(demo: Model, tmp_path: Path) -> None:
+    session = demo.session()
+    session.append(QUESTION)
+    session.generate(temperature=0)
+    session.append(COUNTING)
+    session.save(tmp_path / "a.session")
+    restored = demo.open_session(str(tmp_path / "a.session"))
+    assert restored.messages == session.messages
+    want, got = session.generate(temperature=0), restored.generate(temperature=0)
+    assert (got.text, got.usage.cached_tokens) == (want.text, want.usage.cached_tokens)
+    data = bytearray((tmp_path / "a.session").read_bytes())
+    data[len(data) // 2] ^= 1
+    (tmp_path / "a.session").write_bytes(data)
+    with pytest.raises(InvalidFileError, match="session file is damaged"):
+        demo.open_session(tmp_path / "a.session")
+    other = Model.load(fixture_directory("tied"), device="cpu")
+    session.save(tmp_path / "b.session")
+    with pytest.raises(InvalidFileError, match="session is of another model"):
+        other.open_session(tmp_path / "b.session")

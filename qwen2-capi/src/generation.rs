@@ -15,6 +15,8 @@ pub const QWEN2_FINISH_LENGTH: i32 = 2;
 pub const QWEN2_FINISH_TOOL_CALLS: i32 = 3;
 /// The caller cancelled; the text so far is kept.
 pub const QWEN2_FINISH_CANCELLED: i32 = 4;
+/// The timeout passed; the text so far is kept.
+pub const QWEN2_FINISH_TIMEOUT: i32 = 5;
 
 /// No stop: the generation ended for another reason.
 pub const QWEN2_STOP_MATCH_NONE: i32 = 0;
@@ -102,6 +104,7 @@ pub unsafe extern "C" fn qwen2_generation_finish_reason(
             FinishReason::Length => QWEN2_FINISH_LENGTH,
             FinishReason::ToolCalls => QWEN2_FINISH_TOOL_CALLS,
             FinishReason::Cancelled => QWEN2_FINISH_CANCELLED,
+            FinishReason::Timeout => QWEN2_FINISH_TIMEOUT,
             _ => 0,
         }
     })
@@ -180,6 +183,24 @@ pub unsafe extern "C" fn qwen2_generation_completion_tokens(
 ) -> u64 {
     fence::read(generation, 0, |generation| {
         generation.result.usage.completion_tokens as u64
+    })
+}
+
+/// Tokens that were proposed by the draft model or by prompt lookup.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn qwen2_generation_draft_tokens(generation: *const qwen2_generation) -> u64 {
+    fence::read(generation, 0, |generation| {
+        generation.result.usage.draft_tokens as u64
+    })
+}
+
+/// Those of them that the model chose, too; over the number of all this is the acceptance rate.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn qwen2_generation_accepted_tokens(
+    generation: *const qwen2_generation,
+) -> u64 {
+    fence::read(generation, 0, |generation| {
+        generation.result.usage.accepted_tokens as u64
     })
 }
 

@@ -3,14 +3,14 @@
 use std::ffi::{CString, c_char};
 use std::sync::OnceLock;
 
-use qwen2_core::Model;
+use qwen2_core::{CancelToken, Model};
 use serde_json::Value;
 
 use crate::error::{QWEN2_OK, qwen2_error, qwen2_status};
-use crate::fence::{self, Handle};
+use crate::fence::{self, Handle, Outcome};
 use crate::generation::qwen2_generation;
 use crate::load::qwen2_load_options;
-use crate::options::{or_default, qwen2_options};
+use crate::options::{or_default, qwen2_cancel, qwen2_options};
 use crate::prompt::qwen2_prompt;
 use crate::values::{c_string, show};
 
@@ -89,6 +89,24 @@ pub unsafe extern "C" fn qwen2_model_clone(model: *const qwen2_model) -> *mut qw
     })
 }
 
+/// A handle to `model` with `draft`, a smaller model of the same vocabulary, which proposes tokens; several
+/// are checked in one step, and the tokens stay those of `model` alone. Both handles stay usable, and are
+/// freed on their own. `*out` is freed with `qwen2_model_free`.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn qwen2_model_with_draft(
+    model: *const qwen2_model,
+    draft: *const qwen2_model,
+    out: *mut *mut qwen2_model,
+    error: *mut *mut qwen2_error,
+) -> qwen2_status {
+    fence::entry(error, || {
+        let out = fence::out(out, "out")?;
+        let (model, draft) = (fence::borrow(model)?, fence::borrow(draft)?);
+        let both = model.model.with_draft(&draft.model)?;
+        Ok(out.set(fence::give(qwen2_model::from(both))))
+    })
+}
+
 /// Answers a prompt. `options` may be NULL: as the checkpoint says. `*out` is freed with
 /// `qwen2_generation_free`.
 #[unsafe(no_mangle)]
@@ -142,13 +160,60 @@ pub unsafe extern "C" fn qwen2_model_score(
         let computed = model
             .model
             .score(fence::slice(tokens, n_tokens, "tokens")?)?;
-        if !computed.is_empty() {
-            fence::out(scores, "scores")?;
-            // SAFETY: not NULL, and the caller promises room for one number less than tokens.
-            unsafe { scores.copy_from_nonoverlapping(computed.as_ptr(), computed.len()) };
-        }
-        Ok(QWEN2_OK)
+        give_scores(&computed, scores)
     })
+}
+
+/// As `qwen2_model_logits`, until `cancel` (may be NULL) ends it with `QWEN2_ERROR_CANCELLED`.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn qwen2_model_logits_with(
+    model: *const qwen2_model,
+    tokens: *const u32,
+    n_tokens: usize,
+    cancel: *const qwen2_cancel,
+    out: *mut *mut qwen2_logits,
+    error: *mut *mut qwen2_error,
+) -> qwen2_status {
+    fence::entry(error, || {
+        let out = fence::out(out, "out")?;
+        let model = fence::borrow(model)?;
+        let tokens = fence::slice(tokens, n_tokens, "tokens")?;
+        let logits = model.model.logits_with(tokens, &or_off(cancel)?)?;
+        Ok(out.set(fence::give(qwen2_logits(logits))))
+    })
+}
+
+/// As `qwen2_model_score`, until `cancel` (may be NULL) ends it with `QWEN2_ERROR_CANCELLED`.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn qwen2_model_score_with(
+    model: *const qwen2_model,
+    tokens: *const u32,
+    n_tokens: usize,
+    cancel: *const qwen2_cancel,
+    scores: *mut f32,
+    error: *mut *mut qwen2_error,
+) -> qwen2_status {
+    fence::entry(error, || {
+        let model = fence::borrow(model)?;
+        let tokens = fence::slice(tokens, n_tokens, "tokens")?;
+        give_scores(&model.model.score_with(tokens, &or_off(cancel)?)?, scores)
+    })
+}
+
+/// Copies scores to the caller's array.
+unsafe fn give_scores(computed: &[f32], scores: *mut f32) -> Outcome<qwen2_status> {
+    if !computed.is_empty() {
+        fence::out(scores, "scores")?;
+        // SAFETY: not NULL, and the caller promises room for one number less than tokens.
+        unsafe { scores.copy_from_nonoverlapping(computed.as_ptr(), computed.len()) };
+    }
+    Ok(QWEN2_OK)
+}
+
+/// The switch behind a handle; NULL stands for one that stays off.
+unsafe fn or_off(cancel: *const qwen2_cancel) -> Outcome<CancelToken> {
+    let cancel = fence::borrow_optional(cancel)?;
+    Ok(cancel.map(|cancel| cancel.0.clone()).unwrap_or_default())
 }
 
 /// The logits, row-major: one row for each token, one column for each id of the vocabulary; the

@@ -1,8 +1,9 @@
 //! Settings of one generation, and the switch that ends it.
 
-use std::ffi::c_char;
+use std::ffi::{c_char, c_void};
+use std::ops::ControlFlow;
 
-use qwen2_core::{CancelToken, GenerateOptions};
+use qwen2_core::{CancelToken, GenerateOptions, OnPrefill, PrefillProgress};
 
 use crate::error::{QWEN2_OK, qwen2_error, qwen2_status};
 use crate::fence::{self, Handle, Outcome};
@@ -156,6 +157,81 @@ pub unsafe extern "C" fn qwen2_options_add_stop_token_id(options: *mut qwen2_opt
     set(options, |options| options.stop_token_ids.push(token));
 }
 
+/// Proposes `n_tokens` tokens at a time, 1 to 64, by looking up what followed the last ones where they
+/// stood before, in place of a draft model: several are checked in one step. The tokens stay the same;
+/// answers that repeat their prompt come faster. Default: off.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn qwen2_options_set_prompt_lookup(
+    options: *mut qwen2_options,
+    n_tokens: usize,
+) {
+    set(options, |options| options.prompt_lookup = Some(n_tokens));
+}
+
+/// How many tokens the draft model of `qwen2_model_with_draft` proposes at a time, 1 to 64. Default: 4;
+/// only for a model that has one.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn qwen2_options_set_draft_tokens(
+    options: *mut qwen2_options,
+    n_tokens: usize,
+) {
+    set(options, |options| options.draft_tokens = Some(n_tokens));
+}
+
+/// Most seconds that a generation takes, from the call that starts it, above 0; it then has the finish
+/// reason TIMEOUT and keeps its text. Default: no limit.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn qwen2_options_set_timeout(options: *mut qwen2_options, seconds: f64) {
+    set(options, |options| options.timeout = Some(seconds));
+}
+
+/// Called while a prompt is read, after every layer of every chunk, with the tokens done, those that were
+/// in the cache included, and in all; the last time both are equal. It is called on the thread that is
+/// in `qwen2_generate`, `qwen2_stream_next` or the like, and only then. Returns 0 to go on; anything else
+/// ends the generation, which then has the finish reason CANCELLED. It must return: no `longjmp`, no C++
+/// exception.
+pub type qwen2_prefill_fn = Option<
+    unsafe extern "C" fn(tokens_done: u64, tokens_total: u64, user_data: *mut c_void) -> i32,
+>;
+
+struct Callback {
+    call: unsafe extern "C" fn(u64, u64, *mut c_void) -> i32,
+    user_data: *mut c_void,
+}
+
+// SAFETY: the core calls it on the threads that called us only; the caller gave `user_data` for those.
+unsafe impl Send for Callback {}
+// SAFETY: as above; a generation is one thread's at a time, and whoever shares the settings among
+// threads shares what they point to.
+unsafe impl Sync for Callback {}
+
+impl Callback {
+    fn run(&self, progress: PrefillProgress) -> ControlFlow<()> {
+        let (done, total) = (progress.tokens_done as u64, progress.tokens_total as u64);
+        // SAFETY: the caller gave a function of this signature, and `user_data` for it.
+        match unsafe { (self.call)(done, total, self.user_data) } {
+            0 => ControlFlow::Continue(()),
+            _ => ControlFlow::Break(()),
+        }
+    }
+}
+
+/// Who hears how far the reading of a prompt is; NULL: nobody, the default. `user_data` is borrowed until
+/// every generation with these settings has ended.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn qwen2_options_set_on_prefill(
+    options: *mut qwen2_options,
+    on_prefill: qwen2_prefill_fn,
+    user_data: *mut c_void,
+) {
+    set(options, |options| {
+        options.on_prefill = on_prefill.map(|call| {
+            let callback = Callback { call, user_data };
+            OnPrefill::new(move |progress| callback.run(progress))
+        });
+    });
+}
+
 /// The switch of the generations made with these settings; shared, not moved: both handles are freed
 /// on their own. NULL takes it away.
 #[unsafe(no_mangle)]
@@ -178,8 +254,8 @@ pub extern "C" fn qwen2_cancel_new() -> *mut qwen2_cancel {
     })
 }
 
-/// Ends every generation that has this switch, after the token it is working on; it then has the
-/// finish reason CANCELLED and keeps its text. From any thread, and from a signal handler: it is one
+/// Ends every generation that has this switch, in the middle of a prompt too; it then has the finish
+/// reason CANCELLED and keeps its text. From any thread, and from a signal handler: it is one
 /// atomic store, and therefore the one function that does not check its handle beyond NULL.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn qwen2_cancel_now(cancel: *const qwen2_cancel) {

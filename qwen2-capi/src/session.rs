@@ -1,5 +1,6 @@
 //! A conversation that keeps its cache between turns.
 
+use std::ffi::c_char;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use qwen2_core::Session;
@@ -165,6 +166,91 @@ pub unsafe extern "C" fn qwen2_session_truncate(
             .session
             .truncate(n_tokens)?;
         Ok(QWEN2_OK)
+    })
+}
+
+/// Takes back the last `n_messages` messages, answers of the model included; after one of them the model may
+/// answer anew. Fails, and changes nothing, if there are fewer.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn qwen2_session_rollback(
+    session: *mut qwen2_session,
+    n_messages: usize,
+    error: *mut *mut qwen2_error,
+) -> qwen2_status {
+    fence::entry(error, || {
+        let shared = &fence::borrow(session)?.0;
+        shared.idle()?.session.rollback(n_messages)?;
+        Ok(QWEN2_OK)
+    })
+}
+
+/// Makes room in a session of text: forgets `n_tokens` tokens behind the first `keep_first`. What stands
+/// behind them is read again at the next generation. Fails, and changes nothing, if there are fewer, and in
+/// a session of messages. Nothing is ever forgotten unless it is asked for.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn qwen2_session_shift(
+    session: *mut qwen2_session,
+    keep_first: usize,
+    n_tokens: usize,
+    error: *mut *mut qwen2_error,
+) -> qwen2_status {
+    fence::entry(error, || {
+        let shared = &fence::borrow(session)?.0;
+        shared.idle()?.session.shift(keep_first, n_tokens)?;
+        Ok(QWEN2_OK)
+    })
+}
+
+/// Makes room in a conversation: forgets `n_messages` messages behind the first `keep_first`, such as 1 for
+/// a system prompt. Fails, and changes nothing, if there are fewer.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn qwen2_session_shift_messages(
+    session: *mut qwen2_session,
+    keep_first: usize,
+    n_messages: usize,
+    error: *mut *mut qwen2_error,
+) -> qwen2_status {
+    fence::entry(error, || {
+        let shared = &fence::borrow(session)?.0;
+        shared
+            .idle()?
+            .session
+            .shift_messages(keep_first, n_messages)?;
+        Ok(QWEN2_OK)
+    })
+}
+
+/// Writes the conversation and its cache to a file, which replaces one of this name; the file is complete
+/// or not there.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn qwen2_session_save(
+    session: *const qwen2_session,
+    path: *const c_char,
+    len: usize,
+    error: *mut *mut qwen2_error,
+) -> qwen2_status {
+    fence::entry(error, || {
+        let path = fence::path(path, len)?;
+        fence::borrow(session)?.0.idle()?.session.save(path)?;
+        Ok(QWEN2_OK)
+    })
+}
+
+/// A session that `qwen2_session_save` wrote, with its cache. A file that is damaged, or of another model or
+/// of other settings, is refused. `*out` is freed with `qwen2_session_free`.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn qwen2_session_open(
+    model: *const qwen2_model,
+    path: *const c_char,
+    len: usize,
+    out: *mut *mut qwen2_session,
+    error: *mut *mut qwen2_error,
+) -> qwen2_status {
+    fence::entry(error, || {
+        let out = fence::out(out, "out")?;
+        let path = fence::path(path, len)?;
+        let session = fence::borrow(model)?.model.open_session(path)?;
+        Ok(out.set(fence::give(qwen2_session(Shared::new(session)))))
     })
 }
 

@@ -154,7 +154,11 @@ impl Model {
     /// the end of the context. temperature: 0 to 100, 0 takes the likeliest token every time. top_k:
     /// at least 1. top_p: above 0 to 1. min_p: 0 to 1. repetition_penalty: above 0, 1 is none. stop:
     /// strings that end the generation and are not part of its text. stop_token_ids: tokens that end
-    /// it. ignore_eos: goes on after the checkpoint's own end tokens.
+    /// it. ignore_eos: goes on after the checkpoint's own end tokens. prompt_lookup: proposes 1 to 64
+    /// tokens at a time by what followed the last ones where they stood before. draft_tokens: how many
+    /// the draft model of with_draft proposes, 1 to 64, by default 4. timeout: most seconds. on_prefill:
+    /// a function that gets the tokens of the prompt done and in all while it is read; what it raises
+    /// ends the generation and goes to sys.unraisablehook.
     #[pyo3(signature = (prompt, **options), text_signature = None)]
     fn generate(
         &self,
@@ -232,6 +236,25 @@ impl Model {
         Ok(Session::new(self.get()?.session()))
     }
 
+    /// A session that Session.save wrote, with its cache: nothing of it is read again. A file that is
+    /// damaged, or of another model or of other settings, raises InvalidFileError.
+    fn open_session(&self, py: Python<'_>, path: PathBuf) -> PyResult<Session> {
+        let model = self.get()?;
+        let session = enter::outside(py, || model.open_session(path).map_err(Failure::from))?;
+        Ok(Session::new(session))
+    }
+
+    /// This model with draft, a smaller one of the same vocabulary, which proposes tokens; several are
+    /// checked in one step, and the tokens stay those of this model alone. Both share their weights
+    /// with the new one.
+    fn with_draft(&self, draft: &Self) -> PyResult<Self> {
+        let both = self.get()?.with_draft(&draft.get()?);
+        Ok(Self {
+            handle: Mutex::new(Some(both.map_err(Failure::from)?)),
+            quantize: self.quantize,
+        })
+    }
+
     /// The logits of every token of a sequence: float32, [n_tokens, vocab_size].
     fn logits<'py>(
         &self,
@@ -239,7 +262,8 @@ impl Model {
         tokens: TokenIds,
     ) -> PyResult<Bound<'py, PyArray2<f32>>> {
         let model = self.get()?;
-        let logits = enter::long(py, &CancelToken::new(), || Ok(model.logits(&tokens.0)?))?;
+        let cancel = CancelToken::new();
+        let logits = enter::long(py, &cancel, || Ok(model.logits_with(&tokens.0, &cancel)?))?;
         PyArray1::from_vec(py, logits.values).reshape([logits.n_tokens, logits.vocab_size])
     }
 
@@ -247,7 +271,8 @@ impl Model {
     /// result is one shorter than tokens.
     fn score<'py>(&self, py: Python<'py>, tokens: TokenIds) -> PyResult<Bound<'py, PyArray1<f32>>> {
         let model = self.get()?;
-        let scores = enter::long(py, &CancelToken::new(), || Ok(model.score(&tokens.0)?))?;
+        let cancel = CancelToken::new();
+        let scores = enter::long(py, &cancel, || Ok(model.score_with(&tokens.0, &cancel)?))?;
         Ok(PyArray1::from_vec(py, scores))
     }
 

@@ -1,9 +1,11 @@
 //! The options of a generation: the one place that knows their names in Python.
 
+use std::ops::ControlFlow;
+
 use pyo3::exceptions::PyTypeError;
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
-use qwen2_core::GenerateOptions;
+use qwen2_core::{GenerateOptions, OnPrefill};
 
 use crate::arguments::{TokenIds, Whole};
 use crate::constraint;
@@ -17,7 +19,8 @@ macro_rules! signature {
             "max_new_tokens=None, temperature=None, top_k=None, top_p=None, min_p=None, ",
             "repetition_penalty=None, seed=None, stop=None, stop_token_ids=None, ignore_eos=False, ",
             "json_schema=None, regex=None, grammar=None, choice=None, ",
-            "tools=None, tool_choice=None, tool_format=None",
+            "tools=None, tool_choice=None, tool_format=None, ",
+            "prompt_lookup=None, draft_tokens=None, timeout=None, on_prefill=None",
             ")\n--\n"
         )
     };
@@ -65,6 +68,10 @@ fn set(
         "tools" => options.tools = constraint::tools(name, value)?,
         "tool_choice" => options.tool_choice = constraint::tool_choice(name, value)?,
         "tool_format" => options.tool_format = constraint::tool_format(name, value)?,
+        "prompt_lookup" => options.prompt_lookup = whole(name, value, "1 to 64")?,
+        "draft_tokens" => options.draft_tokens = whole(name, value, "1 to 64")?,
+        "timeout" => options.timeout = extract(name, value)?,
+        "on_prefill" => options.on_prefill = on_prefill(value)?,
         _ => {
             return Err(PyTypeError::new_err(format!(
                 "{verb}() got an unexpected keyword argument '{name}'"
@@ -72,6 +79,30 @@ fn set(
         }
     }
     Ok(())
+}
+
+/// A function that gets the tokens done and in all. What it raises ends the generation, and goes where
+/// Python reports what has nobody to catch it: the thread that computes may be none of Python's.
+fn on_prefill(value: &Bound<'_, PyAny>) -> PyResult<Option<OnPrefill>> {
+    if value.is_none() {
+        return Ok(None);
+    }
+    if !value.is_callable() {
+        return Err(PyTypeError::new_err("argument 'on_prefill': not callable"));
+    }
+    let callback = value.clone().unbind();
+    Ok(Some(OnPrefill::new(move |progress| {
+        Python::attach(|py| {
+            let callback = callback.bind(py);
+            match callback.call1((progress.tokens_done, progress.tokens_total)) {
+                Ok(_) => ControlFlow::Continue(()),
+                Err(error) => {
+                    error.write_unraisable(py, Some(callback));
+                    ControlFlow::Break(())
+                }
+            }
+        })
+    })))
 }
 
 /// A value of the type that the option has; a `TypeError` names the option, as for other arguments.

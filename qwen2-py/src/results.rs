@@ -48,7 +48,7 @@ pub(crate) struct Generation {
     tokens: Vec<u32>,
     /// Calls of tools that the model asks for.
     tool_calls: Vec<ToolCall>,
-    /// Why it ended: stop, length, tool_calls or cancelled.
+    /// Why it ended: stop, length, tool_calls, cancelled or timeout.
     finish_reason: &'static str,
     /// What it ended at, if finish_reason is stop.
     stop_match: Option<Py<StopMatch>>,
@@ -180,14 +180,22 @@ pub(crate) struct Usage {
     cached_tokens: usize,
     /// New tokens.
     completion_tokens: usize,
+    /// Tokens that were proposed by the draft model or by prompt lookup.
+    draft_tokens: usize,
+    /// Those of them that the model chose, too; over draft_tokens this is the acceptance rate.
+    accepted_tokens: usize,
 }
 
 #[pymethods]
 impl Usage {
     fn __repr__(&self) -> String {
         format!(
-            "Usage(prompt_tokens={}, cached_tokens={}, completion_tokens={})",
-            self.prompt_tokens, self.cached_tokens, self.completion_tokens
+            "Usage(prompt_tokens={}, cached_tokens={}, completion_tokens={}, draft_tokens={}, accepted_tokens={})",
+            self.prompt_tokens,
+            self.cached_tokens,
+            self.completion_tokens,
+            self.draft_tokens,
+            self.accepted_tokens
         )
     }
 }
@@ -198,6 +206,8 @@ impl From<qwen2_core::Usage> for Usage {
             prompt_tokens: usage.prompt_tokens,
             cached_tokens: usage.cached_tokens,
             completion_tokens: usage.completion_tokens,
+            draft_tokens: usage.draft_tokens,
+            accepted_tokens: usage.accepted_tokens,
         }
     }
 }

@@ -1,5 +1,6 @@
 //! A conversation that keeps its cache between turns.
 
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use pyo3::prelude::*;
@@ -150,6 +151,35 @@ impl Session {
     fn truncate(&self, py: Python<'_>, n_tokens: Whole) -> PyResult<()> {
         let n_tokens = n_tokens.count("n_tokens")?;
         self.with(py, |session| session.truncate(n_tokens))
+    }
+
+    /// Takes back the last n_messages messages, answers of the model included; after one of them the
+    /// model may answer anew.
+    fn rollback(&self, py: Python<'_>, n_messages: Whole) -> PyResult<()> {
+        let n_messages = n_messages.count("n_messages")?;
+        self.with(py, |session| session.rollback(n_messages))
+    }
+
+    /// Makes room in a session of text: forgets n_tokens tokens behind the first keep_first. What
+    /// stands behind them is read again at the next generation. Nothing is ever forgotten unless it is
+    /// asked for.
+    fn shift(&self, py: Python<'_>, keep_first: Whole, n_tokens: Whole) -> PyResult<()> {
+        let (keep, n) = (keep_first.count("keep_first")?, n_tokens.count("n_tokens")?);
+        self.with(py, |session| session.shift(keep, n))
+    }
+
+    /// Makes room in a conversation: forgets n_messages messages behind the first keep_first, such as
+    /// 1 for a system prompt.
+    fn shift_messages(&self, py: Python<'_>, keep_first: Whole, n_messages: Whole) -> PyResult<()> {
+        let keep = keep_first.count("keep_first")?;
+        let n = n_messages.count("n_messages")?;
+        self.with(py, |session| session.shift_messages(keep, n))
+    }
+
+    /// Writes the conversation and its cache to a file, which replaces one of this name; the file is
+    /// complete or not there. Model.open_session reads it.
+    fn save(&self, py: Python<'_>, path: PathBuf) -> PyResult<()> {
+        self.with(py, |session| session.save(path))
     }
 
     /// Everything said so far, as tokens.

@@ -454,6 +454,144 @@ static void threads_share_a_model(const qwen2_model *model) {
     CHECK(strcmp(jobs[0].text, jobs[1].text) == 0 && strcmp(jobs[1].text, jobs[2].text) == 0);
 }
 
+static int32_t on_prefill(uint64_t done, uint64_t total, void *user_data) {
+    return on_progress(done, total, user_data);
+}
+
+/* Proposals, timeouts, and what a prompt tells while it is read. */
+static void speculating(const qwen2_model *model) {
+    qwen2_error *error = NULL;
+    qwen2_model *both = NULL;
+    OK(qwen2_model_with_draft(model, model, &both, &error));
+    qwen2_prompt *prompt = message("Hi there");
+    qwen2_options *options = greedy(20);
+    qwen2_generation *plain = NULL, *fast = NULL;
+    OK(qwen2_generate(model, prompt, options, &plain, &error));
+    OK(qwen2_generate(both, prompt, options, &fast, &error));
+    size_t n = 0, m = 0;
+    const uint32_t *want = qwen2_generation_tokens(plain, &n), *got = qwen2_generation_tokens(fast, &m);
+    CHECK(n == m && memcmp(want, got, n * sizeof *want) == 0);
+    CHECK(qwen2_generation_draft_tokens(plain) == 0);
+    CHECK(qwen2_generation_draft_tokens(fast) > 10);
+    CHECK(qwen2_generation_accepted_tokens(fast) == qwen2_generation_draft_tokens(fast));
+    qwen2_generation_free(fast);
+    fast = NULL;
+    qwen2_options_set_prompt_lookup(options, 4);
+    OK(qwen2_generate(model, prompt, options, &fast, &error));
+    got = qwen2_generation_tokens(fast, &m);
+    CHECK(n == m && memcmp(want, got, n * sizeof *want) == 0);
+    qwen2_generation_free(fast);
+    qwen2_generation_free(plain);
+    plain = fast = NULL;
+    qwen2_options_set_prompt_lookup(options, 65);
+    FAILS(qwen2_generate(model, prompt, options, &plain, &error), QWEN2_ERROR_INVALID_ARGUMENT,
+          "option out of range: prompt_lookup: expected 1 to 64, found 65");
+    qwen2_options_free(options);
+
+    options = greedy(20);
+    qwen2_options_set_draft_tokens(options, 3);
+    FAILS(qwen2_generate(model, prompt, options, &plain, &error), QWEN2_ERROR_INVALID_ARGUMENT,
+          "model has no draft model: draft_tokens");
+    qwen2_options_set_timeout(options, 1e-9);
+    OK(qwen2_generate(both, prompt, options, &plain, &error));
+    CHECK(qwen2_generation_finish_reason(plain) == QWEN2_FINISH_TIMEOUT);
+    CHECK(qwen2_generation_completion_tokens(plain) == 0);
+    qwen2_generation_free(plain);
+    plain = NULL;
+    qwen2_options_free(options);
+
+    options = greedy(2);
+    Loading reading = {0, 0, 0, 0};
+    qwen2_options_set_on_prefill(options, on_prefill, &reading);
+    OK(qwen2_generate(model, prompt, options, &plain, &error));
+    CHECK(reading.calls > 1 && reading.done == reading.total);
+    CHECK(reading.total == qwen2_generation_prompt_tokens(plain));
+    qwen2_generation_free(plain);
+    plain = NULL;
+    /* After the first layer it is told to stop: nothing more is computed. */
+    reading.calls = 0;
+    reading.stop_at = 1;
+    OK(qwen2_generate(model, prompt, options, &plain, &error));
+    CHECK(reading.calls == 1 && qwen2_generation_finish_reason(plain) == QWEN2_FINISH_CANCELLED);
+    qwen2_generation_free(plain);
+
+    qwen2_cancel *cancel = qwen2_cancel_new();
+    const uint32_t tokens[3] = {5, 6, 7};
+    float scores[2] = {9, 9}, same[2] = {0, 0};
+    qwen2_logits *logits = NULL;
+    OK(qwen2_model_score_with(model, tokens, 3, NULL, scores, &error));
+    OK(qwen2_model_score(model, tokens, 3, same, &error));
+    CHECK(scores[0] == same[0] && scores[1] == same[1] && scores[0] < 0);
+    qwen2_cancel_now(cancel);
+    CHECK(qwen2_model_score_with(model, tokens, 3, cancel, scores, NULL) == QWEN2_ERROR_CANCELLED);
+    CHECK(qwen2_model_logits_with(model, tokens, 3, cancel, &logits, NULL) == QWEN2_ERROR_CANCELLED);
+    CHECK(logits == NULL);
+    qwen2_cancel_free(cancel);
+    qwen2_options_free(options);
+    qwen2_prompt_free(prompt);
+    qwen2_model_free(both);
+}
+
+static size_t length(const qwen2_session *session) {
+    qwen2_error *error = NULL;
+    qwen2_tokens *tokens = NULL;
+    OK(qwen2_session_tokens(session, &tokens, &error));
+    size_t n = 0;
+    qwen2_tokens_data(tokens, &n);
+    qwen2_tokens_free(tokens);
+    return n;
+}
+
+/* What a session forgets on demand, and how it outlives the process. */
+static void sessions_that_forget_and_last(const qwen2_model *model) {
+    qwen2_error *error = NULL;
+    qwen2_session *session = NULL, *restored = NULL;
+    qwen2_options *options = greedy(4);
+    qwen2_prompt *first = message("Hi"), *second = message("And?");
+    qwen2_generation *answer = NULL;
+    OK(qwen2_session_new(model, &session, &error));
+    OK(qwen2_session_append(session, first, &error));
+    const size_t asked = length(session);
+    OK(qwen2_session_generate(session, options, &answer, &error));
+    qwen2_generation_free(answer);
+    OK(qwen2_session_rollback(session, 1, &error));
+    CHECK(length(session) == asked);
+    FAILS(qwen2_session_rollback(session, 2, &error), QWEN2_ERROR_INVALID_ARGUMENT,
+          "session has fewer messages: n_messages: 2, the session has 1");
+    FAILS(qwen2_session_shift(session, 0, 1, &error), QWEN2_ERROR_INVALID_ARGUMENT,
+          "session holds messages: session: their turns would be cut");
+    OK(qwen2_session_generate(session, options, &answer, &error));
+    qwen2_generation_free(answer);
+    OK(qwen2_session_append(session, second, &error));
+    OK(qwen2_session_shift_messages(session, 0, 2, &error));
+    OK(qwen2_session_generate(session, options, &answer, &error));
+    qwen2_generation_free(answer);
+
+    char path[64];
+    snprintf(path, sizeof path, "/tmp/qwen2-smoke-%p.session", (void *)session);
+    OK(qwen2_session_save(session, path, NUL, &error));
+    OK(qwen2_session_open(model, path, NUL, &restored, &error));
+    CHECK(length(restored) == length(session));
+    OK(qwen2_session_generate(restored, options, &answer, &error));
+    CHECK(qwen2_generation_cached_tokens(answer) + 1 == length(session));
+    qwen2_generation_free(answer);
+    qwen2_session_free(restored);
+    restored = NULL;
+    FILE *file = fopen(path, "ab");
+    CHECK(file != NULL && fputc(0, file) == 0 && fclose(file) == 0);
+    CHECK(qwen2_session_open(model, path, NUL, &restored, NULL) == QWEN2_ERROR_INVALID_FILE);
+    CHECK(restored == NULL && remove(path) == 0);
+    CHECK(qwen2_session_open(model, path, NUL, &restored, NULL) == QWEN2_ERROR_NOT_FOUND);
+
+    OK(qwen2_session_truncate(session, 9, &error));
+    OK(qwen2_session_shift(session, 2, 3, &error));
+    CHECK(length(session) == 6);
+    qwen2_session_free(session);
+    qwen2_prompt_free(first);
+    qwen2_prompt_free(second);
+    qwen2_options_free(options);
+}
+
 static void sessions(const qwen2_model *model) {
     qwen2_error *error = NULL;
     qwen2_session *session = NULL, *fork = NULL;
@@ -652,7 +790,9 @@ int main(int argc, char **argv) {
     generations(model);
     cancelling(model);
     threads_share_a_model(model);
+    speculating(model);
     sessions(model);
+    sessions_that_forget_and_last(model);
     logits(model);
     a_thousand_times(argv[1], model);
     logging(argv[1]);
