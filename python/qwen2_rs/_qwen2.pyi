@@ -701,6 +701,7 @@ class Generation:
     def tool_calls(self) -> list[ToolCall]:
         """Calls of tools that the model asks for, in its order."""
 
+    @property
     def finish_reason(self) -> Literal["stop", "length", "tool_calls", "cancelled", "timeout"]:
         """Why it ended."""
 
