@@ -19,6 +19,7 @@ pub use long_context::{DualChunkAttention, LongContext};
 
 use crate::error::{Error, ErrorKind, Result};
 use read::MAX_CONTEXT;
+pub(crate) use read::MAX_LAYERS;
 
 /// The architecture of a checkpoint, under the names of its `config.json`.
 ///
@@ -105,7 +106,7 @@ pub enum RopeScaling {
 #[non_exhaustive]
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct MoeConfig {
-    /// Routed experts of a layer, at most 1024.
+    /// Routed experts of a layer, at most 1024, and 4096 in all layers.
     pub num_experts: usize,
     /// Experts that each token visits.
     pub num_experts_per_tok: usize,

@@ -142,3 +142,27 @@ fn settings_of_zero_are_refused_by_name() {
     let key = refused(builder(fixture("tied")).threads(0));
     assert_eq!(key.as_deref(), Some("threads"));
 }
+
+#[cfg(unix)]
+#[test]
+fn a_tokenizer_outside_of_the_models_directory_or_in_a_pipe_is_refused() {
+    let directory = copy("tied");
+    let inside = directory.path().join("tokenizer.json");
+    let outside = tempfile::tempdir().unwrap();
+    fs::copy(&inside, outside.path().join("secret")).unwrap();
+    fs::remove_file(&inside).unwrap();
+    std::os::unix::fs::symlink(outside.path().join("secret"), &inside).unwrap();
+    let error = Model::load(directory.path()).unwrap_err();
+    let refused = (ErrorKind::InvalidFile, Some(inside.as_path()));
+    assert_eq!((error.kind(), error.path()), refused, "{error}");
+    fs::remove_file(&inside).unwrap();
+    let made = std::process::Command::new("mkfifo").arg(&inside).status();
+    assert!(made.unwrap().success());
+    for error in [
+        Model::load(directory.path()).unwrap_err(),
+        Tokenizer::load(directory.path()).unwrap_err(),
+    ] {
+        assert_eq!((error.kind(), error.path()), refused, "{error}");
+        assert!(error.to_string().contains("not a regular file"), "{error}");
+    }
+}

@@ -30,7 +30,9 @@ impl Tokenizer {
     /// The tokenizer of an opened checkpoint.
     pub(super) fn of_checkpoint(checkpoint: &Checkpoint) -> Result<Self> {
         match checkpoint.embedded() {
-            None => Self::from_files(checkpoint.path()),
+            None => Self::from_reader(checkpoint.path().join("tokenizer.json"), &|name| {
+                checkpoint.companion(name)
+            }),
             Some(files) => Self::from_bytes(
                 &files.tokenizer,
                 Some(&files.tokenizer_config),

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use regex::Regex;
+use regex::bytes::{Regex, RegexBuilder};
 use serde_json::{Map, Value};
 
 use super::Encoding;
@@ -11,7 +11,7 @@ use super::directory::Directory;
 use super::mmap;
 use super::safetensors::{self, Extra};
 use super::source::adapter_directory;
-use crate::config::{DType, one_line};
+use crate::config::{DType, json_why, one_line};
 use crate::error::{Error, ErrorKind, Result};
 
 const CONFIG: &str = "adapter_config.json";
@@ -19,6 +19,10 @@ const WEIGHTS: &str = "adapter_model.safetensors";
 /// What PEFT puts in front of a module's name.
 const PREFIX: &str = "base_model.model.";
 const MAX_CONFIG: u64 = 16 << 20;
+/// The 57B model has some 5500 matrices.
+const MAX_PATTERNS: usize = 1 << 14;
+/// Bytes of a compiled pattern.
+const MAX_PATTERN_SIZE: usize = 1 << 18;
 
 /// An adapter, by the names of the matrices that it changes.
 #[derive(Debug)]
@@ -63,53 +67,14 @@ impl Adapter {
                 .with_path(shown)
                 .with_help(help));
         };
-        let mapped = mmap::map(&real, &shown)?;
-        let mut halves: BTreeMap<String, [Option<Half>; 2]> = BTreeMap::new();
-        for entry in safetensors::entries(&mapped.bytes, &shown, Extra::Nothing)? {
-            let Some((module, which)) = module(&entry.name) else {
-                return Err(config.unsupported(
-                    "tensor of an adapter is not supported",
-                    &entry.name,
-                    "lora_A and lora_B of projections are read",
-                ));
-            };
-            let &[rows, cols] = entry.shape.as_slice() else {
-                return Err(wrong_shape(
-                    &shown,
-                    &entry.name,
-                    "two dimensions",
-                    &entry.shape,
-                ));
-            };
-            let numbers = numbers(&mapped.bytes[entry.range.clone()], entry.encoding);
-            halves.entry(module).or_default()[which] = Some(Half {
-                name: entry.name,
-                rows,
-                cols,
-                numbers,
-            });
-        }
-        let mut deltas = BTreeMap::new();
-        for (module, halves) in halves {
-            let [Some(down), Some(up)] = halves else {
-                return Err(Error::new(
-                    ErrorKind::InvalidFile,
-                    "half of an adapter's matrix is missing",
-                )
-                .with_path(shown)
-                .with_key(one_line(&module))
-                .with_help("the file is not whole: save the adapter again"));
-            };
-            if up.cols != down.rows || down.rows == 0 {
-                let expected = format!("[outputs, {}]", down.rows);
-                return Err(wrong_shape(
-                    &shown,
-                    &up.name,
-                    &expected,
-                    &[up.rows, up.cols],
-                ));
-            }
-            let scale = config.scale(&module, down.rows)?;
+        let pairs = paired(halves(&real, &shown, &config)?, &shown)?;
+        let ranks = pairs.iter();
+        let ranks = ranks.map(|(module, (down, _))| (module.as_str(), down.rows));
+        let scales = config.scales(&ranks.collect())?;
+        let scales: Vec<f32> = scales.into_values().collect();
+        // Both maps are in the order of the names.
+        let deltas = pairs.into_iter().zip(scales);
+        let deltas = deltas.map(|((module, (down, up)), scale)| {
             let delta = Delta {
                 inputs: down.cols,
                 outputs: up.rows,
@@ -118,13 +83,13 @@ impl Adapter {
                 up: up.numbers,
                 scale,
             };
-            deltas.insert(format!("{module}.weight"), delta);
-        }
+            (format!("{module}.weight"), delta)
+        });
         let base_model = config.fields.get("base_model_name_or_path");
         Ok(Self {
             path: path.to_owned(),
             base_model: base_model.and_then(Value::as_str).map(str::to_owned),
-            deltas,
+            deltas: deltas.collect(),
         })
     }
 
@@ -221,6 +186,67 @@ struct Half {
     numbers: Vec<f32>,
 }
 
+/// `lora_A` and `lora_B` by module.
+type Halves = BTreeMap<String, [Option<Half>; 2]>;
+
+/// The tensors of the file at `real`, `shown` in errors.
+fn halves(real: &Path, shown: &Path, config: &Config) -> Result<Halves> {
+    let mapped = mmap::map(real, shown)?;
+    let mut halves = Halves::new();
+    for entry in safetensors::entries(&mapped.bytes, shown, Extra::Nothing)? {
+        let Some((module, which)) = module(&entry.name) else {
+            return Err(config.unsupported(
+                "tensor of an adapter is not supported",
+                &entry.name,
+                "lora_A and lora_B of projections are read",
+            ));
+        };
+        let &[rows, cols] = entry.shape.as_slice() else {
+            let shape = &entry.shape;
+            return Err(wrong_shape(shown, &entry.name, "two dimensions", shape));
+        };
+        let half = Half {
+            rows,
+            cols,
+            numbers: numbers(&mapped.bytes[entry.range.clone()], entry.encoding),
+            name: entry.name,
+        };
+        if let Some(twice) = halves.entry(module).or_default()[which].replace(half) {
+            return Err(Error::new(ErrorKind::InvalidFile, "tensor is stored twice")
+                .with_path(shown)
+                .with_key(one_line(&twice.name))
+                .with_help("save the adapter again with PEFT"));
+        }
+    }
+    Ok(halves)
+}
+
+/// Both halves of every matrix, of one rank.
+fn paired(halves: Halves, shown: &Path) -> Result<BTreeMap<String, (Half, Half)>> {
+    let mut pairs = BTreeMap::new();
+    for (module, halves) in halves {
+        let [Some(down), Some(up)] = halves else {
+            return Err(Error::new(
+                ErrorKind::InvalidFile,
+                "half of an adapter's matrix is missing",
+            )
+            .with_path(shown)
+            .with_key(one_line(&module))
+            .with_help("the file is not whole: save the adapter again"));
+        };
+        if up.cols != down.rows || down.rows == 0 {
+            let expected = match down.rows {
+                0 => "a rank above 0".to_owned(),
+                rank => format!("[outputs, {rank}]"),
+            };
+            let found = &[up.rows, up.cols];
+            return Err(wrong_shape(shown, &up.name, &expected, found));
+        }
+        pairs.insert(module, (down, up));
+    }
+    Ok(pairs)
+}
+
 /// The module of a tensor, and whether it is `lora_A` (0) or `lora_B` (1).
 fn module(name: &str) -> Option<(String, usize)> {
     let rest = name.strip_prefix(PREFIX)?.strip_suffix(".weight")?;
@@ -273,7 +299,7 @@ impl Config {
         let fields = serde_json::from_slice(&bytes).map_err(|error| {
             Error::new(ErrorKind::InvalidFile, "file is not valid JSON")
                 .with_path(&path)
-                .with_why(error.to_string())
+                .with_why(json_why(&error))
                 .with_source(error)
                 .with_help("save the adapter again with PEFT")
         })?;
@@ -334,44 +360,82 @@ impl Config {
             .with_help("save the adapter again with PEFT")
     }
 
-    /// `lora_alpha / r`, or with `use_rslora` `lora_alpha / √r` (arXiv:2312.03732).
-    fn scale(&self, module: &str, rank: usize) -> Result<f32> {
-        let told = self.number("rank_pattern", "r", module)?;
-        if told != rank as f64 {
-            let why = format!(
-                "{told}, but the tensors of {} have {rank}",
-                one_line(module)
-            );
-            return Err(self.invalid("r", why));
-        }
-        let alpha = self.number("alpha_pattern", "lora_alpha", module)?;
+    /// `lora_alpha / r`, or with `use_rslora` `lora_alpha / √r` (arXiv:2312.03732), of modules with their
+    /// ranks.
+    fn scales<'m>(&self, modules: &BTreeMap<&'m str, usize>) -> Result<BTreeMap<&'m str, f32>> {
+        let ranks = self.numbers("rank_pattern", "r", modules)?;
+        let alphas = self.numbers("alpha_pattern", "lora_alpha", modules)?;
         let rslora = self.fields.get("use_rslora").and_then(Value::as_bool);
-        let rank = rank as f64;
-        let divisor = if rslora == Some(true) {
-            rank.sqrt()
-        } else {
-            rank
-        };
-        Ok((alpha / divisor) as f32)
+        let mut scales = BTreeMap::new();
+        for (module, rank) in modules {
+            let (told, rank) = (ranks[module], *rank as f64);
+            if told != rank {
+                let module = one_line(module);
+                let why = format!("{told}, but the tensors of {module} have {rank}");
+                return Err(self.invalid("r", why));
+            }
+            let divisor = match rslora {
+                Some(true) => rank.sqrt(),
+                _ => rank,
+            };
+            let scale = (alphas[module] / divisor) as f32;
+            if !scale.is_finite() {
+                let why = format!("{} is too large", alphas[module]);
+                return Err(self.invalid("lora_alpha", why));
+            }
+            scales.insert(*module, scale);
+        }
+        Ok(scales)
     }
 
-    /// What a pattern says of a module, else what holds for all.
-    fn number(&self, patterns: &str, key: &str, module: &str) -> Result<f64> {
-        let number = |key: &str, value: Option<&Value>| {
-            let number = value
-                .and_then(Value::as_f64)
-                .filter(|number| number.is_finite());
-            number.ok_or_else(|| self.invalid(key, "not a number".to_owned()))
-        };
-        let table = self.fields.get(patterns).and_then(Value::as_object);
-        for (pattern, value) in table.into_iter().flatten() {
-            // As PEFT: the name's end, or a regular expression for it.
-            let whole = Regex::new(&format!(r"^(.*\.)?({pattern})$"))
-                .map_err(|error| self.invalid(patterns, error.to_string()))?;
-            if whole.is_match(module) {
-                return number(patterns, Some(value));
-            }
+    /// What the first pattern that fits a module says of it, else what holds for all.
+    fn numbers<'m>(
+        &self,
+        table: &str,
+        key: &str,
+        modules: &BTreeMap<&'m str, usize>,
+    ) -> Result<BTreeMap<&'m str, f64>> {
+        let patterns = self.fields.get(table).and_then(Value::as_object);
+        if patterns.is_some_and(|patterns| patterns.len() > MAX_PATTERNS) {
+            return Err(self.invalid(table, format!("more than {MAX_PATTERNS} patterns")));
         }
-        number(key, self.fields.get(key))
+        let mut left: Vec<&str> = modules.keys().copied().collect();
+        let mut numbers = BTreeMap::new();
+        // Each is compiled once: one after the other, as each may take some memory.
+        for (pattern, value) in patterns.into_iter().flatten() {
+            let name = self.name_pattern(table, pattern)?;
+            let number = self.number(table, Some(value))?;
+            left.retain(|module| {
+                let fits = name.is_match(module.as_bytes());
+                if fits {
+                    numbers.insert(*module, number);
+                }
+                !fits
+            });
+        }
+        if !left.is_empty() {
+            let number = self.number(key, self.fields.get(key))?;
+            numbers.extend(left.into_iter().map(|module| (module, number)));
+        }
+        Ok(numbers)
+    }
+
+    /// As PEFT: the name's end, or a regular expression for it. Names of modules are ASCII.
+    fn name_pattern(&self, table: &str, pattern: &str) -> Result<Regex> {
+        RegexBuilder::new(&format!(r"^(.*\.)?({pattern})$"))
+            .unicode(false)
+            .size_limit(MAX_PATTERN_SIZE)
+            .build()
+            .map_err(|error| {
+                let invalid = self.invalid(table, one_line(pattern));
+                invalid.with_source(error)
+            })
+    }
+
+    fn number(&self, key: &str, value: Option<&Value>) -> Result<f64> {
+        let number = value
+            .and_then(Value::as_f64)
+            .filter(|number| number.is_finite());
+        number.ok_or_else(|| self.invalid(key, "not a number".to_owned()))
     }
 }

@@ -19,11 +19,14 @@ use super::mmap::{self, Mapped};
 use super::safetensors::Entry;
 use super::shards::Weights;
 use super::{CONFIG, Encoding, GENERATION_CONFIG};
-use crate::config::DType;
+use crate::config::{DType, one_line};
 use crate::error::{Error, ErrorKind, Result};
 use blocks::Kind;
 use metadata::Metadata;
 use reader::{Header, Tensor};
+
+/// The 57B model has 5771 matrices and vectors, one file of it at most as many.
+const MAX_ENTRIES: usize = 1 << 14;
 
 /// What a GGUF file holds beside its weights, as the files of a directory.
 #[derive(Debug)]
@@ -59,8 +62,7 @@ pub(super) fn open(path: &Path) -> Result<(Weights, Embedded)> {
         let mapped = map(&path)?;
         let header = reader::read(&mapped.bytes, &path)?;
         check_split(&header, number, &mapped, &path)?;
-        let entries = header.tensors.iter().flat_map(entries).collect();
-        weights.add_entries(path.clone(), mapped.clone(), entries)?;
+        weights.add_entries(path.clone(), mapped.clone(), entries(&header, &path)?)?;
         first.get_or_insert((header, mapped, path));
     }
     let Some((mut header, mapped, path)) = first else {
@@ -142,21 +144,32 @@ fn map(path: &Path) -> Result<Mapped> {
     mmap::map(&real, path)
 }
 
-/// The tensors as the checkpoint has them.
-fn entries(tensor: &Tensor) -> impl Iterator<Item = Entry> {
-    let encoding = match tensor.kind {
-        Kind::F32 => Encoding::Numbers(DType::F32),
-        Kind::F16 => Encoding::Numbers(DType::F16),
-        Kind::Bf16 => Encoding::Numbers(DType::BF16),
-        kind => Encoding::Blocks(kind),
-    };
-    let tensors = names::checkpoint_tensors(tensor).into_iter();
-    tensors.map(move |(name, shape, range)| Entry {
-        name,
-        encoding,
-        shape,
-        range,
-    })
+/// The tensors as the checkpoint has them: a stack of experts is many.
+fn entries(header: &Header, path: &Path) -> Result<Vec<Entry>> {
+    let mut entries = Vec::new();
+    for tensor in &header.tensors {
+        let encoding = match tensor.kind {
+            Kind::F32 => Encoding::Numbers(DType::F32),
+            Kind::F16 => Encoding::Numbers(DType::F16),
+            Kind::Bf16 => Encoding::Numbers(DType::BF16),
+            kind => Encoding::Blocks(kind),
+        };
+        let tensors = names::checkpoint_tensors(tensor).into_iter();
+        entries.extend(tensors.map(|(name, shape, range)| Entry {
+            name,
+            encoding,
+            shape,
+            range,
+        }));
+        if entries.len() > MAX_ENTRIES {
+            return Err(Error::new(ErrorKind::InvalidFile, "not a valid GGUF model")
+                .with_path(path)
+                .with_key(one_line(&tensor.name))
+                .with_why(format!("its experts make more than {MAX_ENTRIES} matrices"))
+                .with_help("is it the model that its name says?"));
+        }
+    }
+    Ok(entries)
 }
 
 /// The file's parts: `model-00001-of-00003.gguf` and its like stand for all of theirs, any other for

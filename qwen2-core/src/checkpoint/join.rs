@@ -69,7 +69,11 @@ impl Weights {
         let [first, second] = *weights.shape.as_slice() else {
             return wrong("qweight", &weights.shape, "two dimensions".to_owned());
         };
+        // Beside a dimension of 0 the other one is not bounded by the file.
         let (inputs, outputs) = match quantization.quant_method {
+            _ if first == 0 || second == 0 => {
+                return wrong("qweight", &weights.shape, "dimensions above 0".to_owned());
+            }
             GroupMethod::Awq => (first, second * per_word),
             GroupMethod::Gptq | GroupMethod::GptqV2 => (first * per_word, second),
         };

@@ -233,7 +233,7 @@ impl Checkpoint {
     ///
     /// # Errors
     /// As [`Directory::read`].
-    fn companion(&self, name: &str) -> Result<Option<Vec<u8>>> {
+    pub(crate) fn companion(&self, name: &str) -> Result<Option<Vec<u8>>> {
         match &self.home {
             Home::Directory(directory) => directory.read(name, MAX_COMPANION),
             Home::Gguf(embedded) => {

@@ -1,9 +1,9 @@
 //! The tensors a config calls for, by their stored names, and whether a checkpoint has them.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
 
-use super::shards::listed;
+use super::shards::{MAX_LISTED, listed_of};
 use super::{Checkpoint, Encoding};
 use crate::config::{ModelConfig, one_line};
 use crate::error::{Error, ErrorKind, Result};
@@ -12,11 +12,11 @@ const LM_HEAD: &str = "lm_head.weight";
 
 /// Names and shapes of the tensors of `config`; `tied`: without a head of its own.
 pub(crate) fn expected(config: &ModelConfig, tied: bool) -> Vec<(String, Vec<usize>)> {
-    let sizes = |dims: Vec<Dim>| dims.into_iter().map(|dim| dim.size).collect();
-    slots(config, tied)
-        .into_iter()
-        .map(|(name, dims)| (name, sizes(dims)))
-        .collect()
+    let mut all = Vec::new();
+    slots(config, tied, &mut |name, dims| {
+        all.push((name, sizes(dims)))
+    });
+    all
 }
 
 /// Checks that `checkpoint` has every tensor its config calls for, in the right shape, and no
@@ -30,36 +30,53 @@ pub(crate) fn expected(config: &ModelConfig, tied: bool) -> Vec<(String, Vec<usi
 /// `InvalidFile` that lists the missing and unexpected tensors, or names the first of wrong shape.
 pub(crate) fn audit(checkpoint: &Checkpoint) -> Result<bool> {
     let config = &checkpoint.config;
-    let stored: BTreeMap<&str, (Encoding, &[usize], &Path)> = checkpoint
+    let mut unmatched: BTreeMap<&str, (Encoding, &[usize], &Path)> = checkpoint
         .weights
         .iter()
         .map(|(name, encoding, shape, path)| (name, (encoding, shape, path)))
         .collect();
-    let tied = config.tie_word_embeddings && !stored.contains_key(LM_HEAD);
-    let slots: BTreeMap<String, Vec<Dim>> = slots(config, tied).into_iter().collect();
-    let missing: Vec<&str> = slots
-        .keys()
-        .map(String::as_str)
-        .filter(|name| !stored.contains_key(name))
-        .collect();
-    let unexpected: Vec<&str> = stored
-        .keys()
-        .copied()
-        .filter(|name| !slots.contains_key(*name) && !name.ends_with(".rotary_emb.inv_freq"))
-        .collect();
-    if !missing.is_empty() || !unexpected.is_empty() {
+    let tied = config.tie_word_embeddings && !unmatched.contains_key(LM_HEAD);
+    let mut missing = Missing::default();
+    let mut misshapen: Option<(String, Error)> = None;
+    // One after the other: a config of a few bytes may call for more tensors than there is memory.
+    slots(config, tied, &mut |name, dims| {
+        let Some((encoding, shape, path)) = unmatched.remove(name.as_str()) else {
+            return missing.add(name);
+        };
+        // How panels are made is for the kernels to say, who check it.
+        let is_panels = encoding == Encoding::Packed && dims.len() == 2;
+        let is_first = misshapen.as_ref().is_none_or(|(first, _)| name < *first);
+        if is_first && !is_panels && sizes(dims) != shape {
+            let error = wrong_shape(&name, dims, shape, path);
+            misshapen = Some((name, error));
+        }
+    });
+    unmatched.retain(|name, _| !name.ends_with(".rotary_emb.inv_freq"));
+    let unexpected: Vec<&str> = unmatched.into_keys().collect();
+    if missing.count > 0 || !unexpected.is_empty() {
         return Err(wrong_set(checkpoint.path(), &missing, &unexpected));
     }
-    for (name, dims) in &slots {
-        let (encoding, shape, path) = stored[name.as_str()];
-        if encoding == Encoding::Packed && dims.len() == 2 {
-            continue; // how panels are made is for the kernels to say, who check it
-        }
-        if dims.iter().map(|dim| dim.size).ne(shape.iter().copied()) {
-            return Err(wrong_shape(name, dims, shape, path));
+    match misshapen {
+        Some((_, error)) => Err(error),
+        None => Ok(tied),
+    }
+}
+
+/// Names that are not there: how many, and the first of them.
+#[derive(Default)]
+struct Missing {
+    count: usize,
+    first: BTreeSet<String>,
+}
+
+impl Missing {
+    fn add(&mut self, name: String) {
+        self.count += 1;
+        self.first.insert(name);
+        if self.first.len() > MAX_LISTED {
+            self.first.pop_last();
         }
     }
-    Ok(tied)
 }
 
 /// One dimension, and the config key it follows from.
@@ -73,81 +90,86 @@ fn dim(size: usize, key: &'static str) -> Dim {
     Dim { size, key }
 }
 
-type Slots = Vec<(String, Vec<Dim>)>;
+fn sizes(dims: &[Dim]) -> Vec<usize> {
+    dims.iter().map(|dim| dim.size).collect()
+}
 
-fn slots(config: &ModelConfig, tied: bool) -> Slots {
+/// What takes the tensors one by one.
+type Visit<'a> = &'a mut dyn FnMut(String, &[Dim]);
+
+fn slots(config: &ModelConfig, tied: bool, visit: Visit<'_>) {
     let hidden = dim(config.hidden_size, "hidden_size");
     let vocab = dim(config.vocab_size, "vocab_size");
-    let mut slots = vec![("model.embed_tokens.weight".to_owned(), vec![vocab, hidden])];
+    visit("model.embed_tokens.weight".to_owned(), &[vocab, hidden]);
     for layer in 0..config.num_hidden_layers {
         let prefix = format!("model.layers.{layer}");
         for norm in ["input_layernorm", "post_attention_layernorm"] {
-            slots.push((format!("{prefix}.{norm}.weight"), vec![hidden]));
+            visit(format!("{prefix}.{norm}.weight"), &[hidden]);
         }
-        attention(config, &prefix, hidden, &mut slots);
-        feed_forward(config, layer, &prefix, hidden, &mut slots);
+        attention(config, &prefix, hidden, visit);
+        feed_forward(config, layer, &prefix, hidden, visit);
     }
-    slots.push(("model.norm.weight".to_owned(), vec![hidden]));
+    visit("model.norm.weight".to_owned(), &[hidden]);
     if !tied {
-        slots.push((LM_HEAD.to_owned(), vec![vocab, hidden]));
+        visit(LM_HEAD.to_owned(), &[vocab, hidden]);
     }
-    slots
 }
 
-fn attention(config: &ModelConfig, prefix: &str, hidden: Dim, slots: &mut Slots) {
+fn attention(config: &ModelConfig, prefix: &str, hidden: Dim, visit: Visit<'_>) {
     let width = |heads: usize, key| dim(heads * config.head_dim, key);
     let q = width(config.num_attention_heads, "num_attention_heads x head_dim");
     let kv = width(config.num_key_value_heads, "num_key_value_heads x head_dim");
     for (name, out) in [("q_proj", q), ("k_proj", kv), ("v_proj", kv)] {
-        slots.push((
-            format!("{prefix}.self_attn.{name}.weight"),
-            vec![out, hidden],
-        ));
-        slots.push((format!("{prefix}.self_attn.{name}.bias"), vec![out]));
+        visit(format!("{prefix}.self_attn.{name}.weight"), &[out, hidden]);
+        visit(format!("{prefix}.self_attn.{name}.bias"), &[out]);
     }
-    slots.push((format!("{prefix}.self_attn.o_proj.weight"), vec![hidden, q]));
+    visit(format!("{prefix}.self_attn.o_proj.weight"), &[hidden, q]);
 }
 
-fn feed_forward(config: &ModelConfig, layer: usize, prefix: &str, hidden: Dim, slots: &mut Slots) {
+fn feed_forward(config: &ModelConfig, layer: usize, prefix: &str, hidden: Dim, visit: Visit<'_>) {
     let Some(moe) = config.moe.as_ref().filter(|moe| moe.is_sparse(layer)) else {
         let width = dim(config.intermediate_size, "intermediate_size");
-        return swiglu(&format!("{prefix}.mlp"), width, hidden, slots);
+        return swiglu(&format!("{prefix}.mlp"), width, hidden, visit);
     };
     let experts = dim(moe.num_experts, "num_experts");
-    slots.push((format!("{prefix}.mlp.gate.weight"), vec![experts, hidden]));
+    visit(format!("{prefix}.mlp.gate.weight"), &[experts, hidden]);
     let width = dim(moe.moe_intermediate_size, "moe_intermediate_size");
     for expert in 0..moe.num_experts {
         swiglu(
             &format!("{prefix}.mlp.experts.{expert}"),
             width,
             hidden,
-            slots,
+            visit,
         );
     }
     let width = dim(
         moe.shared_expert_intermediate_size,
         "shared_expert_intermediate_size",
     );
-    swiglu(&format!("{prefix}.mlp.shared_expert"), width, hidden, slots);
+    swiglu(&format!("{prefix}.mlp.shared_expert"), width, hidden, visit);
     let one = dim(1, "hidden_size");
-    slots.push((
+    visit(
         format!("{prefix}.mlp.shared_expert_gate.weight"),
-        vec![one, hidden],
-    ));
+        &[one, hidden],
+    );
 }
 
-fn swiglu(prefix: &str, width: Dim, hidden: Dim, slots: &mut Slots) {
-    slots.push((format!("{prefix}.gate_proj.weight"), vec![width, hidden]));
-    slots.push((format!("{prefix}.up_proj.weight"), vec![width, hidden]));
-    slots.push((format!("{prefix}.down_proj.weight"), vec![hidden, width]));
+fn swiglu(prefix: &str, width: Dim, hidden: Dim, visit: Visit<'_>) {
+    visit(format!("{prefix}.gate_proj.weight"), &[width, hidden]);
+    visit(format!("{prefix}.up_proj.weight"), &[width, hidden]);
+    visit(format!("{prefix}.down_proj.weight"), &[hidden, width]);
 }
 
-fn wrong_set(directory: &Path, missing: &[&str], unexpected: &[&str]) -> Error {
-    let part = |what: &str, names: &[&str]| match names.len() {
+fn wrong_set(directory: &Path, missing: &Missing, unexpected: &[&str]) -> Error {
+    let part = |what: &str, names: &[&str], count: usize| match count {
         0 => None,
-        n => Some(format!("{n} {what}: {}", listed(names))),
+        n => Some(format!("{n} {what}: {}", listed_of(names, n))),
     };
-    let parts = [part("missing", missing), part("unexpected", unexpected)];
+    let first: Vec<&str> = missing.first.iter().map(String::as_str).collect();
+    let parts = [
+        part("missing", &first, missing.count),
+        part("unexpected", unexpected, unexpected.len()),
+    ];
     let why: Vec<String> = parts.into_iter().flatten().collect();
     Error::new(ErrorKind::InvalidFile, "tensors do not match config.json")
         .with_path(directory)
@@ -156,7 +178,7 @@ fn wrong_set(directory: &Path, missing: &[&str], unexpected: &[&str]) -> Error {
 }
 
 fn wrong_shape(name: &str, dims: &[Dim], found: &[usize], path: &Path) -> Error {
-    let expected: Vec<usize> = dims.iter().map(|dim| dim.size).collect();
+    let expected = sizes(dims);
     let differs = dims
         .iter()
         .zip(found)

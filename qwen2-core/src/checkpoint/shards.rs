@@ -313,13 +313,18 @@ fn present_shards<'a>(
 
 /// The first names, and how many more there are.
 pub(super) fn listed(names: &[&str]) -> String {
+    listed_of(names, names.len())
+}
+
+/// The first names of `count`, and how many more there are.
+pub(super) fn listed_of(names: &[&str], count: usize) -> String {
     let shown: Vec<String> = names
         .iter()
         .take(MAX_LISTED)
         .map(|name| one_line(name))
         .collect();
     let shown = shown.join(", ");
-    match names.len().checked_sub(MAX_LISTED + 1) {
+    match count.checked_sub(MAX_LISTED + 1) {
         Some(more) => format!("{shown} and {} more", more + 1),
         None => shown,
     }

@@ -202,6 +202,7 @@ pub(crate) fn json_why(error: &serde_json::Error) -> String {
     let message = text
         .rfind(" at line ")
         .map_or(text.as_str(), |end| &text[..end]);
+    let message = one_line(message);
     format!(
         "line {}, column {}: {message}",
         error.line(),
@@ -215,7 +216,7 @@ fn whole(value: &Value) -> Option<&Value> {
 
 /// The value as JSON, short enough for one line.
 fn brief(value: &Value) -> String {
-    cut(value.to_string(), 40)
+    cut(one_line(&value.to_string()), 40)
 }
 
 /// A name out of a file as an error shows it: without line breaks or escape sequences, and cut.

@@ -15,7 +15,7 @@ use crate::error::Result;
 
 // Bounds far above every published Qwen2 (80 layers, 8192 wide) and low enough that no product of
 // them overflows 64 bits: a hostile config is refused here, before anything is allocated for it.
-const MAX_LAYERS: usize = 1 << 10;
+pub(crate) const MAX_LAYERS: usize = 1 << 10;
 const MAX_HIDDEN: usize = 1 << 18;
 const MAX_INTERMEDIATE: usize = 1 << 20;
 const MAX_HEADS: usize = 1 << 12;
@@ -23,6 +23,8 @@ const MAX_HEAD_DIM: usize = 1 << 12;
 const MAX_VOCAB: usize = 1 << 24;
 pub(super) const MAX_CONTEXT: usize = 1 << 30;
 const MAX_EXPERTS: usize = 1 << 10;
+/// Of all layers; the 57B model has 1792. Each is three tensors with names.
+const MAX_EXPERTS_IN_ALL: usize = 1 << 12;
 
 /// See [`ModelConfig::from_json`].
 pub(super) fn model_config(bytes: &[u8], path: &Path) -> Result<ModelConfig> {
@@ -74,16 +76,21 @@ pub(super) fn model_config(bytes: &[u8], path: &Path) -> Result<ModelConfig> {
 pub(super) fn generation_config(bytes: &[u8], path: &Path) -> Result<GenerationConfig> {
     let fields = Fields::parse(bytes, path)?;
     let share = |key| fields.number(key, "0 to 1", |share| (0.0..=1.0).contains(&share));
-    let temperature = fields.number("temperature", "0 or more", |value| value >= 0.0)?;
+    let most = f64::from(f32::MAX);
+    let temperature = fields.number("temperature", "0 or more", |value| {
+        (0.0..=most).contains(&value)
+    })?;
+    // What rounds to 0 or to infinity is out of range as well.
+    let penalty = fields.number("repetition_penalty", "a finite number above 0", |value| {
+        value as f32 > 0.0 && value <= most
+    })?;
     Ok(GenerationConfig {
         do_sample: fields.boolean("do_sample")?,
         temperature: temperature.map(|value| value as f32),
         top_k: fields.integer("top_k", 0..=MAX_VOCAB)?,
         top_p: share("top_p")?.map(|value| value as f32),
         min_p: share("min_p")?.map(|value| value as f32),
-        repetition_penalty: fields
-            .positive("repetition_penalty")?
-            .map(|value| value as f32),
+        repetition_penalty: penalty.map(|value| value as f32),
         max_new_tokens: fields.integer("max_new_tokens", 1..=MAX_CONTEXT)?,
         eos_token_ids: fields.ids("eos_token_id")?,
         bos_token_id: fields.id("bos_token_id")?,
@@ -389,7 +396,8 @@ fn stored_dtype(fields: &Fields<'_>) -> Result<Option<DType>> {
 }
 
 fn moe(fields: &Fields<'_>, layers: usize) -> Result<MoeConfig> {
-    let num_experts = fields.required_integer("num_experts", 1..=MAX_EXPERTS)?;
+    let most = MAX_EXPERTS.min(MAX_EXPERTS_IN_ALL / layers);
+    let num_experts = fields.required_integer("num_experts", 1..=most)?;
     let width = |key| fields.required_integer(key, 1..=MAX_INTERMEDIATE);
     let index = |value: &Value| {
         let layer = value.as_u64().and_then(|layer| usize::try_from(layer).ok());
@@ -397,10 +405,9 @@ fn moe(fields: &Fields<'_>, layers: usize) -> Result<MoeConfig> {
     };
     let mlp_only_layers = match fields.array("mlp_only_layers")? {
         None => Vec::new(),
-        Some(list) => list
-            .iter()
-            .map(index)
-            .collect::<Option<_>>()
+        Some(list) => Some(list)
+            .filter(|list| list.len() <= layers)
+            .and_then(|list| list.iter().map(index).collect::<Option<_>>())
             .ok_or_else(|| {
                 fields.out_of_range(
                     "mlp_only_layers",

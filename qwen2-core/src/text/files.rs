@@ -8,12 +8,15 @@ use serde_json::{Map, Value};
 use tokenizers::AddedToken;
 
 use super::bpe::Bpe;
+use crate::config::one_line;
 use crate::error::{Error, ErrorKind, Result};
 use crate::fence::fenced;
 
 const TOKENIZER: &str = "tokenizer.json";
 const CONFIG: &str = "tokenizer_config.json";
 const TEMPLATE: &str = "chat_template.jinja";
+/// Qwen2's tokenizer.json has seven megabytes.
+const MAX_FILE: u64 = 256 << 20;
 const DOWNLOAD: &str = "download tokenizer.json again, or convert the tokenizer with \
      AutoTokenizer.from_pretrained(directory).save_pretrained(directory)";
 
@@ -69,39 +72,59 @@ struct ModelHeader {
     dropout: Option<f32>,
 }
 
+/// Gives the contents of a file by its name, if it is there.
+pub(crate) type ReadFile<'a> = &'a dyn Fn(&str) -> Result<Option<Vec<u8>>>;
+
 impl TokenizerFiles {
     /// `path`: a directory, or a tokenizer.json whose neighbours are read as well.
     pub(super) fn read(path: &Path) -> Result<Self> {
-        let (directory, file) = if path.is_dir() {
-            (path, path.join(TOKENIZER))
-        } else {
-            (path.parent().unwrap_or(Path::new("")), path.to_owned())
-        };
-        let tokenizer = read_if_there(&file)?.ok_or_else(|| {
+        if path.is_dir() {
+            return Self::of(path.join(TOKENIZER), &|name| {
+                read_if_there(&path.join(name))
+            });
+        }
+        let directory = path.parent().unwrap_or(Path::new(""));
+        Self::of(path.to_owned(), &|name| match name {
+            TOKENIZER => read_if_there(path),
+            name => read_if_there(&directory.join(name)),
+        })
+    }
+
+    /// What `read` gives; `path` is tokenizer.json's, for messages.
+    pub(super) fn of(path: PathBuf, read: ReadFile<'_>) -> Result<Self> {
+        let tokenizer = read(TOKENIZER)?.ok_or_else(|| {
             Error::new(ErrorKind::NotFound, "tokenizer not found")
-                .with_path(&file)
+                .with_path(&path)
                 .with_why("no such file")
                 .with_help(DOWNLOAD)
         })?;
-        let template_path = directory.join(TEMPLATE);
-        let chat_template = read_if_there(&template_path)?
+        let template_path = path.with_file_name(TEMPLATE);
+        let chat_template = read(TEMPLATE)?
             .map(|bytes| utf8(&bytes, &template_path).map(str::to_owned))
             .transpose()?;
         Ok(Self {
-            path: file,
+            config: read(CONFIG)?,
+            path,
             tokenizer,
-            config: read_if_there(&directory.join(CONFIG))?,
             chat_template,
         })
     }
 }
 
 fn read_if_there(path: &Path) -> Result<Option<Vec<u8>>> {
-    match std::fs::read(path) {
-        Ok(bytes) => Ok(Some(bytes)),
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
-        Err(error) => Err(Error::io("cannot read the tokenizer", path, error)),
+    let failed = |error| Error::io("cannot read the tokenizer", path, error);
+    let metadata = match std::fs::metadata(path) {
+        Ok(metadata) => metadata,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+        Err(error) => return Err(failed(error)),
+    };
+    // Opening a pipe would hang.
+    if !metadata.is_file() || metadata.len() > MAX_FILE {
+        return Err(
+            invalid(path).with_why(format!("not a regular file of at most {MAX_FILE} bytes"))
+        );
     }
+    std::fs::read(path).map(Some).map_err(failed)
 }
 
 /// `tokenizer.json` as the tokenizers crate reads it, with what it would do silently refused:
@@ -113,12 +136,12 @@ pub(super) fn parse_tokenizer(bytes: &[u8], path: &Path) -> Result<tokenizers::T
     // The crate's own indexing may panic on a hostile file; that is a bad file, not our bug.
     let mut tokenizer = fenced(|| serde_json::from_slice::<BpeTokenizer>(bytes))
         .map_err(|_| invalid(path).with_why("the tokenizers crate panicked on it"))?
-        .map_err(|error| invalid(path).with_why(error.to_string()).with_source(error))
+        .map_err(|error| invalid_json(error, path))
         .map(tokenizers::Tokenizer::from)?;
     tokenizer
         .with_padding(None)
         .with_truncation(None)
-        .map_err(|error| invalid(path).with_why(error.to_string()))?;
+        .map_err(|error| invalid(path).with_why(one_line(&error.to_string())))?;
     for added in header.added_tokens {
         check_id(&tokenizer, &added.content, added.id, path)?;
     }
@@ -137,7 +160,8 @@ fn check_kind(header: &Header, path: &Path) -> Result<()> {
     };
     let other = "Qwen2 uses byte-level BPE; is this file from another model?";
     if let Some(kind) = header.model.kind.as_deref().filter(|&kind| kind != "BPE") {
-        return unsupported("model.type", format!("expected BPE, found {kind}"), other);
+        let why = format!("expected BPE, found {}", one_line(kind));
+        return unsupported("model.type", why, other);
     }
     if !is_byte_level(&header.decoder) {
         return unsupported("decoder", "expected ByteLevel".to_owned(), other);
@@ -162,9 +186,8 @@ fn is_byte_level(decoder: &Value) -> bool {
 fn check_id(tokenizer: &tokenizers::Tokenizer, token: &str, id: u32, path: &Path) -> Result<()> {
     match tokenizer.token_to_id(token) {
         Some(found) if found != id => Err(invalid(path)
-            .with_key(format!("added token {token:?}"))
-            .with_why(format!("its id is {id}, but its place makes it {found}"))
-            .with_help(DOWNLOAD)),
+            .with_key(one_line(&format!("added token {token:?}")))
+            .with_why(format!("its id is {id}, but its place makes it {found}"))),
         _ => Ok(()),
     }
 }
@@ -186,7 +209,7 @@ pub(super) fn add_from_config(
     let tokens = missing.iter().map(|(_, token)| token.clone());
     fenced(|| tokenizer.add_tokens(tokens))
         .map_err(|_| invalid(path).with_why("the tokenizers crate panicked on its added tokens"))?
-        .map_err(|error| invalid(path).with_why(error.to_string()))?;
+        .map_err(|error| invalid(path).with_why(one_line(&error.to_string())))?;
     missing
         .iter()
         .try_for_each(|(id, token)| check_id(tokenizer, &token.content, *id, path))
@@ -265,12 +288,11 @@ fn added_tokens(config: &Map<String, Value>, path: &Path) -> Result<Vec<(u32, Ad
     };
     let mut tokens = Vec::with_capacity(entries.len());
     for (id, entry) in entries {
-        let key = format!("{key}.{id}");
+        let key = format!("{key}.{}", one_line(id));
         let id: u32 = id.parse().map_err(|_| {
             invalid(path)
                 .with_key(&key)
                 .with_why("the key is not a token id")
-                .with_help(DOWNLOAD)
         })?;
         let Some(content) = entry["content"].as_str() else {
             return Err(wrong_type(path, &key, "an object with content", entry));
@@ -288,7 +310,9 @@ fn added_tokens(config: &Map<String, Value>, path: &Path) -> Result<Vec<(u32, Ad
 }
 
 pub(super) fn invalid(path: &Path) -> Error {
-    Error::new(ErrorKind::InvalidFile, "invalid tokenizer file").with_path(path)
+    Error::new(ErrorKind::InvalidFile, "invalid tokenizer file")
+        .with_path(path)
+        .with_help(DOWNLOAD)
 }
 
 fn wrong_type(path: &Path, key: &str, expected: &str, found: &Value) -> Error {
@@ -310,16 +334,15 @@ fn wrong_type(path: &Path, key: &str, expected: &str, found: &Value) -> Error {
 }
 
 fn invalid_json(error: serde_json::Error, path: &Path) -> Error {
-    // serde_json's message ends with the line and the column.
-    let why = if error.is_eof() {
-        format!("the file is cut off: {error}")
-    } else {
-        error.to_string()
+    // serde_json's message ends with the line and the column, and may hold text of the file.
+    let text = error.to_string();
+    let (message, place) = text.split_at(text.rfind(" at line ").unwrap_or(text.len()));
+    let message = one_line(message);
+    let why = match error.is_eof() {
+        true => format!("the file is cut off: {message}{place}"),
+        false => format!("{message}{place}"),
     };
-    invalid(path)
-        .with_why(why)
-        .with_help(DOWNLOAD)
-        .with_source(error)
+    invalid(path).with_why(why).with_source(error)
 }
 
 fn utf8<'b>(bytes: &'b [u8], path: &Path) -> Result<&'b str> {
@@ -334,7 +357,6 @@ fn utf8<'b>(bytes: &'b [u8], path: &Path) -> Result<&'b str> {
             + 1;
         invalid(path)
             .with_why(format!("not UTF-8 at line {line} column {column}"))
-            .with_help(DOWNLOAD)
             .with_source(error)
     })
 }

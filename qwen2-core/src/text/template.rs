@@ -14,6 +14,7 @@ use minijinja_contrib::pycompat::unknown_method_callback;
 use serde::Serialize;
 use serde_json::ser::Formatter;
 
+use crate::config::one_line;
 use crate::error::{Error, ErrorKind, Result};
 use crate::text::strftime::strftime_now;
 
@@ -55,7 +56,7 @@ impl ChatTemplate {
         let mut environment = environment();
         let compiled = environment
             .add_template_owned(NAME, source.clone())
-            .map_err(|error| error.to_string());
+            .map_err(|error| one_line(&error.to_string()));
         let reads_tools = |environment: &Environment<'_>| {
             let template = environment.get_template(NAME);
             template.is_ok_and(|template| template.undeclared_variables(false).contains("tools"))
@@ -157,14 +158,15 @@ fn translate(error: minijinja::Error, fuel: u64) -> Error {
     let raised = std::error::Error::source(&error).is_some_and(|source| source.is::<Raised>());
     match error.kind() {
         _ if raised => invalid(format!(
-            "the template refuses these messages: {detail}{line}"
+            "the template refuses these messages: {}{line}",
+            one_line(detail)
         ))
         .with_help("send the roles in the order that this model's template expects"),
         JinjaKind::OutOfFuel => invalid(format!("it did not end within {fuel} steps{line}"))
             .with_help("the template loops or builds too much text; use the original file"),
         JinjaKind::WriteFailure => invalid(format!("it prints more than {MAX_OUTPUT} bytes"))
             .with_help("the template prints too much, or the messages are longer than any context"),
-        _ => invalid(error.to_string()).with_source(error),
+        _ => invalid(one_line(&error.to_string())).with_source(error),
     }
 }
 

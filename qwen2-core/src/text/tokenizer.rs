@@ -9,9 +9,10 @@ use tokenizers::{
     AddedVocabulary, Model, NormalizerWrapper, OffsetReferential, OffsetType, PreTokenizer,
 };
 
+use crate::config::one_line;
 use crate::error::{Error, ErrorKind, Result};
 use crate::fence::fenced;
-use crate::text::files::{self, TokenizerFiles};
+use crate::text::files::{self, ReadFile, TokenizerFiles};
 use crate::text::template::ChatTemplate;
 
 /// Longest run of white space that is encoded. Beyond about half a million the regular
@@ -50,7 +51,15 @@ pub(super) enum Segment {
 impl Tokenizer {
     /// From a directory with `tokenizer.json` and its neighbours, or from that file.
     pub(crate) fn from_files(path: &Path) -> Result<Self> {
-        let files = TokenizerFiles::read(path)?;
+        Self::of_files(&TokenizerFiles::read(path)?)
+    }
+
+    /// From the files that `read` gives by their names; `path` is tokenizer.json's, for messages.
+    pub(crate) fn from_reader(path: PathBuf, read: ReadFile<'_>) -> Result<Self> {
+        Self::of_files(&TokenizerFiles::of(path, read)?)
+    }
+
+    fn of_files(files: &TokenizerFiles) -> Result<Self> {
         Self::from_bytes(
             &files.tokenizer,
             files.config.as_deref(),
@@ -75,7 +84,7 @@ impl Tokenizer {
                 return Err(
                     files::invalid(&path.with_file_name("tokenizer_config.json"))
                         .with_key(*key)
-                        .with_why(format!("tokenizer.json has no token {token:?}"))
+                        .with_why(one_line(&format!("tokenizer.json has no token {token:?}")))
                         .with_help("are both files from the same checkpoint?"),
                 );
             }

@@ -3,6 +3,7 @@
 use serde_json::{Value, json};
 
 use super::metadata::Metadata;
+use crate::config::MAX_LAYERS;
 use crate::error::{Error, ErrorKind, Result};
 
 /// The keys of llama.cpp (`gguf-py/gguf/constants.py`) by those of transformers.
@@ -25,6 +26,10 @@ pub(super) fn config(metadata: &Metadata<'_>, experts: &[usize]) -> Result<Value
     let key = |name: &str| format!("{architecture}.{name}");
     let number = |name: &str| metadata.required(&key(name));
     let layers = number("block_count")?;
+    if layers > MAX_LAYERS as u64 {
+        let why = format!("{layers}, at most {MAX_LAYERS} are read");
+        return Err(metadata.invalid(&key("block_count"), why));
+    }
     let heads = number("attention.head_count")?;
     let Some(vocab_size) = metadata.rows("token_embd.weight") else {
         return Err(metadata.invalid("token_embd.weight", "the tensor is missing"));

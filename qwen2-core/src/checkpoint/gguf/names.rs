@@ -4,6 +4,8 @@ use std::ops::Range;
 
 use super::reader::Tensor;
 
+/// What a config may have.
+const MAX_EXPERTS: usize = 1 << 10;
 /// Names of a layer's tensors: llama.cpp's, then transformers'.
 const IN_LAYER: [(&str, &str); 14] = [
     ("attn_norm", "input_layernorm"),
@@ -44,7 +46,7 @@ pub(super) fn checkpoint_tensors(tensor: &Tensor) -> Vec<(String, Vec<usize>, Ra
         return as_is(tensor.name.clone());
     };
     let prefix = format!("model.layers.{layer}");
-    if let (Some((_, name)), [experts, rows, cols]) = (
+    if let (Some((_, name)), [experts @ ..=MAX_EXPERTS, rows, cols]) = (
         STACKED.iter().find(|(name, _)| *name == part),
         tensor.shape.as_slice(),
     ) {

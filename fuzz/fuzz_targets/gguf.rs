@@ -1,0 +1,4 @@
+//! Runs `qwen2_fuzz::targets::gguf` on whatever libFuzzer makes up.
+#![no_main]
+
+libfuzzer_sys::fuzz_target!(|input: &[u8]| qwen2_fuzz::targets::gguf(input));
