@@ -28,11 +28,15 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.generation.logits_process import (
+    MinNewTokensLengthLogitsProcessor,
     MinPLogitsWarper,
+    NoBadWordsLogitsProcessor,
     RepetitionPenaltyLogitsProcessor,
+    SequenceBiasLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
+    TypicalLogitsWarper,
 )
 
 ROOT = Path(__file__).resolve().parent.parent / "conformance"
@@ -858,6 +862,22 @@ def make_perplexity() -> None:
     write_cases(ROOT / "perplexity.json", "Perplexity of tokens in windows.", cases)
 
 
+# ---------------------------------------------------------------------------------------------- embeddings
+
+
+def make_embed() -> None:
+    """conformance/embed.json: transformers' last hidden states, pooled, of length 1."""
+    cases = []
+    for name in ["tied", "gqa7", "untied", "moe", "sliding"]:
+        tokens = json.loads((ROOT / "models" / name / "reference.json").read_text())["tokens"]
+        with torch.no_grad():
+            states = load(ROOT / "models" / name).model(torch.tensor([tokens])).last_hidden_state[0].double()
+        pooled = {"mean": states.mean(0), "last_token": states[-1]}
+        unit = {k: [float(f"{x:.9g}") for x in (v / v.norm()).tolist()] for k, v in pooled.items()}
+        cases.append({"name": name, "model": name, "tokens": tokens} | unit)
+    write_cases(ROOT / "embed.json", "Hidden states behind the final norm, pooled, of length 1.", cases)
+
+
 # ---------------------------------------------------------------------------------------------- gguf
 
 BLOCK_TYPES = ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL"]
@@ -963,12 +983,23 @@ def add_vocabulary(writer: gguf.GGUFWriter, tokenizer: dict[str, Any]) -> None:
 # ---------------------------------------------------------------------------------------------- sampler
 
 
-def process(logits: np.ndarray, tokens: list[int], options: dict[str, float]) -> list[float | None]:
+ENDS = [7, 11]  # the end tokens of the sampler's cases
+
+
+def process(
+    logits: np.ndarray, tokens: list[int], options: dict[str, Any], n_prompt: int
+) -> list[float | None]:
     """The scores after transformers' processors, built and ordered as its generate does."""
     scores, ids = torch.from_numpy(logits)[None], torch.tensor([tokens], dtype=torch.long)
     steps: list[Any] = []
+    if "logit_bias" in options:
+        steps.append(SequenceBiasLogitsProcessor([[[int(i)], b] for i, b in options["logit_bias"].items()]))
     if options.get("repetition_penalty", 1.0) != 1.0:
         steps.append(RepetitionPenaltyLogitsProcessor(options["repetition_penalty"]))
+    if "bad_words" in options:
+        steps.append(NoBadWordsLogitsProcessor(options["bad_words"]))
+    if options.get("min_new_tokens", 0) > 0:
+        steps.append(MinNewTokensLengthLogitsProcessor(n_prompt, options["min_new_tokens"], ENDS))
     if options.get("temperature", 1.0) != 1.0:
         steps.append(TemperatureLogitsWarper(options["temperature"]))
     if options.get("top_k", 0) != 0:
@@ -977,6 +1008,8 @@ def process(logits: np.ndarray, tokens: list[int], options: dict[str, float]) ->
         steps.append(TopPLogitsWarper(options["top_p"]))
     if options.get("min_p", 0.0) > 0.0:
         steps.append(MinPLogitsWarper(options["min_p"]))
+    if options.get("typical_p", 1.0) < 1.0:
+        steps.append(TypicalLogitsWarper(options["typical_p"]))
     for step in steps:
         if isinstance(step, TopPLogitsWarper):
             sums = scores.sort().values.softmax(-1).cumsum(-1)[0, :-1]
@@ -987,6 +1020,15 @@ def process(logits: np.ndarray, tokens: list[int], options: dict[str, float]) ->
         if isinstance(step, MinPLogitsWarper):
             p = scores.softmax(-1)
             assert (p - step.min_p * p.max()).abs().min() > 1e-6, "min_p cuts too close to call"
+        if isinstance(step, TypicalLogitsWarper):
+            log_p = scores.log_softmax(-1)
+            distance = (-log_p + (log_p * log_p.exp()).nansum()).abs()
+            order = distance.sort().indices
+            sums = log_p.exp()[0, order[0]].cumsum(-1)
+            assert (sums - step.mass).abs().min() > 1e-5, "typical_p cuts too close to call"
+            last = int((sums < step.mass).sum().clamp(max=len(sums) - 1))
+            gaps = (distance[0] - distance[0, order[0, last]]).abs()
+            assert ((gaps == 0) | (gaps > 1e-5)).all(), "typical_p splits too close to call"
         scores = step(ids, scores)
     return [None if v == float("-inf") else float(f"{v:.9g}") for v in scores[0].tolist()]
 
@@ -1003,7 +1045,7 @@ def make_sampler() -> None:
 
     ties = values(2.0, 2.0, 1.0, 1.0, 1.0, 0.5, 0.5, -1.0, 2.0, -1.0, 0.0, 0.0, -3.0, -3.0, 1.0, 0.25)
     qwen2 = {"temperature": 0.7, "top_k": 20, "top_p": 0.8, "repetition_penalty": 1.1}
-    table: list[tuple[str, np.ndarray, list[int], dict[str, float]]] = [
+    table: list[tuple[str, np.ndarray, list[int], dict[str, Any]]] = [
         ("nothing set leaves the logits alone", draw(16), [1, 2], {}),
         ("neutral values leave the logits alone", draw(16), [1, 2], {
             "temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0,
@@ -1057,6 +1099,38 @@ def make_sampler() -> None:
         ("everything at once", draw(40, 2.0), [2, 4, 8, 16, 32], {
             "temperature": 1.3, "top_k": 12, "top_p": 0.9, "min_p": 0.08, "repetition_penalty": 1.2,
         }),
+        ("typical_p 0.9", draw(32), [], {"typical_p": 0.9}),
+        ("typical_p 0.2 of a flat distribution", draw(32, 0.5), [], {"typical_p": 0.2}),
+        ("typical_p drops the likeliest token", values(4, 3, 3.1, 2.9, 3.05, 2.95, *[0.1] * 10), [], {
+            "typical_p": 0.3,
+        }),
+        ("typical_p keeps what is as near as the last", values(*[1.0] * 8, *[-2.0] * 8), [], {
+            "typical_p": 0.3,
+        }),
+        ("typical_p one keeps all", draw(16), [], {"typical_p": 1.0}),
+        ("min_p before typical_p", draw(40, 1.5), [], {"min_p": 0.1, "typical_p": 0.6}),
+        ("temperature before typical_p", draw(32), [], {"temperature": 1.7, "typical_p": 0.7}),
+        ("logit_bias raises and lowers", draw(16), [], {"logit_bias": {"0": 5.0, "3": -2.5, "15": 100.0}}),
+        ("logit_bias before repetition_penalty", draw(16), [1, 2, 5], {
+            "logit_bias": {"1": 3.0, "2": -6.0}, "repetition_penalty": 1.4,
+        }),
+        ("logit_bias changes what top_k keeps", values(5, 4, 3, 2, 1, 0, -1, -2), [], {
+            "logit_bias": {"7": 6.5}, "top_k": 2,
+        }),
+        ("bad_words of one token", draw(16), [4], {"bad_words": [[3], [9]]}),
+        ("bad_words of several tokens where they are begun", draw(16), [4, 5, 6], {
+            "bad_words": [[5, 6, 1], [6, 2], [4, 5, 9], [5, 3], [4, 5, 6, 14], [1, 4, 5, 6, 15]],
+        }),
+        ("bad_words longer than what there is", draw(16), [2], {"bad_words": [[1, 2, 3], [2, 5]]}),
+        ("bad_words behind logit_bias", draw(16), [], {"logit_bias": {"2": 50.0}, "bad_words": [[2]]}),
+        ("min_new_tokens forbids the end tokens", draw(16), [1, 2, 3], {"min_new_tokens": 3}),
+        ("min_new_tokens reached", draw(16), [1, 2, 3, 4], {"min_new_tokens": 2}),
+        ("min_new_tokens one short", draw(16), [1, 2, 3, 4], {"min_new_tokens": 4}),
+        ("every option of transformers at once", draw(40, 2.0), [2, 4, 8, 16, 32], {
+            "logit_bias": {"4": 1.5, "20": -1.0}, "repetition_penalty": 1.2, "bad_words": [[16, 32, 5], [6]],
+            "min_new_tokens": 5, "temperature": 1.3, "top_k": 20, "top_p": 0.95, "min_p": 0.02,
+            "typical_p": 0.8,
+        }),
     ]  # fmt: skip
     cases = [
         {
@@ -1064,14 +1138,15 @@ def make_sampler() -> None:
             "logits": [float(f"{v:.9g}") for v in logits.tolist()],
             "tokens": tokens,
             "options": options,
-            "expected": process(logits, tokens, options),
+            **({"n_prompt": 1, "eos_token_ids": ENDS} if "min_new_tokens" in options else {}),
+            "expected": process(logits, tokens, options, n_prompt=1),
         }
         for name, logits, tokens, options in table
     ]
     write_cases(
         ROOT / "sampler.json",
-        "Scores after repetition_penalty, temperature, top_k, top_p and min_p in this order; null is minus "
-        "infinity.",
+        "Scores after logit_bias, repetition_penalty, bad_words, min_new_tokens, temperature, top_k, top_p, "
+        "min_p and typical_p in this order; null is minus infinity.",
         cases,
     )
 
@@ -1269,6 +1344,7 @@ def main() -> None:
         make_adapters()
         make_stretched()
         make_perplexity()
+        make_embed()
         make_gguf_blocks()
         make_gguf("moe", 1)
         make_gguf("bf16_shards", 2)

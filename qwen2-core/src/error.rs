@@ -57,7 +57,7 @@ pub enum ErrorKind {
     InvalidTemplate = 12,
     /// A schema or grammar cannot be compiled.
     InvalidConstraint = 13,
-    /// The caller stopped it: loading by its progress callback, logits and scores by a switch.
+    /// The caller stopped it: loading or a generation by a callback, logits and scores by a switch.
     Cancelled = 14,
     /// A bug of this library.
     Internal = 99,
@@ -172,6 +172,18 @@ impl Error {
     pub(crate) fn with_source(mut self, source: impl Into<Source>) -> Self {
         self.0.source = Some(source.into());
         self
+    }
+
+    /// What a [`LogitsProcessor`](crate::LogitsProcessor) of the caller's returns to end the generation: an
+    /// error of the kind `Cancelled`, with the reason as its source.
+    pub fn stopped(reason: impl Into<Box<dyn std::error::Error + Send + Sync + 'static>>) -> Self {
+        let reason = reason.into();
+        Self::new(
+            ErrorKind::Cancelled,
+            "logits processor stopped the generation",
+        )
+        .with_why(reason.to_string())
+        .with_source(reason)
     }
 
     /// An `std::io::Error` met while working on `path`, with its kind translated.

@@ -6,6 +6,7 @@ mod config;
 mod device;
 mod engine;
 mod error;
+mod exclusive;
 mod fence;
 mod generate;
 mod model;
@@ -18,7 +19,7 @@ mod text;
 pub use api::SessionRun;
 pub use api::{
     AdapterInfo, CheckpointInfo, Engine, EngineBuilder, Logits, Memory, Model, ModelBuilder,
-    Perplexity, Prompt, Quantization, Request, Session, SessionStream, convert, inspect,
+    Perplexity, Pooling, Prompt, Quantization, Request, Session, SessionStream, convert, inspect,
     inspect_adapter, instruction_set, merge_lora, quantize, weight_bytes,
 };
 pub use checkpoint::{Progress, Source};
@@ -30,9 +31,12 @@ pub use device::{Device, DeviceReport};
 pub use engine::{EngineStats, RequestStream, WhenFull};
 pub use error::{Error, ErrorKind, Result};
 #[doc(hidden)]
+pub use exclusive::{Exclusive, ExclusiveGuard};
+#[doc(hidden)]
 pub use fence::fenced;
 pub use generate::{
-    CancelToken, Constraint, FinishReason, GenerateOptions, Generation, LogitsProcessor, OnPrefill,
-    Piece, PrefillProgress, StopMatch, Timings, TokenStream, Usage,
+    BadWord, CancelToken, Constraint, FinishReason, GenerateOptions, Generation, LogitsProcessor,
+    Logprobs, OnPrefill, Piece, PrefillProgress, StopMatch, Timings, TokenLogprob, TokenStream,
+    Usage,
 };
 pub use text::{Message, Tokenizer, Tool, ToolCall, ToolChoice, ToolFormat};

@@ -434,7 +434,7 @@ impl ModelBuilder {
         Ok(Model {
             inner: Arc::new(Inner {
                 name,
-                defaults: sampling_defaults(&generation_config),
+                defaults: sampling_defaults(&generation_config, config.vocab_size),
                 generation_config,
                 host: Host {
                     network: Arc::new(Network { qwen2, threads }),
@@ -537,7 +537,7 @@ fn check_vocabulary(checkpoint: &Checkpoint, tokenizer: &Tokenizer) -> Result<()
     .with_help("is tokenizer.json from another checkpoint?"))
 }
 
-fn sampling_defaults(config: &GenerationConfig) -> SamplingDefaults {
+fn sampling_defaults(config: &GenerationConfig, vocab_size: usize) -> SamplingDefaults {
     SamplingDefaults {
         do_sample: config.do_sample,
         temperature: config.temperature,
@@ -547,6 +547,7 @@ fn sampling_defaults(config: &GenerationConfig) -> SamplingDefaults {
         repetition_penalty: config.repetition_penalty,
         max_new_tokens: config.max_new_tokens,
         eos_token_ids: config.eos_token_ids.clone(),
+        vocab_size: Some(vocab_size),
     }
 }
 

@@ -3,6 +3,7 @@
 mod builder;
 mod convert;
 mod draft;
+mod embed;
 mod engine;
 mod inspect;
 mod model;
@@ -20,6 +21,7 @@ pub fn instruction_set() -> &'static str {
 
 pub use builder::ModelBuilder;
 pub use convert::{convert, merge_lora};
+pub use embed::Pooling;
 pub use engine::{Engine, EngineBuilder, Request};
 pub use inspect::{AdapterInfo, CheckpointInfo, inspect, inspect_adapter, weight_bytes};
 pub use model::{Logits, Memory, Model, Prompt};

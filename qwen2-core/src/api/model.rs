@@ -12,8 +12,8 @@ use crate::device::Device;
 use crate::error::{Error, ErrorKind, Result};
 use crate::fence::fenced;
 use crate::generate::{
-    CancelToken, GenerateOptions, Generation, Host, LogitsProcessor, Network, Resolved, Run,
-    SamplingDefaults, TokenStream,
+    CancelToken, GenerateOptions, Generation, Host, LogSoftmax, LogitsProcessor, Network, Resolved,
+    Run, SamplingDefaults, TokenStream,
 };
 use crate::model::{Delta, Rows};
 use crate::text::{Message, Tokenizer};
@@ -267,7 +267,7 @@ impl Model {
         self.each_chunk(tokens, cancel, &mut |logits| {
             let next = &tokens[(scores.len() + 1).min(tokens.len())..];
             let rows = logits.chunks_exact(vocab_size).zip(next);
-            scores.extend(rows.map(|(row, &token)| log_softmax(row, token)));
+            scores.extend(rows.map(|(row, &token)| LogSoftmax::of(row).get(row[token as usize])));
         })?;
         Ok(scores)
     }
@@ -400,7 +400,7 @@ impl Model {
             .new_cache(self.inner.context_length)
     }
 
-    fn check_tokens(&self, tokens: &[u32]) -> Result<()> {
+    pub(super) fn check_tokens(&self, tokens: &[u32]) -> Result<()> {
         if tokens.is_empty() {
             return Err(
                 Error::new(ErrorKind::InvalidArgument, "no tokens given").with_key("tokens")
@@ -422,13 +422,6 @@ impl Model {
 
 /// Not multiplied with, so nothing can be computed next to it.
 const TABLE: &str = "model.embed_tokens.weight";
-
-/// Log-probability of `token` under the softmax of `row`.
-fn log_softmax(row: &[f32], token: u32) -> f32 {
-    let max = row.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-    let sum: f64 = row.iter().map(|&logit| f64::from(logit - max).exp()).sum();
-    (f64::from(row[token as usize] - max) - sum.ln()) as f32
-}
 
 impl std::fmt::Debug for Model {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {

@@ -5,7 +5,9 @@ mod store;
 
 use super::model::{Model, Prompt};
 use crate::error::{Error, ErrorKind, Result};
-use crate::generate::{CancelToken, Draft, GenerateOptions, Generation, Piece, Run};
+use crate::generate::{
+    CancelToken, Draft, GenerateOptions, Generation, LogitsProcessor, Piece, Run,
+};
 use crate::model::cache::Cache;
 use crate::text::{Message, Tool, ToolFormat};
 
@@ -155,6 +157,22 @@ impl Session {
         })
     }
 
+    /// As [`Session::stream`], with a processor that changes the logits before each choice.
+    ///
+    /// # Errors
+    /// As [`Model::generate`], and what the processor returns.
+    pub fn stream_with(
+        &mut self,
+        options: &GenerateOptions,
+        processor: impl LogitsProcessor + 'static,
+    ) -> Result<SessionStream<'_>> {
+        let run = self.start_with(options, Some(Box::new(processor)))?;
+        Ok(SessionStream {
+            session: self,
+            run: Some(run),
+        })
+    }
+
     /// As [`Session::stream`], for holders that cannot borrow the session while the run lives: the
     /// bindings. The session is lent to the run at every step.
     ///
@@ -162,6 +180,19 @@ impl Session {
     /// As [`Model::generate`].
     #[doc(hidden)]
     pub fn start(&mut self, options: &GenerateOptions) -> Result<SessionRun> {
+        self.start_with(options, None)
+    }
+
+    /// As [`Session::start`], with a processor.
+    ///
+    /// # Errors
+    /// As [`Session::stream_with`].
+    #[doc(hidden)]
+    pub fn start_with(
+        &mut self,
+        options: &GenerateOptions,
+        processor: Option<Box<dyn LogitsProcessor>>,
+    ) -> Result<SessionRun> {
         let resolved = options.resolve(&self.model.inner.defaults)?;
         self.use_tools(&resolved.tools, resolved.tool_format)?;
         let host = self.model.inner.host.clone();
@@ -174,7 +205,7 @@ impl Session {
             self.tokens.clone(),
             &self.cache,
             resolved,
-            None,
+            processor,
             draft,
         )?))
     }

@@ -45,6 +45,27 @@ pub(super) struct Running {
 struct Share {
     index: usize,
     n_tokens: usize,
+    /// What it gets of its batch.
+    rows: Rows,
+}
+
+impl Share {
+    fn new(index: usize, n_tokens: usize) -> Self {
+        Self {
+            index,
+            n_tokens,
+            rows: Rows::None,
+        }
+    }
+
+    /// Rows of logits.
+    fn n_rows(self) -> usize {
+        match self.rows {
+            Rows::All => self.n_tokens,
+            Rows::Last | Rows::Screened => 1,
+            _ => 0,
+        }
+    }
 }
 
 pub(super) struct Scheduler {
@@ -174,7 +195,8 @@ impl Scheduler {
             .network
             .qwen2
             .ready(&mut running.cache, tokens.len());
-        if !self.settings.prefix_cache || running.cache.is_long() {
+        let shares = self.settings.prefix_cache && !running.sequence.reads_prompt();
+        if !shares || running.cache.is_long() {
             return None;
         }
         let mut found = self.prefix.find(&running.network, tokens, 1);
@@ -237,8 +259,8 @@ impl Scheduler {
                 continue;
             }
             match n_tokens <= FEW {
-                true => plan.push(Share { index, n_tokens }),
-                false => prompts.push(Share { index, n_tokens }),
+                true => plan.push(Share::new(index, n_tokens)),
+                false => prompts.push(Share::new(index, n_tokens)),
             }
         }
         let chunk = self.settings.prefill_chunk;
@@ -308,8 +330,14 @@ impl Scheduler {
 
     fn step(&mut self, plan: Vec<Share>) {
         let mut ended = Vec::new();
-        for batch in self.batches(plan) {
+        for mut batch in self.batches(plan) {
             self.stats.steps += 1;
+            // In the order of `running`, in which logits are taken.
+            batch.sort_by_key(|share| share.index);
+            let single = batch.len() == 1;
+            for share in &mut batch {
+                share.rows = self.running[share.index].rows(share.n_tokens, single);
+            }
             let logits = self.forward(&batch);
             match logits {
                 Ok(logits) => self.take_logits(&batch, logits, &mut ended),
@@ -345,15 +373,13 @@ impl Scheduler {
 
     fn forward(&mut self, batch: &[Share]) -> Result<Vec<f32>> {
         let network = self.running[batch[0].index].network.clone();
-        let single = batch.len() == 1;
-        let mut shares: Vec<Option<Share>> = vec![None; self.running.len()];
-        for share in batch {
-            shares[share.index] = Some(*share);
-        }
-        // In the order of `running`, as the logits are taken.
-        let parts = self.running.iter_mut().zip(shares);
+        let mut shares = batch.iter().peekable();
+        let parts = self.running.iter_mut().enumerate();
         let mut parts: Vec<Part<'_>> = parts
-            .filter_map(|(running, share)| Some(running.part(share?.n_tokens, single)))
+            .filter_map(|(index, running)| {
+                let share = shares.next_if(|share| share.index == index)?;
+                Some(running.part(*share))
+            })
             .collect();
         network.forward_batch(&mut parts)
     }
@@ -364,23 +390,25 @@ impl Scheduler {
         mut logits: Vec<f32>,
         ended: &mut Vec<(usize, Option<Error>)>,
     ) {
-        let mut batch = batch.to_vec();
-        batch.sort_by_key(|share| share.index);
-        let is_last = |share: &Share| self.running[share.index].pending() == 0;
-        let n_rows = batch.iter().filter(|share| is_last(share)).count();
+        let n_rows: usize = batch.iter().map(|share| share.n_rows()).sum();
         let width = logits.len().checked_div(n_rows).unwrap_or(0);
-        let mut rows = logits.chunks_exact_mut(width.max(1));
-        for Share { index, n_tokens } in batch {
+        let mut rest = &mut logits[..];
+        for share in batch {
+            let index = share.index;
             let running = &mut self.running[index];
+            let rows;
+            (rows, rest) = rest.split_at_mut(share.n_rows() * width);
             if running.first.is_none() {
-                self.stats.prompt_tokens += n_tokens as u64;
+                self.stats.prompt_tokens += share.n_tokens as u64;
+            }
+            if share.rows == Rows::All {
+                running.sequence.read_prompt(rows, width);
             }
             if running.pending() > 0 {
                 continue;
             }
-            let Some(row) = rows.next() else {
-                unreachable!("a row for each sequence that has run all it has")
-            };
+            let last = rows.len() - width;
+            let row = &mut rows[last..];
             if self.settings.prefix_cache && !running.shared && !running.cache.is_long() {
                 running.share(&mut self.prefix);
             }
@@ -483,18 +511,23 @@ impl Running {
         self.cache.bytes() - self.cache.bytes_of_pages(self.n_pinned)
     }
 
-    fn part(&mut self, n_tokens: usize, single: bool) -> Part<'_> {
-        let n_past = self.cache.n_tokens();
+    /// What a step of so many tokens is to give, alone in its batch or not.
+    fn rows(&self, n_tokens: usize, single: bool) -> Rows {
         let is_last = n_tokens == self.pending();
-        let rows = match (is_last, single && self.sequence.screens()) {
+        match (is_last, single && self.sequence.screens()) {
+            _ if self.sequence.reads_prompt() => Rows::All,
             (false, _) => Rows::None,
             (true, true) => Rows::Screened,
             (true, false) => Rows::Last,
-        };
+        }
+    }
+
+    fn part(&mut self, share: Share) -> Part<'_> {
+        let n_past = self.cache.n_tokens();
         Part {
-            tokens: &self.sequence.tokens()[n_past..n_past + n_tokens],
+            tokens: &self.sequence.tokens()[n_past..n_past + share.n_tokens],
             cache: &mut self.cache,
-            rows,
+            rows: share.rows,
         }
     }
 
@@ -575,7 +608,7 @@ mod tests {
 
     fn divided(prompts: &[usize], chunk: usize) -> Vec<(usize, usize)> {
         let prompts = prompts.iter().enumerate();
-        let shares = prompts.map(|(index, &n_tokens)| Share { index, n_tokens });
+        let shares = prompts.map(|(index, &n_tokens)| Share::new(index, n_tokens));
         let plan = divide(shares.collect(), chunk, |share| (0, share.index as u64));
         let mut plan: Vec<_> = plan
             .iter()

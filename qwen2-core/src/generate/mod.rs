@@ -1,10 +1,13 @@
 //! Logits to tokens to text: settings, sampling, where to end, and the loop around the network.
 
+mod bad_words;
 #[cfg(feature = "constraint")]
 mod compile;
 mod constraint;
 mod guide;
+mod logprobs;
 mod options;
+mod penalties;
 mod prefill;
 mod results;
 mod sampler;
@@ -15,8 +18,11 @@ mod stop;
 mod stream;
 mod tool_grammar;
 
+pub use bad_words::BadWord;
 pub use constraint::Constraint;
 pub(crate) use guide::Guide;
+pub(crate) use logprobs::LogSoftmax;
+pub use logprobs::{Logprobs, TokenLogprob};
 pub use options::{CancelToken, GenerateOptions};
 pub(crate) use options::{Resolved, SamplingDefaults};
 pub use prefill::{OnPrefill, PrefillProgress};
@@ -30,11 +36,18 @@ pub use stop::{FinishReason, StopMatch};
 pub use stream::TokenStream;
 pub(crate) use stream::{Host, Run};
 
-/// Changes the logits before each choice: behind the model, before penalties and sampling.
+/// Changes the logits before each choice: behind penalties and bans, before temperature and filters, as a
+/// processor of transformers.
 pub trait LogitsProcessor: Send {
     /// `tokens`: prompt and new tokens so far; `logits`: one for each id of the vocabulary.
     ///
     /// # Errors
-    /// An error ends the generation with it.
+    /// An error ends the generation with it; see [`Error::stopped`](crate::Error::stopped).
     fn process(&mut self, tokens: &[u32], logits: &mut [f32]) -> crate::error::Result<()>;
+}
+
+impl<P: LogitsProcessor + ?Sized> LogitsProcessor for Box<P> {
+    fn process(&mut self, tokens: &[u32], logits: &mut [f32]) -> crate::error::Result<()> {
+        (**self).process(tokens, logits)
+    }
 }

@@ -1,5 +1,6 @@
 //! What a caller may set for a generation, and what then holds.
 
+use std::collections::BTreeMap;
 use std::ops::ControlFlow;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -10,6 +11,7 @@ use rand::rngs::SysRng;
 use serde::{Deserialize, Serialize};
 
 use super::Constraint;
+use super::bad_words::{self, BadWord};
 use super::prefill::{OnPrefill, PrefillProgress};
 use crate::error::{Error, ErrorKind, Result};
 use crate::ops::Watch;
@@ -20,12 +22,15 @@ const MAX_TOOLS: usize = 128;
 const MAX_STOP_STRINGS: usize = 64;
 const MAX_STOP_LEN: usize = 4096;
 const MAX_DRAFT_TOKENS: usize = 64;
+const MAX_LOGPROBS: usize = 1024;
 
 /// Settings of one generation.
 ///
 /// An unset field takes the value of the checkpoint's `generation_config.json`, then the default
-/// named at the field. Filters work in the order of transformers: `repetition_penalty`,
-/// `temperature`, `top_k`, `top_p`, `min_p`.
+/// named at the field. All work in the order of transformers: `logit_bias`, `repetition_penalty`,
+/// `presence_penalty` and `frequency_penalty`, `bad_words`, `min_new_tokens`, then a
+/// [`LogitsProcessor`](crate::LogitsProcessor), then, unless greedy, `temperature`, `top_k`, `top_p`,
+/// `min_p`, `typical_p`.
 ///
 /// A checkpoint whose `generation_config.json` does not say `do_sample: true` is greedy unless
 /// `temperature` is set here.
@@ -52,9 +57,28 @@ pub struct GenerateOptions {
     pub top_p: Option<f32>,
     /// Drops tokens less likely than this share of the likeliest one, 0 to 1. Default: 0.
     pub min_p: Option<f32>,
+    /// Keeps the tokens whose information content is nearest to the expected one, until together they
+    /// have this probability (arXiv:2202.00666); above 0 to 1. Default: 1, which keeps all.
+    pub typical_p: Option<f32>,
     /// Makes tokens of the prompt and of the output less likely (above 1) or likelier (below 1);
     /// finite and above 0. Default: 1.
     pub repetition_penalty: Option<f32>,
+    /// Taken from the logit of every token that is in the output, -2 to 2. Default: 0.
+    pub presence_penalty: Option<f32>,
+    /// Taken from the logit of a token for each time that it is in the output, -2 to 2. Default: 0.
+    pub frequency_penalty: Option<f32>,
+    /// Added to the logits of these tokens, -100 to 100.
+    pub logit_bias: BTreeMap<u32, f32>,
+    /// What is never produced: at most 1024 texts or sequences of tokens, of at most 256 bytes or tokens.
+    pub bad_words: Vec<BadWord>,
+    /// As many tokens come at least before an end token or one of `stop_token_ids`, which are
+    /// impossible until then; a string of `stop` still ends the generation. Default: 0.
+    pub min_new_tokens: Option<usize>,
+    /// Says of each token how likely it was, and of as many of the likeliest ones, 0 to 1024: see
+    /// [`Logprobs`](crate::Logprobs). Default: does not.
+    pub logprobs: Option<usize>,
+    /// The same for the tokens of the prompt; a session then reads all of it anew. Default: does not.
+    pub prompt_logprobs: Option<usize>,
     /// Same seed, same logits, same tokens. Default: from the operating system.
     pub seed: Option<u64>,
     /// Strings that end the generation and are not part of its text: at most 64 of at most 4096
@@ -144,6 +168,62 @@ impl GenerateOptions {
     #[must_use]
     pub fn repetition_penalty(mut self, repetition_penalty: f32) -> Self {
         self.repetition_penalty = Some(repetition_penalty);
+        self
+    }
+
+    /// Sets [`typical_p`](Self#structfield.typical_p).
+    #[must_use]
+    pub fn typical_p(mut self, typical_p: f32) -> Self {
+        self.typical_p = Some(typical_p);
+        self
+    }
+
+    /// Sets [`presence_penalty`](Self#structfield.presence_penalty).
+    #[must_use]
+    pub fn presence_penalty(mut self, presence_penalty: f32) -> Self {
+        self.presence_penalty = Some(presence_penalty);
+        self
+    }
+
+    /// Sets [`frequency_penalty`](Self#structfield.frequency_penalty).
+    #[must_use]
+    pub fn frequency_penalty(mut self, frequency_penalty: f32) -> Self {
+        self.frequency_penalty = Some(frequency_penalty);
+        self
+    }
+
+    /// Sets [`min_new_tokens`](Self#structfield.min_new_tokens).
+    #[must_use]
+    pub fn min_new_tokens(mut self, min_new_tokens: usize) -> Self {
+        self.min_new_tokens = Some(min_new_tokens);
+        self
+    }
+
+    /// Sets [`logprobs`](Self#structfield.logprobs).
+    #[must_use]
+    pub fn logprobs(mut self, logprobs: usize) -> Self {
+        self.logprobs = Some(logprobs);
+        self
+    }
+
+    /// Sets [`prompt_logprobs`](Self#structfield.prompt_logprobs).
+    #[must_use]
+    pub fn prompt_logprobs(mut self, prompt_logprobs: usize) -> Self {
+        self.prompt_logprobs = Some(prompt_logprobs);
+        self
+    }
+
+    /// Sets [`logit_bias`](Self#structfield.logit_bias), replacing what was there.
+    #[must_use]
+    pub fn logit_bias(mut self, logit_bias: impl IntoIterator<Item = (u32, f32)>) -> Self {
+        self.logit_bias = logit_bias.into_iter().collect();
+        self
+    }
+
+    /// Sets [`bad_words`](Self#structfield.bad_words), replacing what was there.
+    #[must_use]
+    pub fn bad_words(mut self, bad_words: impl IntoIterator<Item = impl Into<BadWord>>) -> Self {
+        self.bad_words = bad_words.into_iter().map(Into::into).collect();
         self
     }
 
@@ -262,6 +342,14 @@ impl GenerateOptions {
                 .repetition_penalty
                 .or(defaults.repetition_penalty)
                 .unwrap_or(1.0),
+            typical_p: self.typical_p.unwrap_or(1.0),
+            presence_penalty: self.presence_penalty.unwrap_or(0.0),
+            frequency_penalty: self.frequency_penalty.unwrap_or(0.0),
+            logit_bias: self.logit_bias.clone(),
+            bad_words: self.bad_words.clone(),
+            min_new_tokens: self.min_new_tokens.unwrap_or(0),
+            logprobs: self.logprobs,
+            prompt_logprobs: self.prompt_logprobs,
             // Greedy leaves nothing to chance, so there is no need to ask the system.
             seed: match (self.seed, greedy || temperature == 0.0) {
                 (Some(seed), _) => seed,
@@ -288,6 +376,7 @@ impl GenerateOptions {
             cancel: self.cancel.clone(),
         };
         resolved.check()?;
+        resolved.check_tokens(defaults.vocab_size)?;
         Ok(resolved)
     }
 }
@@ -303,6 +392,8 @@ pub(crate) struct SamplingDefaults {
     pub(crate) repetition_penalty: Option<f32>,
     pub(crate) max_new_tokens: Option<usize>,
     pub(crate) eos_token_ids: Vec<u32>,
+    /// Ids beyond are refused, if it is known.
+    pub(crate) vocab_size: Option<usize>,
 }
 
 /// Settings with every value legal and filled in; only [`GenerateOptions::resolve`] makes one.
@@ -317,7 +408,15 @@ pub(crate) struct Resolved {
     pub(crate) top_k: Option<usize>,
     pub(crate) top_p: f32,
     pub(crate) min_p: f32,
+    pub(crate) typical_p: f32,
     pub(crate) repetition_penalty: f32,
+    pub(crate) presence_penalty: f32,
+    pub(crate) frequency_penalty: f32,
+    pub(crate) logit_bias: BTreeMap<u32, f32>,
+    pub(crate) bad_words: Vec<BadWord>,
+    pub(crate) min_new_tokens: usize,
+    pub(crate) logprobs: Option<usize>,
+    pub(crate) prompt_logprobs: Option<usize>,
     /// Has no meaning when greedy.
     pub(crate) seed: u64,
     pub(crate) stop: Vec<String>,
@@ -374,6 +473,55 @@ impl Resolved {
             let help = "to only read the prompt, use logits or score";
             return Err(out_of_range("max_new_tokens", 0, "1 or more", help));
         }
+        self.check_penalties()?;
+        self.check_counts()?;
+        self.check_stop()?;
+        self.check_tools()
+    }
+
+    fn check_penalties(&self) -> Result<()> {
+        if !(self.typical_p > 0.0 && self.typical_p <= 1.0) {
+            let help = "1 keeps every token, 0.95 is usual";
+            return Err(out_of_range(
+                "typical_p",
+                self.typical_p,
+                "above 0 to 1",
+                help,
+            ));
+        }
+        for (key, penalty) in [
+            ("presence_penalty", self.presence_penalty),
+            ("frequency_penalty", self.frequency_penalty),
+        ] {
+            if !(-2.0..=2.0).contains(&penalty) {
+                return Err(out_of_range(key, penalty, "-2 to 2", "0 is no penalty"));
+            }
+        }
+        for (id, bias) in &self.logit_bias {
+            if !(-100.0..=100.0).contains(bias) {
+                let help = "to forbid a token, put it into bad_words";
+                return Err(out_of_range(
+                    &format!("logit_bias[{id}]"),
+                    bias,
+                    "-100 to 100",
+                    help,
+                ));
+            }
+        }
+        Ok(())
+    }
+
+    fn check_counts(&self) -> Result<()> {
+        let min = self.min_new_tokens;
+        if let Some(max) = self.max_new_tokens.filter(|max| *max < min) {
+            let range = format!("at most max_new_tokens, {max}");
+            return Err(out_of_range(
+                "min_new_tokens",
+                min,
+                &range,
+                "lower it, or raise the other",
+            ));
+        }
         for (key, n_tokens) in [
             ("prompt_lookup", self.prompt_lookup),
             ("draft_tokens", self.draft_tokens),
@@ -383,8 +531,24 @@ impl Resolved {
                 return Err(out_of_range(key, n, "1 to 64", help));
             }
         }
-        self.check_stop()?;
-        self.check_tools()
+        for (key, count) in [
+            ("logprobs", self.logprobs),
+            ("prompt_logprobs", self.prompt_logprobs),
+        ] {
+            if let Some(count) = count.filter(|count| *count > MAX_LOGPROBS) {
+                let help = "for all of them use Model::logits";
+                return Err(out_of_range(key, count, "0 to 1024", help));
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether the tokens that options name are in the vocabulary.
+    fn check_tokens(&self, vocab_size: Option<usize>) -> Result<()> {
+        if let Some(vocab_size) = vocab_size {
+            check_ids("logit_bias", self.logit_bias.keys().copied(), vocab_size)?;
+        }
+        bad_words::check(&self.bad_words, vocab_size)
     }
 
     fn check_stop(&self) -> Result<()> {
@@ -457,6 +621,20 @@ impl Resolved {
     /// Whether no choice is left to chance.
     pub(crate) fn is_greedy(&self) -> bool {
         self.temperature == 0.0 || self.top_k == Some(1)
+    }
+}
+
+/// Refuses ids that the vocabulary lacks.
+pub(super) fn check_ids(
+    key: &str,
+    mut ids: impl Iterator<Item = u32>,
+    vocab_size: usize,
+) -> Result<()> {
+    match ids.find(|&id| id as usize >= vocab_size) {
+        None => Ok(()),
+        Some(id) => Err(Error::new(ErrorKind::InvalidArgument, "no such token")
+            .with_key(key)
+            .with_why(format!("{id}, the vocabulary has {vocab_size}"))),
     }
 }
 
@@ -644,6 +822,32 @@ mod tests {
             (new().timeout(-1.5), "timeout", "-1.5"),
             (new().timeout(f64::NAN), "timeout", "NaN"),
             (new().timeout(f64::INFINITY), "timeout", "inf"),
+            (new().typical_p(0.0), "typical_p", "0"),
+            (new().typical_p(f32::NAN), "typical_p", "NaN"),
+            (new().presence_penalty(2.5), "presence_penalty", "2.5"),
+            (new().presence_penalty(f32::NAN), "presence_penalty", "NaN"),
+            (new().frequency_penalty(-3.0), "frequency_penalty", "-3"),
+            (new().logit_bias([(7, 101.0)]), "logit_bias[7]", "101"),
+            (new().logit_bias([(7, f32::NAN)]), "logit_bias[7]", "NaN"),
+            (
+                new().min_new_tokens(5).max_new_tokens(4),
+                "min_new_tokens",
+                "5",
+            ),
+            (new().logprobs(1025), "logprobs", "1025"),
+            (
+                new().prompt_logprobs(1 << 40),
+                "prompt_logprobs",
+                "1099511627776",
+            ),
+            (new().bad_words(["ok", ""]), "bad_words[1]", "0 bytes"),
+            (new().bad_words([vec![]]), "bad_words[0]", "0 tokens"),
+            (
+                new().bad_words(["x".repeat(257)]),
+                "bad_words[0]",
+                "257 bytes",
+            ),
+            (new().bad_words(vec!["x"; 1025]), "bad_words", "1025 words"),
             (new().stop(["ok", ""]), "stop[1]", "0 bytes"),
             (new().stop(["x".repeat(4097)]), "stop[0]", "4097 bytes"),
             (new().stop(vec!["x"; 65]), "stop", "65 strings"),
@@ -658,6 +862,30 @@ mod tests {
             );
             assert!(error.help().is_some());
         }
+    }
+
+    #[test]
+    fn tokens_that_the_vocabulary_lacks_are_refused() {
+        let defaults = SamplingDefaults {
+            vocab_size: Some(100),
+            ..checkpoint()
+        };
+        let new = GenerateOptions::new;
+        for (options, key) in [
+            (new().logit_bias([(100, 1.0)]), "logit_bias"),
+            (new().bad_words([[3, 100]]), "bad_words[0]"),
+        ] {
+            let error = options.resolve(&defaults).unwrap_err();
+            assert_eq!(
+                error.to_string(),
+                format!("no such token: {key}: 100, the vocabulary has 100")
+            );
+        }
+        new()
+            .logit_bias([(99, 1.0)])
+            .bad_words([[99]])
+            .resolve(&defaults)
+            .unwrap();
     }
 
     #[test]
@@ -685,6 +913,8 @@ mod tests {
         let options = GenerateOptions::new()
             .seed(3)
             .stop(["a"])
+            .logit_bias([(5, -1.5)])
+            .bad_words(["b"])
             .cancel(CancelToken::new());
         let json = serde_json::to_string(&options).unwrap();
         let back: GenerateOptions = serde_json::from_str(&json).unwrap();

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use serde::Serialize;
 
-use super::{FinishReason, StopMatch};
+use super::{FinishReason, Logprobs, StopMatch};
 use crate::text::ToolCall;
 
 /// One token and the text that became whole with it.
@@ -15,6 +15,8 @@ pub struct Piece {
     pub text: String,
     /// The token's id.
     pub token: u32,
+    /// How likely it was, if `logprobs` asked for it.
+    pub logprobs: Option<Logprobs>,
     /// Calls of tools that became whole with it; their text is not in `text`.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub tool_calls: Vec<ToolCall>,
@@ -46,6 +48,11 @@ pub struct Generation {
     pub timings: Timings,
     /// The seed that the sampler used; `None` for greedy decoding.
     pub seed: Option<u64>,
+    /// How likely each of the new tokens was, if `logprobs` asked for it; else empty.
+    pub logprobs: Vec<Logprobs>,
+    /// How likely each token of the prompt but the first was, if `prompt_logprobs` asked for it; else
+    /// empty.
+    pub prompt_logprobs: Vec<Logprobs>,
 }
 
 /// Token counts of one generation.

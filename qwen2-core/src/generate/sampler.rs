@@ -6,8 +6,8 @@ use rand::{Rng, SeedableRng};
 use crate::error::{Error, ErrorKind, Result};
 use crate::generate::options::Resolved;
 
-/// Picks tokens. Filters in the order of transformers: repetition penalty, temperature, top_k,
-/// top_p, min_p; then a draw by probability.
+/// Picks tokens. Filters in the order of transformers: temperature, top_k, top_p, min_p, typical_p; then
+/// a draw by probability.
 ///
 /// The random numbers are ChaCha8 with the seed as the first 8 bytes of the key, little-endian,
 /// and zeros behind it: the same on every build, one draw of 64 bits a token.
@@ -17,7 +17,6 @@ pub(crate) struct Sampler {
     // Buffers that live as long as the generation: nothing is allocated per token.
     kept: Vec<Candidate>,
     scratch: Vec<f32>,
-    seen: Vec<u64>,
 }
 
 #[derive(Clone, Copy)]
@@ -27,7 +26,7 @@ struct Filters {
     top_k: Option<usize>,
     top_p: f32,
     min_p: f32,
-    repetition_penalty: f32,
+    typical_p: f32,
 }
 
 #[derive(Clone, Copy)]
@@ -47,12 +46,11 @@ impl Sampler {
                 top_k: resolved.top_k,
                 top_p: resolved.top_p,
                 min_p: resolved.min_p,
-                repetition_penalty: resolved.repetition_penalty,
+                typical_p: resolved.typical_p,
             },
             rng: ChaCha8Rng::from_seed(key),
             kept: Vec::new(),
             scratch: Vec::new(),
-            seen: Vec::new(),
         }
     }
 
@@ -65,7 +63,6 @@ impl Sampler {
             rng,
             kept: Vec::new(),
             scratch: Vec::new(),
-            seen: Vec::new(),
         }
     }
 
@@ -78,13 +75,11 @@ impl Sampler {
         }
     }
 
-    /// The next token; `tokens` are those of the prompt and of the output so far. The logits are
-    /// changed in place. Greedy takes the lowest of the ids that share the highest logit.
+    /// The next token. Greedy takes the lowest of the ids that share the highest logit.
     ///
     /// # Errors
     /// `DeviceFailed` when the logits hold NaN or +infinity, or are all -infinity.
-    pub(crate) fn pick(&mut self, logits: &mut [f32], tokens: &[u32]) -> Result<u32> {
-        self.penalize(logits, tokens);
+    pub(crate) fn pick(&mut self, logits: &[f32]) -> Result<u32> {
         let best = best(logits)?;
         if self.filters.greedy {
             return Ok(best.id);
@@ -93,33 +88,7 @@ impl Sampler {
         Ok(self.draw(best.id))
     }
 
-    /// `logit / penalty` above zero, `logit * penalty` below, once for each token that occurs.
-    fn penalize(&mut self, logits: &mut [f32], tokens: &[u32]) {
-        let penalty = self.filters.repetition_penalty;
-        if penalty == 1.0 {
-            return;
-        }
-        self.seen.clear();
-        self.seen.resize(logits.len().div_ceil(64), 0);
-        for &token in tokens {
-            let index = token as usize;
-            let bit = 1_u64 << (index % 64);
-            // A prompt may name ids that the model has no row for only when it was rejected
-            // before; ignoring them here keeps this loop free of a second error path.
-            if let Some(logit) = logits.get_mut(index)
-                && self.seen[index / 64] & bit == 0
-            {
-                self.seen[index / 64] |= bit;
-                *logit = if *logit < 0.0 {
-                    *logit * penalty
-                } else {
-                    *logit / penalty
-                };
-            }
-        }
-    }
-
-    /// Leaves in `kept` what temperature, top_k, top_p and min_p leave, in the order of the ids.
+    /// Leaves in `kept` what temperature and filters leave, in the order of the ids.
     fn filter(&mut self, logits: &[f32], best: Candidate) {
         let temperature = self.filters.temperature;
         // The scores of transformers are divided before they are compared, so ties that the
@@ -146,6 +115,34 @@ impl Sampler {
             self.kept
                 .retain(|candidate| (candidate.score - highest).exp() >= min_p);
         }
+        if self.filters.typical_p < 1.0 {
+            self.keep_typical(highest);
+        }
+    }
+
+    /// Keeps the tokens whose information, `-ln p`, is nearest to its mean, until their probabilities add
+    /// up to `typical_p`; those as near as the last of them stay, too.
+    fn keep_typical(&mut self, highest: f32) {
+        let total = total(&self.kept, highest);
+        let log_total = total.ln() as f32;
+        let information = |candidate: &Candidate| log_total - (candidate.score - highest);
+        let terms = self.kept.iter().map(|candidate| {
+            weight(candidate.score, highest) / total * f64::from(information(candidate))
+        });
+        let entropy = terms.sum::<f64>() as f32;
+        let distance = |candidate: &Candidate| (information(candidate) - entropy).abs();
+        self.kept
+            .sort_unstable_by(|a, b| distance(a).total_cmp(&distance(b)).then(a.id.cmp(&b.id)));
+        let mass = f64::from(self.filters.typical_p) * total;
+        let mut sum = 0.0;
+        let last = self.kept.iter().find(|candidate| {
+            sum += weight(candidate.score, highest);
+            sum >= mass
+        });
+        // Only where the sums round apart there is none.
+        let most = last.map_or(f32::INFINITY, &distance);
+        self.kept.retain(|candidate| distance(candidate) <= most);
+        self.kept.sort_unstable_by_key(|candidate| candidate.id);
     }
 
     /// Drops the least likely tokens whose probabilities add up to `1 - top_p` or less, but never
@@ -252,7 +249,11 @@ fn best(logits: &[f32]) -> Result<Candidate> {
 }
 
 /// The k-th largest score, or -infinity if there are fewer; k >= 1.
-fn kth_largest(scores: impl Iterator<Item = f32>, k: usize, scratch: &mut Vec<f32>) -> f32 {
+pub(super) fn kth_largest(
+    scores: impl Iterator<Item = f32>,
+    k: usize,
+    scratch: &mut Vec<f32>,
+) -> f32 {
     let descending = |a: &f32, b: &f32| b.total_cmp(a);
     let limit = k.saturating_mul(2).max(256);
     let mut floor = f32::NEG_INFINITY;
@@ -279,17 +280,17 @@ fn kth_largest(scores: impl Iterator<Item = f32>, k: usize, scratch: &mut Vec<f3
 #[allow(clippy::unwrap_used)] // a panic is how a test fails
 mod tests {
     use super::*;
+    use crate::generate::bad_words::BadWords;
     use crate::generate::options::{GenerateOptions, SamplingDefaults};
+    use crate::generate::penalties::Penalties;
+    use crate::text::Tokenizer;
     use proptest::prelude::*;
     use serde::Deserialize;
 
     /// The scores after all filters, -infinity where a token was dropped.
-    fn process(logits: &[f32], tokens: &[u32], resolved: &Resolved) -> Vec<f32> {
-        let mut logits = logits.to_vec();
+    fn process(logits: &[f32], resolved: &Resolved) -> Vec<f32> {
         let mut sampler = Sampler::new(resolved);
-        sampler.penalize(&mut logits, tokens);
-        let best = best(&logits).unwrap();
-        sampler.filter(&logits, best);
+        sampler.filter(logits, best(logits).unwrap());
         let mut scores = vec![f32::NEG_INFINITY; logits.len()];
         for candidate in sampler.kept {
             scores[candidate.id as usize] = candidate.score;
@@ -315,6 +316,10 @@ mod tests {
         name: String,
         logits: Vec<Option<f32>>,
         tokens: Vec<u32>,
+        /// How many of the tokens are the prompt's; unset: all.
+        n_prompt: Option<usize>,
+        #[serde(default)]
+        eos_token_ids: Vec<u32>,
         options: GenerateOptions,
         expected: Vec<Option<f32>>,
     }
@@ -326,12 +331,19 @@ mod tests {
         let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../conformance/sampler.json");
         let vectors: Vectors = serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap();
         assert!(!vectors.cases.is_empty());
+        let tied = concat!(env!("CARGO_MANIFEST_DIR"), "/../conformance/models/tied");
+        let tokenizer = Tokenizer::from_files(tied.as_ref()).unwrap();
         let number = |value: Option<f32>| value.unwrap_or(f32::NEG_INFINITY);
         for mut case in vectors.cases {
             // transformers' 0 is "off"; for us that is unset.
             case.options.top_k = case.options.top_k.filter(|&top_k| top_k > 0);
-            let logits: Vec<f32> = case.logits.into_iter().map(number).collect();
-            let scores = process(&logits, &case.tokens, &resolve(&case.options));
+            let mut logits: Vec<f32> = case.logits.into_iter().map(number).collect();
+            let mut resolved = resolve(&case.options);
+            resolved.eos_token_ids = case.eos_token_ids;
+            let n_prompt = case.n_prompt.unwrap_or(case.tokens.len());
+            let bad_words = BadWords::new(&resolved.bad_words, &tokenizer);
+            Penalties::new(&resolved, n_prompt, bad_words).apply(&mut logits, &case.tokens);
+            let scores = process(&logits, &resolved);
             assert_eq!(scores.len(), case.expected.len());
             for (id, (score, expected)) in scores.iter().zip(case.expected).enumerate() {
                 let expected = number(expected);
@@ -395,7 +407,7 @@ mod tests {
         ) {
             let logits: Vec<f32> = coarse.iter().map(|&logit| f32::from(logit) / 2.0).collect();
             let options = GenerateOptions { temperature, top_k, top_p, min_p, ..GenerateOptions::new() };
-            let scores = process(&logits, &[], &resolve(&options));
+            let scores = process(&logits, &resolve(&options));
             let kept: Vec<u32> = scores.iter().zip(0..).filter(|(s, _)| s.is_finite()).map(|(_, id)| id).collect();
             let expected = reference(&logits, &options);
             // Where a sum meets the threshold to the last bit, the order of adding decides; then
@@ -406,23 +418,14 @@ mod tests {
     }
 
     #[test]
-    fn greedy_takes_the_lowest_id_of_a_tie_after_the_penalty() {
-        let options = GenerateOptions::new()
-            .temperature(0.0)
-            .repetition_penalty(2.0);
-        for options in [options.clone(), options.temperature(1.0).top_k(1)] {
+    fn greedy_takes_the_lowest_id_of_a_tie() {
+        for options in [
+            GenerateOptions::greedy(),
+            GenerateOptions::new().temperature(1.0).top_k(1),
+        ] {
             let mut sampler = Sampler::new(&resolve(&options));
-            assert_eq!(sampler.pick(&mut [1.0, 3.0, 3.0, -1.0], &[]).unwrap(), 1);
-            assert_eq!(
-                sampler.pick(&mut [1.0, 3.0, 3.0, -1.0], &[1, 1]).unwrap(),
-                2
-            );
-            assert_eq!(
-                sampler
-                    .pick(&mut [1.0, 3.0, 3.0, -1.0], &[1, 2, 9])
-                    .unwrap(),
-                1
-            );
+            assert_eq!(sampler.pick(&[1.0, 3.0, 3.0, -1.0]).unwrap(), 1);
+            assert_eq!(sampler.pick(&[1.0, 1.5, 3.0, -1.0]).unwrap(), 2);
         }
     }
 
@@ -431,8 +434,8 @@ mod tests {
         let mut sampler =
             Sampler::new(&resolve(&GenerateOptions::new().temperature(100.0).seed(1)));
         for _ in 0..200 {
-            let mut logits = [f32::NEG_INFINITY, 0.0, f32::NEG_INFINITY, -1.0];
-            assert!([1, 3].contains(&sampler.pick(&mut logits, &[0, 1]).unwrap()));
+            let logits = [f32::NEG_INFINITY, 0.0, f32::NEG_INFINITY, -1.0];
+            assert!([1, 3].contains(&sampler.pick(&logits).unwrap()));
         }
     }
 
@@ -448,8 +451,8 @@ mod tests {
             vec![f32::INFINITY, 0.0],
             vec![],
         ];
-        for mut logits in bad {
-            let error = sampler.pick(&mut logits, &[]).unwrap_err();
+        for logits in bad {
+            let error = sampler.pick(&logits).unwrap_err();
             assert_eq!(error.kind(), ErrorKind::DeviceFailed, "{error}");
         }
     }
@@ -459,7 +462,7 @@ mod tests {
         let draw = |seed| {
             let mut sampler = Sampler::new(&resolve(&GenerateOptions::new().seed(seed)));
             (0..12)
-                .map(|_| sampler.pick(&mut [0.0; 100], &[]).unwrap())
+                .map(|_| sampler.pick(&[0.0; 100]).unwrap())
                 .collect::<Vec<_>>()
         };
         assert_eq!(draw(1), draw(1));
@@ -475,8 +478,8 @@ mod tests {
         let mut sampler = Sampler::new(&resolve(&GenerateOptions::new().seed(3)));
         let mut counts = [0_u32; 3];
         for _ in 0..20_000 {
-            let mut logits = [0.5_f32.ln(), 0.3_f32.ln(), 0.2_f32.ln()];
-            counts[sampler.pick(&mut logits, &[]).unwrap() as usize] += 1;
+            let logits = [0.5_f32.ln(), 0.3_f32.ln(), 0.2_f32.ln()];
+            counts[sampler.pick(&logits).unwrap() as usize] += 1;
         }
         for (count, share) in counts.into_iter().zip([0.5, 0.3, 0.2]) {
             assert!(

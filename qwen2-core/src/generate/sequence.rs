@@ -2,10 +2,13 @@
 
 use std::time::Instant;
 
+use super::bad_words::BadWords;
+use super::logprobs::Recorder;
+use super::penalties::Penalties;
 use super::tool_grammar::tool_grammar;
 use super::{
-    CancelToken, FinishReason, Generation, Guide, LogitsProcessor, Piece, Resolved, Sampler,
-    StopMatch, StopMatcher, Timings, Usage,
+    CancelToken, FinishReason, Generation, Guide, LogitsProcessor, Logprobs, Piece, Resolved,
+    Sampler, StopMatch, StopMatcher, Timings, Usage,
 };
 use crate::error::{Error, ErrorKind, Result};
 use crate::ops::{SCREENED_TOKENS, Watch};
@@ -17,7 +20,10 @@ use crate::text::{TextDecoder, Tokenizer, ToolCall, ToolParser};
 pub(crate) struct Sequence {
     tokenizer: Tokenizer,
     options: Resolved,
+    penalties: Penalties,
     sampler: Sampler,
+    recorder: Option<Recorder>,
+    prompt_recorder: Option<Recorder>,
     stop: StopMatcher,
     decoder: TextDecoder,
     processor: Option<Box<dyn LogitsProcessor>>,
@@ -30,6 +36,8 @@ pub(crate) struct Sequence {
     /// All that was written, calls of tools included.
     text: String,
     tools: Option<Tools>,
+    logprobs: Vec<Logprobs>,
+    prompt_logprobs: Vec<Logprobs>,
     max_new_tokens: usize,
     finished: Option<(FinishReason, Option<StopMatch>)>,
 }
@@ -49,7 +57,8 @@ impl Sequence {
         let room = check_fit(tokens.len(), context_length, &options)?;
         let usual = options
             .usual_new_tokens
-            .map_or(room, |usual| usual.min(room));
+            .map_or(room, |usual| usual.max(options.min_new_tokens).min(room));
+        let bad_words = BadWords::new(&options.bad_words, &tokenizer);
         let format = tokenizer.tool_format(options.tool_format);
         let tools = (!options.tools.is_empty())
             .then(|| Tools::new(ToolParser::behind(format, &tokenizer, &tokens)));
@@ -68,6 +77,9 @@ impl Sequence {
             tools,
             stop: StopMatcher::new(&stop),
             tokenizer,
+            penalties: Penalties::new(&options, tokens.len(), bad_words),
+            recorder: options.logprobs.map(Recorder::new),
+            prompt_recorder: options.prompt_logprobs.map(Recorder::new),
             sampler: Sampler::new(&options),
             decoder: TextDecoder::new(),
             processor,
@@ -82,6 +94,8 @@ impl Sequence {
             },
             tokens,
             text: String::new(),
+            logprobs: Vec::new(),
+            prompt_logprobs: Vec::new(),
             max_new_tokens: options.max_new_tokens.unwrap_or(usual),
             options,
             finished: None,
@@ -168,22 +182,44 @@ impl Sequence {
         self.usage.prompt_tokens + self.max_new_tokens
     }
 
-    /// Whether the choice of a token depends on few of the highest logits. Twice as many are exact, so
-    /// that a repetition penalty finds others to go on with.
+    /// Whether the choice of a token depends on few of the highest logits, of which penalties and bans may
+    /// lower some. Twice as many are exact, so that a repetition penalty finds others to go on with.
     pub(crate) fn screens(&self) -> bool {
+        let lowers = self.penalties.lowers().unwrap_or(usize::MAX);
         self.processor.is_none()
             && self.guide.is_none()
-            && self.sampler.looks_at() <= SCREENED_TOKENS / 2
+            && self.recorder.is_none()
+            && self.sampler.looks_at().saturating_add(lowers) <= SCREENED_TOKENS / 2
+    }
+
+    /// Whether it wants the logits of the prompt's tokens as well, from the first on: none of them may be
+    /// taken from a cache then, and they go to [`Self::read_prompt`].
+    pub(crate) fn reads_prompt(&self) -> bool {
+        self.prompt_recorder.is_some() && self.prompt_logprobs.len() + 1 < self.usage.prompt_tokens
+    }
+
+    /// Takes the rows of logits of the next tokens of the prompt.
+    pub(crate) fn read_prompt(&mut self, logits: &[f32], vocab_size: usize) {
+        let Some(recorder) = &mut self.prompt_recorder else {
+            return;
+        };
+        let next = self.prompt_logprobs.len() + 1;
+        let foretold = self.tokens[..self.usage.prompt_tokens]
+            .get(next..)
+            .unwrap_or_default();
+        let rows = logits.chunks_exact(vocab_size).zip(foretold);
+        self.prompt_logprobs
+            .extend(rows.map(|(row, &token)| recorder.of(row, token)));
     }
 
     /// The next token and its text where the constraint leaves no choice: the model need not run, and
     /// sees it with those behind it at its next run. Whoever asks for none gets it from
-    /// [`accept`](Self::accept).
+    /// [`accept`](Self::accept), as it comes where log-probabilities are wanted.
     ///
     /// # Errors
     /// `InvalidConstraint` when following it exceeds the bounds.
     pub(crate) fn forced(&mut self) -> Option<Result<Piece>> {
-        if self.is_finished() || self.is_cancelled() {
+        if self.is_finished() || self.is_cancelled() || self.recorder.is_some() {
             return None;
         }
         let token = self.guide.as_ref()?.forced()?;
@@ -193,18 +229,14 @@ impl Sequence {
     /// Chooses a token by the logits of the last one, which are changed in place.
     ///
     /// # Errors
-    /// Those of the logits processor, `DeviceFailed` for logits that are no numbers,
-    /// `InvalidConstraint` when other settings leave nothing that the constraint allows.
+    /// Those of the logits processor, `InvalidArgument` where the options leave no token, `DeviceFailed`
+    /// for logits that are no numbers, `InvalidConstraint` when other settings leave nothing that the
+    /// constraint allows.
     pub(crate) fn accept(&mut self, logits: &mut [f32]) -> Result<Piece> {
-        if let Some(processor) = &mut self.processor {
-            processor.process(&self.tokens, logits)?;
+        if let Some(recorder) = &mut self.recorder {
+            recorder.keep(logits);
         }
-        if let Some(guide) = &self.guide {
-            let options = &self.options;
-            let ends = [&options.eos_token_ids[..], &options.stop_token_ids].concat();
-            guide.mask(logits, &ends)?;
-        }
-        let token = part("sample", || self.sampler.pick(logits, &self.tokens))?;
+        let token = self.choose(logits)?;
         self.push(token)
     }
 
@@ -217,10 +249,14 @@ impl Sequence {
         {
             guide.accept(token)?;
         }
+        let recorder = self.recorder.as_mut();
+        let logprobs = recorder.map(|recorder| recorder.chosen(token));
+        self.logprobs.extend(logprobs.clone());
         let n_calls = self.tool_calls().len();
         Ok(Piece {
             text: self.emit(token, end),
             token,
+            logprobs,
             tool_calls: self.tool_calls()[n_calls..].to_vec(),
         })
     }
@@ -232,6 +268,29 @@ impl Sequence {
         }
         let stops = self.options.stop_token_ids.contains(&token);
         stops.then_some(StopMatch::Token(token))
+    }
+
+    fn choose(&mut self, logits: &mut [f32]) -> Result<u32> {
+        part("penalties", || self.penalties.apply(logits, &self.tokens));
+        if let Some(processor) = &mut self.processor {
+            processor.process(&self.tokens, logits)?;
+        }
+        if let Some(guide) = &self.guide {
+            let options = &self.options;
+            let ends = [&options.eos_token_ids[..], &options.stop_token_ids].concat();
+            guide.mask(logits, &ends)?;
+        }
+        let picked = part("sample", || self.sampler.pick(logits));
+        let forbids = self.processor.is_some() || self.penalties.bans();
+        match picked {
+            Err(_) if forbids && logits.iter().all(|logit| *logit == f32::NEG_INFINITY) => {
+                Err(Error::new(ErrorKind::InvalidArgument, "no token is left")
+                    .with_key("bad_words")
+                    .with_why("the options and the logits processor forbid every token")
+                    .with_help("forbid less"))
+            }
+            picked => picked,
+        }
     }
 
     /// Text that became whole with `token`; ends the generation where it must.
@@ -310,6 +369,8 @@ impl Sequence {
             usage: self.usage,
             timings,
             seed: (!self.options.is_greedy()).then_some(self.options.seed),
+            logprobs: self.logprobs,
+            prompt_logprobs: self.prompt_logprobs,
         }
     }
 }
@@ -351,7 +412,8 @@ fn check_fit(n_prompt: usize, context_length: usize, options: &Resolved) -> Resu
             .with_help("give at least one token; a chat prompt has some by its template"));
     }
     let room = context_length.saturating_sub(n_prompt);
-    let wanted = options.max_new_tokens.unwrap_or(1);
+    let least = options.min_new_tokens.max(1);
+    let wanted = options.max_new_tokens.unwrap_or(least);
     if n_prompt > context_length || wanted > room {
         return Err(Error::new(
             ErrorKind::ContextOverflow,

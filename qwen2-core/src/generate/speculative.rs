@@ -96,8 +96,8 @@ impl Draft {
             return Ok(Vec::new()); // rows that pad the vocabulary of the large model
         }
         while self.tokens.len() < tokens.len() + n {
-            let mut logits = self.forward(watch)?;
-            let token = sampler.pick(&mut logits, &self.tokens)?;
+            let logits = self.forward(watch)?;
+            let token = sampler.pick(&logits)?;
             self.tokens.push(token);
             if !is_known(&token) {
                 break;

@@ -13,6 +13,9 @@ use crate::model::Rows;
 use crate::model::cache::Cache;
 use crate::text::Tokenizer;
 
+/// The most tokens of a chunk that gives logits of each, which for the published vocabulary are 39 MB.
+const MAX_ROWS: usize = 64;
+
 /// What one generation needs of its model.
 #[derive(Clone)]
 pub(crate) struct Host {
@@ -57,7 +60,9 @@ impl Run {
         let tokenizer = host.tokenizer.clone();
         let context_length = cache.context_length();
         let mut sequence = Sequence::new(tokenizer, context_length, tokens, options, processor)?;
-        sequence.set_cached(cached_tokens);
+        if !sequence.reads_prompt() {
+            sequence.set_cached(cached_tokens);
+        }
         Ok(Self {
             host,
             proposer,
@@ -141,8 +146,15 @@ impl Run {
         let (qwen2, most) = (&self.host.network.qwen2, self.host.prefill_chunk);
         self.ahead.settle(cache);
         // The last token must run again to give its logits, if the cache has it already.
-        cache.truncate(tokens.len() - 1);
+        cache.truncate(match self.sequence.reads_prompt() {
+            true => 0,
+            false => tokens.len() - 1,
+        });
         qwen2.ready(cache, tokens.len());
+        if self.read_prompt(cache)? {
+            return Ok(());
+        }
+        let tokens = self.sequence.tokens();
         while tokens.len() - cache.n_tokens() > most {
             self.forward(&tokens[cache.n_tokens()..][..most], cache, Rows::None)?;
         }
@@ -158,6 +170,26 @@ impl Run {
         self.sequence.count_drafts(proposals.len(), 0);
         self.ahead = Ahead::new(n_tokens, proposals, logits);
         Ok(())
+    }
+
+    /// Reads the prompt where the logits of all its tokens are wanted; whether that gave the last ones.
+    fn read_prompt(&mut self, cache: &mut Cache) -> Result<bool> {
+        let most = self.host.prefill_chunk.min(MAX_ROWS);
+        while self.sequence.reads_prompt() {
+            let pending = &self.sequence.tokens()[cache.n_tokens()..];
+            let chunk = &pending[..pending.len().min(most)];
+            let (n, is_last) = (chunk.len(), chunk.len() == pending.len());
+            let mut logits = self.forward(chunk, cache, Rows::All)?;
+            let vocab_size = logits.len() / n;
+            self.sequence.read_prompt(&logits, vocab_size);
+            if is_last {
+                logits.drain(..logits.len() - vocab_size);
+                let n_tokens = self.sequence.tokens().len();
+                self.ahead = Ahead::new(n_tokens, Vec::new(), logits);
+                return Ok(true);
+            }
+        }
+        Ok(false)
     }
 
     fn forward(&self, tokens: &[u32], cache: &mut Cache, rows: Rows) -> Result<Vec<f32>> {

@@ -71,6 +71,8 @@ pub(crate) enum Rows {
     Screened,
     /// Every token's.
     All,
+    /// Every token's hidden state behind the final norm in place of its logits, of a batch of one.
+    Hidden,
 }
 
 /// New tokens of one sequence of a batch, at least one.
@@ -94,7 +96,8 @@ struct Lane<'a> {
 impl Qwen2 {
     /// Runs the tokens of several sequences, each behind what its cache holds, so that each weight is
     /// read once for all of them; the logits of their rows in order, `[rows, vocab_size]` f32, nothing
-    /// for no rows, and where the watch ended it. A head is screened for a batch of one only.
+    /// for no rows, and where the watch ended it. A head is screened for a batch of one only, which may
+    /// ask for hidden states as well, `[n, hidden]`.
     ///
     /// # Errors
     /// `ContextOverflow` if the tokens do not fit a cache, before any computation.
@@ -135,6 +138,7 @@ impl Qwen2 {
             [part] if part.rows == Rows::Screened => {
                 Some(self.screened_head(h.narrow(0, end - 1, 1)))
             }
+            [part] if part.rows == Rows::Hidden => Some(ops::norm(h, &self.norm)),
             _ => chosen_rows(h, batch).map(|h| self.head(h)),
         })
     }
@@ -193,7 +197,7 @@ fn chosen_rows(h: Tensor<2>, batch: &[Part<'_>]) -> Option<Tensor<2>> {
             Rows::All => chosen.push(h.clone().narrow(0, end - n, n)),
             Rows::Tail(rows) => chosen.push(h.clone().narrow(0, end - rows, rows)),
             Rows::Last | Rows::Screened => chosen.push(h.clone().narrow(0, end - 1, 1)),
-            Rows::None => {}
+            Rows::None | Rows::Hidden => {}
         }
     }
     (!chosen.is_empty()).then(|| joined(chosen))

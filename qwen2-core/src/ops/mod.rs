@@ -63,6 +63,11 @@ fn base_project<const N: usize>(
     portable::project(x, norm, matrices)
 }
 
+/// The norm alone, `[n, hidden]`, once for a forward.
+pub(crate) fn norm(x: Tensor<2>, norm: &RmsNorm) -> Tensor<2> {
+    portable::rms_norm(x, norm)
+}
+
 /// The panels of the head whose logits [`screened_head`] computes exactly: 2,048 tokens.
 const SCREENED_PANELS: usize = 128;
 /// As many of the highest logits are exact at least, if the screen ranks them there.

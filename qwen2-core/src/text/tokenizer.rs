@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, HashSet};
 use std::fmt;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use tokenizers::{
     AddedVocabulary, Model, NormalizerWrapper, OffsetReferential, OffsetType, PreTokenizer,
@@ -33,6 +33,8 @@ pub(super) struct Inner {
     // Encoding with no added tokens is what keeps special tokens in a text ordinary text.
     no_added_tokens: AddedVocabulary,
     bytes: TokenBytes,
+    // Made when it is first asked for.
+    by_bytes: OnceLock<Arc<[u32]>>,
     added: Vec<String>,
     special: HashSet<u32>,
     special_tokens: BTreeMap<&'static str, String>,
@@ -96,6 +98,7 @@ impl Tokenizer {
             path: path.to_owned(),
             no_added_tokens: AddedVocabulary::new(),
             bytes,
+            by_bytes: OnceLock::new(),
             added: added_strings(&tokenizer),
             special: special_ids(&tokenizer),
             special_tokens: config.special_tokens,
@@ -209,6 +212,18 @@ impl Tokenizer {
     /// The exact bytes a token stands for, which may be a part of a character.
     pub(crate) fn token_bytes(&self, id: u32) -> Option<&[u8]> {
         self.0.bytes.get(id)
+    }
+
+    /// The tokens that stand for text, in the order of their bytes.
+    pub(crate) fn ids_by_bytes(&self) -> Arc<[u32]> {
+        let make = || {
+            let ids = 0..self.vocab_size() as u32;
+            let has_text = |id: &u32| !self.is_special(*id) && self.token_bytes(*id).is_some();
+            let mut ids: Vec<u32> = ids.filter(has_text).collect();
+            ids.sort_unstable_by_key(|id| self.token_bytes(*id));
+            ids.into()
+        };
+        Arc::clone(self.0.by_bytes.get_or_init(make))
     }
 
     fn special_token_id(&self, key: &str) -> Option<u32> {
