@@ -986,31 +986,39 @@ def add_vocabulary(writer: gguf.GGUFWriter, tokenizer: dict[str, Any]) -> None:
 ENDS = [7, 11]  # the end tokens of the sampler's cases
 
 
+def processors(options: dict[str, Any], n_prompt: int) -> list[Any]:
+    """transformers' processors, built and ordered as its generate does."""
+    bias = [[[int(i)], b] for i, b in options.get("logit_bias", {}).items()]
+    n, words = options.get("min_new_tokens", 0), options.get("bad_words")
+    makers: list[tuple[bool, Any, list[Any]]] = [
+        (bool(bias), SequenceBiasLogitsProcessor, [bias]),
+        (on(options, "repetition_penalty", 1.0), RepetitionPenaltyLogitsProcessor, ["repetition_penalty"]),
+        (bool(words), NoBadWordsLogitsProcessor, [words]),
+        (n > 0, MinNewTokensLengthLogitsProcessor, [n_prompt, n, ENDS]),
+        (on(options, "temperature", 1.0), TemperatureLogitsWarper, ["temperature"]),
+        (on(options, "top_k", 0), TopKLogitsWarper, ["top_k"]),
+        (on(options, "top_p", 1.0), TopPLogitsWarper, ["top_p"]),
+        (on(options, "min_p", 0.0), MinPLogitsWarper, ["min_p"]),
+        (on(options, "typical_p", 1.0), TypicalLogitsWarper, ["typical_p"]),
+    ]
+    return [
+        make(*(options[a] if isinstance(a, str) else a for a in args))
+        for is_on, make, args in makers
+        if is_on
+    ]
+
+
+def on(options: dict[str, Any], name: str, neutral: float) -> bool:
+    """Whether an option does anything."""
+    return bool(options.get(name, neutral) != neutral)
+
+
 def process(
     logits: np.ndarray, tokens: list[int], options: dict[str, Any], n_prompt: int
 ) -> list[float | None]:
-    """The scores after transformers' processors, built and ordered as its generate does."""
+    """The scores after transformers' processors."""
     scores, ids = torch.from_numpy(logits)[None], torch.tensor([tokens], dtype=torch.long)
-    steps: list[Any] = []
-    if "logit_bias" in options:
-        steps.append(SequenceBiasLogitsProcessor([[[int(i)], b] for i, b in options["logit_bias"].items()]))
-    if options.get("repetition_penalty", 1.0) != 1.0:
-        steps.append(RepetitionPenaltyLogitsProcessor(options["repetition_penalty"]))
-    if "bad_words" in options:
-        steps.append(NoBadWordsLogitsProcessor(options["bad_words"]))
-    if options.get("min_new_tokens", 0) > 0:
-        steps.append(MinNewTokensLengthLogitsProcessor(n_prompt, options["min_new_tokens"], ENDS))
-    if options.get("temperature", 1.0) != 1.0:
-        steps.append(TemperatureLogitsWarper(options["temperature"]))
-    if options.get("top_k", 0) != 0:
-        steps.append(TopKLogitsWarper(int(options["top_k"])))
-    if options.get("top_p", 1.0) < 1.0:
-        steps.append(TopPLogitsWarper(options["top_p"]))
-    if options.get("min_p", 0.0) > 0.0:
-        steps.append(MinPLogitsWarper(options["min_p"]))
-    if options.get("typical_p", 1.0) < 1.0:
-        steps.append(TypicalLogitsWarper(options["typical_p"]))
-    for step in steps:
+    for step in processors(options, n_prompt):
         if isinstance(step, TopPLogitsWarper):
             sums = scores.sort().values.softmax(-1).cumsum(-1)[0, :-1]
             assert (sums - (1 - step.top_p)).abs().min() > 1e-5, "top_p cuts too close to call"
