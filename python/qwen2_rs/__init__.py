@@ -18,6 +18,7 @@ from qwen2_rs._qwen2 import (
     InvalidFileError,
     InvalidTemplateError,
     IoError,
+    Logprobs,
     Memory,
     Model,
     NetworkError,
@@ -30,6 +31,7 @@ from qwen2_rs._qwen2 import (
     StopMatch,
     Timings,
     Tokenizer,
+    TokenLogprob,
     TokenStream,
     ToolCall,
     UnsupportedError,
@@ -40,7 +42,7 @@ from qwen2_rs._qwen2 import (
     merge_lora,
     quantize,
 )
-from qwen2_rs._types import Message, MessageDict, Prompt
+from qwen2_rs._types import LogitsProcessor, Message, MessageDict, Prompt
 
 __all__ = [
     "CancelledError",
@@ -54,6 +56,8 @@ __all__ = [
     "InvalidFileError",
     "InvalidTemplateError",
     "IoError",
+    "LogitsProcessor",
+    "Logprobs",
     "Memory",
     "Message",
     "MessageDict",
@@ -68,6 +72,7 @@ __all__ = [
     "Session",
     "StopMatch",
     "Timings",
+    "TokenLogprob",
     "TokenStream",
     "Tokenizer",
     "ToolCall",

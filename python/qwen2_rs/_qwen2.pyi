@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 from typing_extensions import Self
 
-from qwen2_rs._types import JsonSchema, Message, MessageDict, Prompt
+from qwen2_rs._types import JsonSchema, LogitsProcessor, Message, MessageDict, Prompt
 
 __all__ = [
     "CancelledError",
@@ -23,6 +23,7 @@ __all__ = [
     "InvalidFileError",
     "InvalidTemplateError",
     "IoError",
+    "Logprobs",
     "Memory",
     "Model",
     "NetworkError",
@@ -34,6 +35,7 @@ __all__ = [
     "Session",
     "StopMatch",
     "Timings",
+    "TokenLogprob",
     "TokenStream",
     "Tokenizer",
     "ToolCall",
@@ -159,7 +161,12 @@ class Model:
         top_k: int | None = None,
         top_p: float | None = None,
         min_p: float | None = None,
+        typical_p: float | None = None,
         repetition_penalty: float | None = None,
+        presence_penalty: float | None = None,
+        frequency_penalty: float | None = None,
+        logit_bias: dict[int, float] | None = None,
+        bad_words: Sequence[str | Sequence[int]] | None = None,
         seed: int | None = None,
         stop: str | Sequence[str] | None = None,
         stop_token_ids: Sequence[int] | None = None,
@@ -175,14 +182,27 @@ class Model:
         draft_tokens: int | None = None,
         timeout: float | None = None,
         on_prefill: Callable[[int, int], object] | None = None,
+        min_new_tokens: int | None = None,
+        logprobs: int | None = None,
+        prompt_logprobs: int | None = None,
+        processor: LogitsProcessor | None = None,
     ) -> Generation:
         """Answers a prompt: text, token ids or messages.
 
-        An option that is not set is the checkpoint's own. max_new_tokens: at least 1, by default to
-        the end of the context. temperature: 0 to 100, 0 takes the likeliest token every time. top_k:
-        at least 1. top_p: above 0 to 1. min_p: 0 to 1. repetition_penalty: above 0, 1 is none. stop:
-        strings that end the generation and are not part of its text. stop_token_ids: tokens that end
-        it. ignore_eos: goes on after the checkpoint's own end tokens. prompt_lookup: proposes 1 to 64
+        An option that is not set is the checkpoint's own. They work in this order: logit_bias (added to the
+        logits of tokens, -100 to 100); repetition_penalty (above 0, 1 is none, of prompt and output);
+        presence_penalty and frequency_penalty (-2 to 2, of the output); bad_words (texts, or sequences of
+        tokens, that are never produced); min_new_tokens (so many before an end token); processor (a function
+        of tokens and logits, both arrays of numpy, that changes the logits or returns others; what it raises
+        ends the generation); then, unless temperature is 0 or top_k 1: temperature (0 to 100), top_k (at
+        least 1), top_p (above 0 to 1), min_p (0 to 1), typical_p (above 0 to 1).
+
+        max_new_tokens: at least 1, by default to the end of the context. stop: strings that end the
+        generation and are not part of its text. stop_token_ids: tokens that end it. ignore_eos: goes on after
+        the checkpoint's own end tokens. logprobs: says of each new token how likely it was, and of as many of
+        the likeliest ones, 0 to 1024; prompt_logprobs: the same for the prompt.
+
+        prompt_lookup: proposes 1 to 64
         tokens at a time by what followed the last ones where they stood before. draft_tokens: how many
         the draft model of with_draft proposes, 1 to 64, by default 4. timeout: most seconds. on_prefill:
         a function that gets the tokens of the prompt done and in all while it is read; what it raises
@@ -205,7 +225,12 @@ class Model:
         top_k: int | None = None,
         top_p: float | None = None,
         min_p: float | None = None,
+        typical_p: float | None = None,
         repetition_penalty: float | None = None,
+        presence_penalty: float | None = None,
+        frequency_penalty: float | None = None,
+        logit_bias: dict[int, float] | None = None,
+        bad_words: Sequence[str | Sequence[int]] | None = None,
         seed: int | None = None,
         stop: str | Sequence[str] | None = None,
         stop_token_ids: Sequence[int] | None = None,
@@ -221,6 +246,10 @@ class Model:
         draft_tokens: int | None = None,
         timeout: float | None = None,
         on_prefill: Callable[[int, int], object] | None = None,
+        min_new_tokens: int | None = None,
+        logprobs: int | None = None,
+        prompt_logprobs: int | None = None,
+        processor: LogitsProcessor | None = None,
     ) -> TokenStream:
         """Answers a prompt piece by piece; nothing is computed before the first piece is asked for.
         Options as in generate.
@@ -237,7 +266,12 @@ class Model:
         top_k: int | None = None,
         top_p: float | None = None,
         min_p: float | None = None,
+        typical_p: float | None = None,
         repetition_penalty: float | None = None,
+        presence_penalty: float | None = None,
+        frequency_penalty: float | None = None,
+        logit_bias: dict[int, float] | None = None,
+        bad_words: Sequence[str | Sequence[int]] | None = None,
         seed: int | None = None,
         stop: str | Sequence[str] | None = None,
         stop_token_ids: Sequence[int] | None = None,
@@ -253,6 +287,10 @@ class Model:
         draft_tokens: int | None = None,
         timeout: float | None = None,
         on_prefill: Callable[[int, int], object] | None = None,
+        min_new_tokens: int | None = None,
+        logprobs: int | None = None,
+        prompt_logprobs: int | None = None,
+        processor: LogitsProcessor | None = None,
     ) -> Generation:
         """Answers a conversation; with stream=True piece by piece. Options as in generate."""
 
@@ -267,7 +305,12 @@ class Model:
         top_k: int | None = None,
         top_p: float | None = None,
         min_p: float | None = None,
+        typical_p: float | None = None,
         repetition_penalty: float | None = None,
+        presence_penalty: float | None = None,
+        frequency_penalty: float | None = None,
+        logit_bias: dict[int, float] | None = None,
+        bad_words: Sequence[str | Sequence[int]] | None = None,
         seed: int | None = None,
         stop: str | Sequence[str] | None = None,
         stop_token_ids: Sequence[int] | None = None,
@@ -283,6 +326,10 @@ class Model:
         draft_tokens: int | None = None,
         timeout: float | None = None,
         on_prefill: Callable[[int, int], object] | None = None,
+        min_new_tokens: int | None = None,
+        logprobs: int | None = None,
+        prompt_logprobs: int | None = None,
+        processor: LogitsProcessor | None = None,
     ) -> TokenStream: ...
     @overload
     def chat(
@@ -295,7 +342,12 @@ class Model:
         top_k: int | None = None,
         top_p: float | None = None,
         min_p: float | None = None,
+        typical_p: float | None = None,
         repetition_penalty: float | None = None,
+        presence_penalty: float | None = None,
+        frequency_penalty: float | None = None,
+        logit_bias: dict[int, float] | None = None,
+        bad_words: Sequence[str | Sequence[int]] | None = None,
         seed: int | None = None,
         stop: str | Sequence[str] | None = None,
         stop_token_ids: Sequence[int] | None = None,
@@ -311,6 +363,10 @@ class Model:
         draft_tokens: int | None = None,
         timeout: float | None = None,
         on_prefill: Callable[[int, int], object] | None = None,
+        min_new_tokens: int | None = None,
+        logprobs: int | None = None,
+        prompt_logprobs: int | None = None,
+        processor: LogitsProcessor | None = None,
     ) -> Generation | TokenStream: ...
     @overload
     def generate_batch(
@@ -323,7 +379,12 @@ class Model:
         top_k: int | None = None,
         top_p: float | None = None,
         min_p: float | None = None,
+        typical_p: float | None = None,
         repetition_penalty: float | None = None,
+        presence_penalty: float | None = None,
+        frequency_penalty: float | None = None,
+        logit_bias: dict[int, float] | None = None,
+        bad_words: Sequence[str | Sequence[int]] | None = None,
         seed: int | None = None,
         stop: str | Sequence[str] | None = None,
         stop_token_ids: Sequence[int] | None = None,
@@ -339,6 +400,10 @@ class Model:
         draft_tokens: int | None = None,
         timeout: float | None = None,
         on_prefill: Callable[[int, int], object] | None = None,
+        min_new_tokens: int | None = None,
+        logprobs: int | None = None,
+        prompt_logprobs: int | None = None,
+        processor: LogitsProcessor | None = None,
     ) -> list[Generation]:
         """Answers several prompts, in order. The first failure is raised once all have run; with
         return_exceptions=True failures stand in the list instead. Options as in generate.
@@ -355,7 +420,12 @@ class Model:
         top_k: int | None = None,
         top_p: float | None = None,
         min_p: float | None = None,
+        typical_p: float | None = None,
         repetition_penalty: float | None = None,
+        presence_penalty: float | None = None,
+        frequency_penalty: float | None = None,
+        logit_bias: dict[int, float] | None = None,
+        bad_words: Sequence[str | Sequence[int]] | None = None,
         seed: int | None = None,
         stop: str | Sequence[str] | None = None,
         stop_token_ids: Sequence[int] | None = None,
@@ -371,6 +441,10 @@ class Model:
         draft_tokens: int | None = None,
         timeout: float | None = None,
         on_prefill: Callable[[int, int], object] | None = None,
+        min_new_tokens: int | None = None,
+        logprobs: int | None = None,
+        prompt_logprobs: int | None = None,
+        processor: LogitsProcessor | None = None,
     ) -> list[Generation | Qwen2Error]: ...
     def session(self) -> Session:
         """A conversation that keeps its cache between turns."""
@@ -392,6 +466,11 @@ class Model:
     def score(self, tokens: Sequence[int] | npt.NDArray[np.integer[Any]]) -> npt.NDArray[np.float32]:
         """Natural log-probability of each token given those before it; the first has none, so the
         result is one shorter than tokens.
+        """
+
+    def embed(self, prompt: Prompt, *, pooling: str = "mean") -> npt.NDArray[np.float32]:
+        """The embedding of a prompt: float32, [hidden_size], with squares that sum to 1. It is made of the
+        hidden states behind the final norm: their mean, or with pooling="last_token" the last token's.
         """
 
     def perplexity(
@@ -475,7 +554,12 @@ class Session:
         top_k: int | None = None,
         top_p: float | None = None,
         min_p: float | None = None,
+        typical_p: float | None = None,
         repetition_penalty: float | None = None,
+        presence_penalty: float | None = None,
+        frequency_penalty: float | None = None,
+        logit_bias: dict[int, float] | None = None,
+        bad_words: Sequence[str | Sequence[int]] | None = None,
         seed: int | None = None,
         stop: str | Sequence[str] | None = None,
         stop_token_ids: Sequence[int] | None = None,
@@ -491,6 +575,10 @@ class Session:
         draft_tokens: int | None = None,
         timeout: float | None = None,
         on_prefill: Callable[[int, int], object] | None = None,
+        min_new_tokens: int | None = None,
+        logprobs: int | None = None,
+        prompt_logprobs: int | None = None,
+        processor: LogitsProcessor | None = None,
     ) -> Generation:
         """Answers what was appended; the answer becomes part of the conversation."""
 
@@ -502,7 +590,12 @@ class Session:
         top_k: int | None = None,
         top_p: float | None = None,
         min_p: float | None = None,
+        typical_p: float | None = None,
         repetition_penalty: float | None = None,
+        presence_penalty: float | None = None,
+        frequency_penalty: float | None = None,
+        logit_bias: dict[int, float] | None = None,
+        bad_words: Sequence[str | Sequence[int]] | None = None,
         seed: int | None = None,
         stop: str | Sequence[str] | None = None,
         stop_token_ids: Sequence[int] | None = None,
@@ -518,6 +611,10 @@ class Session:
         draft_tokens: int | None = None,
         timeout: float | None = None,
         on_prefill: Callable[[int, int], object] | None = None,
+        min_new_tokens: int | None = None,
+        logprobs: int | None = None,
+        prompt_logprobs: int | None = None,
+        processor: LogitsProcessor | None = None,
     ) -> TokenStream:
         """As generate, piece by piece. What was generated when the stream ends or is closed becomes
         part of the conversation.
@@ -667,8 +764,42 @@ class Piece:
         """The token's id."""
 
     @property
+    def logprobs(self) -> Logprobs | None:
+        """How likely it was, if logprobs asked for it."""
+
+    @property
     def tool_calls(self) -> list[ToolCall]:
         """Calls of tools that became whole with it; their text is not in the text."""
+
+@final
+class Logprobs:
+    """How likely the token at one position was, and which ones were the likeliest there: natural logarithms
+    of the softmax of the model's own logits, before all options.
+    """
+
+    @property
+    def token(self) -> int:
+        """The token that is there."""
+
+    @property
+    def logprob(self) -> float:
+        """Its log-probability."""
+
+    @property
+    def top(self) -> list[TokenLogprob]:
+        """The likeliest tokens, the likeliest first."""
+
+@final
+class TokenLogprob:
+    """A token and its log-probability."""
+
+    @property
+    def token(self) -> int:
+        """The token's id."""
+
+    @property
+    def logprob(self) -> float:
+        """Natural logarithm of its probability."""
 
 @final
 class ToolCall:
@@ -720,6 +851,16 @@ class Generation:
     @property
     def seed(self) -> int | None:
         """The seed that the sampler used; None for greedy decoding."""
+
+    @property
+    def logprobs(self) -> list[Logprobs]:
+        """How likely each new token was, if logprobs asked for it; else empty."""
+
+    @property
+    def prompt_logprobs(self) -> list[Logprobs]:
+        """How likely each token of the prompt but the first was, if prompt_logprobs asked for it; else
+        empty.
+        """
 
 @final
 class StopMatch:
@@ -854,7 +995,7 @@ class InvalidConstraintError(Qwen2Error, ValueError):
     """A schema or grammar cannot be compiled."""
 
 class CancelledError(Qwen2Error, RuntimeError):
-    """A progress callback stopped the loading."""
+    """A callback stopped the loading or the generation."""
 
 class InternalError(Qwen2Error, RuntimeError):
     """A bug of this library."""

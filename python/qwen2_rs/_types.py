@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, TypeAlias, TypedDict
+
+import numpy as np
+import numpy.typing as npt
 
 
 class MessageDict(TypedDict):
@@ -22,6 +25,11 @@ interface."""
 Prompt: TypeAlias = str | Sequence[int] | Sequence[Message]
 """What a model answers to: text, token ids or a conversation."""
 
+LogitsProcessor: TypeAlias = Callable[
+    [npt.NDArray[np.uint32], npt.NDArray[np.float32]], npt.NDArray[Any] | Sequence[float] | None
+]
+"""Gets the tokens of prompt and output so far and the logits of the next one; changes the logits in place and
+returns None, or returns others, one for each id of the vocabulary."""
 
 class SchemaClass(Protocol):
     """A model class of pydantic."""

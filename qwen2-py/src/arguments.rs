@@ -12,7 +12,7 @@ use crate::error::Failure;
 
 /// A whole number of any size, so that one out of range gets our message rather than Python's
 /// about the width of an integer.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
 pub(crate) struct Whole(i128);
 
 impl<'py> FromPyObject<'_, 'py> for Whole {
@@ -67,7 +67,8 @@ impl Whole {
         })
     }
 
-    fn token(self, key: &str) -> Result<u32, Failure> {
+    /// As the id of a token.
+    pub(crate) fn token(self, key: &str) -> Result<u32, Failure> {
         u32::try_from(self.0).map_err(|_| {
             Failure::invalid(
                 "no such token",

@@ -1,6 +1,7 @@
 //! Errors of the library as Python exceptions: a class for each row of the table of kinds.
 
 use std::path::PathBuf;
+use std::sync::Arc;
 
 use pyo3::exceptions::{PyException, PyRuntimeError, PyTypeError};
 use pyo3::prelude::*;
@@ -16,6 +17,8 @@ pub(crate) struct Failure {
     path: Option<PathBuf>,
     key: Option<String>,
     help: Option<String>,
+    /// What a function of the caller's raised: it is raised again as it is.
+    raised: Option<Arc<PyErr>>,
 }
 
 impl Failure {
@@ -32,10 +35,14 @@ impl Failure {
             path: None,
             key: Some(key.to_owned()),
             help: Some(help.to_owned()),
+            raised: None,
         }
     }
 
     fn raise(self, py: Python<'_>) -> PyResult<PyErr> {
+        if let Some(raised) = self.raised {
+            return Ok(raised.clone_ref(py));
+        }
         let class = classes(py)?.of(py, self.kind);
         let exception = class.call1((self.message,))?;
         // `kind` is an attribute of the class.
@@ -60,8 +67,15 @@ impl From<Error> for Failure {
             path: error.path().map(PathBuf::from),
             key: error.key().map(str::to_owned),
             help: error.help().map(str::to_owned),
+            raised: raised(&error),
         }
     }
+}
+
+/// The exception at the end of the chain of causes.
+fn raised(error: &Error) -> Option<Arc<PyErr>> {
+    let raised = std::error::Error::source(error)?.downcast_ref::<PyErr>()?;
+    Python::try_attach(|py| Arc::new(raised.clone_ref(py)))
 }
 
 impl From<Failure> for PyErr {
@@ -149,6 +163,17 @@ pub(crate) fn lock<T>(mutex: &std::sync::Mutex<T>) -> std::sync::MutexGuard<'_, 
     mutex
         .lock()
         .unwrap_or_else(std::sync::PoisonError::into_inner)
+}
+
+/// Why an object is refused to a logits processor that it has called.
+pub(crate) fn in_use(what: &str) -> Failure {
+    let help = "wait until the processor has returned";
+    Failure::invalid(
+        "object is in use",
+        what,
+        "a processor uses what calls it",
+        help,
+    )
 }
 
 /// A thread that could not be started.

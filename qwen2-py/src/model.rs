@@ -7,12 +7,12 @@ use numpy::{PyArray1, PyArray2, PyArrayMethods};
 use pyo3::exceptions::PyTypeError;
 use pyo3::prelude::*;
 use pyo3::types::{PyBool, PyDict, PyList};
-use qwen2_core::{CancelToken, DType, Device, GenerateOptions, KvCacheType, Prompt, Quantization};
+use qwen2_core::{CancelToken, DType, Device, KvCacheType, Pooling, Prompt, Quantization};
 
 use crate::arguments::{AnyPrompt, AnySource, Messages, TokenIds, Whole};
 use crate::enter::{self, Report};
 use crate::error::{Failure, lock, not_picklable};
-use crate::options::{self, signature};
+use crate::options::{self, Given, signature};
 use crate::results::{Generation, Memory};
 use crate::session::Session;
 use crate::stream::{Run, TokenStream};
@@ -33,29 +33,19 @@ impl Model {
             .ok_or_else(|| Failure::invalid("model is closed", "model", "", "load it again"))?)
     }
 
-    fn run_generate(
-        &self,
-        py: Python<'_>,
-        prompt: Prompt,
-        options: GenerateOptions,
-    ) -> PyResult<Generation> {
+    fn run_generate(&self, py: Python<'_>, prompt: Prompt, given: Given) -> PyResult<Generation> {
         let model = self.get()?;
         let cancel = CancelToken::new();
-        let options = options.cancel(cancel.clone());
-        let generation = enter::long(py, &cancel, || Ok(model.generate(prompt, &options)?))?;
+        let given = given.cancel(&cancel);
+        let generation = enter::long(py, &cancel, || Ok(given.start(&model, prompt)?.finish()?))?;
         Generation::new(py, generation)
     }
 
-    fn run_stream(
-        &self,
-        py: Python<'_>,
-        prompt: Prompt,
-        options: GenerateOptions,
-    ) -> PyResult<TokenStream> {
+    fn run_stream(&self, py: Python<'_>, prompt: Prompt, given: Given) -> PyResult<TokenStream> {
         let model = self.get()?;
         let cancel = CancelToken::new();
-        let options = options.cancel(cancel.clone());
-        let stream = enter::outside(py, || model.stream(prompt, &options).map_err(Failure::from))?;
+        let given = given.cancel(&cancel);
+        let stream = enter::outside(py, || given.start(&model, prompt).map_err(Failure::from))?;
         Ok(TokenStream::new(Run::Model(Box::new(stream)), cancel))
     }
 }
@@ -150,11 +140,20 @@ impl Model {
     #[doc = signature!("generate($self, prompt, *, ")]
     /// Answers a prompt: text, token ids or messages.
     ///
-    /// An option that is not set is the checkpoint's own. max_new_tokens: at least 1, by default to
-    /// the end of the context. temperature: 0 to 100, 0 takes the likeliest token every time. top_k:
-    /// at least 1. top_p: above 0 to 1. min_p: 0 to 1. repetition_penalty: above 0, 1 is none. stop:
-    /// strings that end the generation and are not part of its text. stop_token_ids: tokens that end
-    /// it. ignore_eos: goes on after the checkpoint's own end tokens. prompt_lookup: proposes 1 to 64
+    /// An option that is not set is the checkpoint's own. They work in this order: logit_bias (added to the
+    /// logits of tokens, -100 to 100); repetition_penalty (above 0, 1 is none, of prompt and output);
+    /// presence_penalty and frequency_penalty (-2 to 2, of the output); bad_words (texts, or sequences of
+    /// tokens, that are never produced); min_new_tokens (so many before an end token); processor (a function
+    /// of tokens and logits, both arrays of numpy, that changes the logits or returns others; what it raises
+    /// ends the generation); then, unless temperature is 0 or top_k 1: temperature (0 to 100), top_k (at
+    /// least 1), top_p (above 0 to 1), min_p (0 to 1), typical_p (above 0 to 1).
+    ///
+    /// max_new_tokens: at least 1, by default to the end of the context. stop: strings that end the
+    /// generation and are not part of its text. stop_token_ids: tokens that end it. ignore_eos: goes on after
+    /// the checkpoint's own end tokens. logprobs: says of each new token how likely it was, and of as many of
+    /// the likeliest ones, 0 to 1024; prompt_logprobs: the same for the prompt.
+    ///
+    /// prompt_lookup: proposes 1 to 64
     /// tokens at a time by what followed the last ones where they stood before. draft_tokens: how many
     /// the draft model of with_draft proposes, 1 to 64, by default 4. timeout: most seconds. on_prefill:
     /// a function that gets the tokens of the prompt done and in all while it is read; what it raises
@@ -215,8 +214,15 @@ impl Model {
         let prompts: Vec<Prompt> = prompts.into_iter().map(|prompt| prompt.0).collect();
         let model = self.get()?;
         let cancel = CancelToken::new();
-        let options = options::read("generate_batch", options)?.cancel(cancel.clone());
-        let results = enter::long(py, &cancel, || Ok(model.generate_batch(&prompts, &options)))?;
+        let given = options::read("generate_batch", options)?.cancel(&cancel);
+        let results = enter::long(py, &cancel, || {
+            if given.processor.is_none() {
+                return Ok(model.generate_batch(&prompts, &given.options));
+            }
+            // A processor sees one generation after the other.
+            let generate = |prompt| given.clone().start(&model, prompt)?.finish();
+            Ok(prompts.into_iter().map(generate).collect())
+        })?;
         let answers = results.into_iter().map(|result| match result {
             Ok(generation) => Ok(Bound::new(py, Generation::new(py, generation)?)?.into_any()),
             Err(error) => {
@@ -274,6 +280,22 @@ impl Model {
         let cancel = CancelToken::new();
         let scores = enter::long(py, &cancel, || Ok(model.score_with(&tokens.0, &cancel)?))?;
         Ok(PyArray1::from_vec(py, scores))
+    }
+
+    /// The embedding of a prompt: float32, [hidden_size], with squares that sum to 1. It is made of the hidden
+    /// states behind the final norm: their mean, or with pooling="last_token" the last token's.
+    #[pyo3(signature = (prompt, *, pooling="mean"))]
+    fn embed<'py>(
+        &self,
+        py: Python<'py>,
+        prompt: AnyPrompt,
+        pooling: &str,
+    ) -> PyResult<Bound<'py, PyArray1<f32>>> {
+        let model = self.get()?;
+        let pooling = pooling.parse::<Pooling>().map_err(Failure::from)?;
+        let work = || Ok(model.embed(prompt.0, pooling)?);
+        let embedding = enter::long(py, &CancelToken::new(), work)?;
+        Ok(PyArray1::from_vec(py, embedding))
     }
 
     /// The perplexity of tokens: windows of `window` tokens begin every `stride` tokens, and each token

@@ -10,6 +10,8 @@ pub(crate) struct Piece {
     text: String,
     /// The token's id.
     token: u32,
+    /// How likely it was, if logprobs asked for it.
+    logprobs: Option<Py<Logprobs>>,
     /// Calls of tools that became whole with it.
     tool_calls: Vec<ToolCall>,
 }
@@ -29,13 +31,69 @@ impl Piece {
     }
 }
 
-impl From<qwen2_core::Piece> for Piece {
-    fn from(piece: qwen2_core::Piece) -> Self {
-        Self {
+impl Piece {
+    pub(crate) fn new(py: Python<'_>, piece: qwen2_core::Piece) -> PyResult<Self> {
+        let logprobs = piece.logprobs.map(|found| Logprobs::new(py, found));
+        Ok(Self {
             text: piece.text,
             token: piece.token,
+            logprobs: logprobs.transpose()?,
             tool_calls: piece.tool_calls.into_iter().map(ToolCall::from).collect(),
-        }
+        })
+    }
+}
+
+/// How likely the token at one position was, and which ones were the likeliest there: natural logarithms
+/// of the softmax of the model's own logits, before all options.
+#[pyclass(module = "qwen2_rs", frozen, get_all)]
+pub(crate) struct Logprobs {
+    /// The token that is there.
+    token: u32,
+    /// Its log-probability.
+    logprob: f32,
+    /// The likeliest tokens, the likeliest first.
+    top: Vec<Py<TokenLogprob>>,
+}
+
+#[pymethods]
+impl Logprobs {
+    fn __repr__(&self) -> String {
+        let (token, logprob, n) = (self.token, self.logprob, self.top.len());
+        format!("Logprobs(token={token}, logprob={logprob:.4}, top={n})")
+    }
+}
+
+impl Logprobs {
+    fn new(py: Python<'_>, found: qwen2_core::Logprobs) -> PyResult<Py<Self>> {
+        let top = found.top.into_iter().map(|top| {
+            let (token, logprob) = (top.token, top.logprob);
+            Py::new(py, TokenLogprob { token, logprob })
+        });
+        let made = Self {
+            token: found.token,
+            logprob: found.logprob,
+            top: top.collect::<PyResult<_>>()?,
+        };
+        Py::new(py, made)
+    }
+}
+
+/// A token and its log-probability.
+#[pyclass(module = "qwen2_rs", frozen, get_all)]
+pub(crate) struct TokenLogprob {
+    /// The token's id.
+    token: u32,
+    /// Natural logarithm of its probability.
+    logprob: f32,
+}
+
+#[pymethods]
+impl TokenLogprob {
+    fn __repr__(&self) -> String {
+        format!(
+            "TokenLogprob(token={}, logprob={:.4})",
+            self.token, self.logprob
+        )
     }
 }
 
@@ -58,6 +116,10 @@ pub(crate) struct Generation {
     timings: Py<Timings>,
     /// The seed that the sampler used; None for greedy decoding.
     seed: Option<u64>,
+    /// How likely each new token was, if logprobs asked for it; else empty.
+    logprobs: Vec<Py<Logprobs>>,
+    /// How likely each token of the prompt but the first was, if prompt_logprobs asked for it; else empty.
+    prompt_logprobs: Vec<Py<Logprobs>>,
 }
 
 #[pymethods]
@@ -81,6 +143,10 @@ impl Generation {
         let stop_match = generation
             .stop_match
             .map(|found| Py::new(py, StopMatch::from(found)));
+        let logprobs = |all: Vec<qwen2_core::Logprobs>| {
+            let all = all.into_iter().map(|found| Logprobs::new(py, found));
+            all.collect::<PyResult<Vec<_>>>()
+        };
         Ok(Self {
             text: generation.text,
             tokens: generation.tokens,
@@ -94,6 +160,8 @@ impl Generation {
             usage: Py::new(py, Usage::from(generation.usage))?,
             timings: Py::new(py, Timings::from(generation.timings))?,
             seed: generation.seed,
+            logprobs: logprobs(generation.logprobs)?,
+            prompt_logprobs: logprobs(generation.prompt_logprobs)?,
         })
     }
 }

@@ -1,16 +1,16 @@
 //! A conversation that keeps its cache between turns.
 
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::Arc;
 
 use pyo3::prelude::*;
 use pyo3::types::{PyDict, PyList};
-use qwen2_core::{CancelToken, GenerateOptions};
+use qwen2_core::{CancelToken, Exclusive, ExclusiveGuard, LogitsProcessor};
 
 use crate::arguments::{AnyPrompt, Whole, to_dicts};
 use crate::enter;
-use crate::error::{Failure, lock, not_picklable};
-use crate::options::{self, signature};
+use crate::error::{Failure, in_use, not_picklable};
+use crate::options::{self, Given, signature};
 use crate::results::Generation;
 use crate::stream::{Run, TokenStream};
 
@@ -20,7 +20,7 @@ use crate::stream::{Run, TokenStream};
 pub(crate) struct Session(Arc<Shared>);
 
 /// The session, for its Python object and the stream that runs in it.
-struct Shared(Mutex<State>);
+struct Shared(Exclusive<State>);
 
 struct State {
     session: qwen2_core::Session,
@@ -29,9 +29,13 @@ struct State {
 }
 
 impl Shared {
+    fn lock(&self) -> Result<ExclusiveGuard<'_, State>, Failure> {
+        self.0.lock().ok_or_else(|| in_use("session"))
+    }
+
     /// The session, unless a stream has it.
-    fn idle(&self) -> Result<MutexGuard<'_, State>, Failure> {
-        let state = lock(&self.0);
+    fn idle(&self) -> Result<ExclusiveGuard<'_, State>, Failure> {
+        let state = self.lock()?;
         if state.busy {
             let help = "read the stream to its end, finish it, or close it first";
             return Err(Failure::invalid(
@@ -52,9 +56,12 @@ pub(crate) struct SessionRun {
 }
 
 impl SessionRun {
-    fn start(shared: Arc<Shared>, options: &GenerateOptions) -> Result<Self, Failure> {
+    fn start(shared: Arc<Shared>, given: Given) -> Result<Self, Failure> {
         let mut state = shared.idle()?;
-        let run = state.session.start(options)?;
+        let processor = given
+            .processor
+            .map(|given| Box::new(given) as Box<dyn LogitsProcessor>);
+        let run = state.session.start_with(&given.options, processor)?;
         state.busy = true;
         drop(state);
         Ok(Self {
@@ -64,17 +71,19 @@ impl SessionRun {
     }
 
     pub(crate) fn next(&mut self) -> Option<qwen2_core::Result<qwen2_core::Piece>> {
-        self.run.as_mut()?.next(&mut lock(&self.shared.0).session)
+        // Only a stream of its own locks a busy session, and that is this one.
+        let mut state = self.shared.0.lock()?;
+        self.run.as_mut()?.next(&mut state.session)
     }
 
     pub(crate) fn into_generation(mut self) -> qwen2_core::Generation {
-        // Taken by this and by drop only, and this consumes it.
+        // Taken by this and by drop only, and this consumes it; as above for the lock.
         self.settle().expect("a run is settled once")
     }
 
     fn settle(&mut self) -> Option<qwen2_core::Generation> {
+        let mut state = self.shared.0.lock()?;
         let run = self.run.take()?;
-        let mut state = lock(&self.shared.0);
         state.busy = false;
         Some(run.finish(&mut state.session))
     }
@@ -88,7 +97,7 @@ impl Drop for SessionRun {
 
 impl Session {
     pub(crate) fn new(session: qwen2_core::Session) -> Self {
-        Self(Arc::new(Shared(Mutex::new(State {
+        Self(Arc::new(Shared(Exclusive::new(State {
             session,
             busy: false,
         }))))
@@ -123,9 +132,16 @@ impl Session {
         options: Option<&Bound<'_, PyDict>>,
     ) -> PyResult<Generation> {
         let cancel = CancelToken::new();
-        let options = options::read("generate", options)?.cancel(cancel.clone());
+        let given = options::read("generate", options)?.cancel(&cancel);
         let generation = enter::long(py, &cancel, || {
-            Ok(self.0.idle()?.session.generate(&options)?)
+            let mut state = self.0.idle()?;
+            Ok(match given.processor {
+                Some(processor) => state
+                    .session
+                    .stream_with(&given.options, processor)?
+                    .finish()?,
+                None => state.session.generate(&given.options)?,
+            })
         })?;
         Generation::new(py, generation)
     }
@@ -136,8 +152,8 @@ impl Session {
     #[pyo3(signature = (**options), text_signature = None)]
     fn stream(&self, py: Python<'_>, options: Option<&Bound<'_, PyDict>>) -> PyResult<TokenStream> {
         let cancel = CancelToken::new();
-        let options = options::read("stream", options)?.cancel(cancel.clone());
-        let run = enter::outside(py, || SessionRun::start(Arc::clone(&self.0), &options))?;
+        let given = options::read("stream", options)?.cancel(&cancel);
+        let run = enter::outside(py, || SessionRun::start(Arc::clone(&self.0), given))?;
         Ok(TokenStream::new(Run::Session(Box::new(run)), cancel))
     }
 

@@ -1,21 +1,20 @@
 //! A generation that runs as it is read.
 
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use pyo3::prelude::*;
 use pyo3::sync::PyOnceLock;
-use qwen2_core::CancelToken;
+use qwen2_core::{CancelToken, Exclusive, ExclusiveGuard};
 
 use crate::enter;
-use crate::error::{Failure, lock, not_picklable};
+use crate::error::{Failure, in_use, not_picklable};
 use crate::results::{Generation, Piece};
 use crate::session::SessionRun;
 
 /// The pieces of a generation, as they come: an iterator and an asynchronous one.
 #[pyclass(module = "qwen2_rs", frozen)]
 pub(crate) struct TokenStream {
-    state: Mutex<State>,
+    state: Exclusive<State>,
     cancel: CancelToken,
     /// The first step reads the prompt and is the long one.
     started: AtomicBool,
@@ -98,21 +97,25 @@ impl State {
 impl TokenStream {
     pub(crate) fn new(run: Run, cancel: CancelToken) -> Self {
         Self {
-            state: Mutex::new(State::Running(run)),
+            state: Exclusive::new(State::Running(run)),
             cancel,
             started: AtomicBool::new(false),
             executor: PyOnceLock::new(),
         }
     }
 
+    fn lock(&self) -> Result<ExclusiveGuard<'_, State>, Failure> {
+        self.state.lock().ok_or_else(|| in_use("stream"))
+    }
+
     fn step(&self, py: Python<'_>) -> PyResult<Option<Piece>> {
-        let next = || lock(&self.state).next();
+        let next = || self.lock()?.next();
         let piece = if self.started.swap(true, Ordering::Relaxed) {
             enter::step(py, &self.cancel, next)
         } else {
             enter::long(py, &self.cancel, next)
         };
-        Ok(piece?.map(Piece::from))
+        piece?.map(|piece| Piece::new(py, piece)).transpose()
     }
 }
 
@@ -126,7 +129,7 @@ impl TokenStream {
     /// Runs to the end and returns the whole result; as often as wanted.
     fn finish(&self, py: Python<'_>) -> PyResult<Generation> {
         let generation = enter::long(py, &self.cancel, || {
-            let mut state = lock(&self.state);
+            let mut state = self.lock()?;
             while state.next()?.is_some() {}
             state.result()
         })?;
@@ -134,9 +137,11 @@ impl TokenStream {
     }
 
     /// Ends the generation where it is; finish() then gives what there is.
-    fn close(&self, py: Python<'_>) {
+    fn close(&self, py: Python<'_>) -> PyResult<()> {
         self.cancel.cancel();
-        enter::outside(py, || lock(&self.state).end());
+        Ok(enter::outside(py, || {
+            self.lock().map(|mut state| state.end())
+        })?)
     }
 
     fn __enter__(slf: Py<Self>) -> Py<Self> {
@@ -150,9 +155,9 @@ impl TokenStream {
         exc_type: &Bound<'_, PyAny>,
         exc_value: &Bound<'_, PyAny>,
         traceback: &Bound<'_, PyAny>,
-    ) {
+    ) -> PyResult<()> {
         let _ = (exc_type, exc_value, traceback);
-        self.close(py);
+        self.close(py)
     }
 
     fn __iter__(slf: Py<Self>) -> Py<Self> {

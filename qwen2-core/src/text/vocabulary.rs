@@ -113,7 +113,6 @@ impl Environment {
 #[cfg(test)]
 #[allow(clippy::unwrap_used)] // a panic is how a test fails
 mod tests {
-    use super::*;
     use crate::text::tokenizer::tests::small_tokenizer;
 
     #[test]
