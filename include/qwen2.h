@@ -39,6 +39,12 @@
 // `libqwen2.so.`. It changes when something that compiled and ran would no longer do so.
 #define QWEN2_ABI_VERSION 0
 
+// The mean of the tokens' hidden states.
+#define QWEN2_POOLING_MEAN 0
+
+// The last token's hidden state, which is what embedding models made of Qwen2 are trained for.
+#define QWEN2_POOLING_LAST_TOKEN 1
+
 // An end token, a stop token or a stop string came; which one, says `qwen2_generation_stop_match`.
 #define QWEN2_FINISH_STOP 1
 
@@ -99,7 +105,9 @@ typedef struct qwen2_model qwen2_model;
 
 // Settings of a generation. What is not set is as the checkpoint's `generation_config.json` says,
 // then as the setter says. Values are checked when a generation starts; the error names the field.
-// Filters work in this order: repetition_penalty, temperature, top_k, top_p, min_p.
+// They work in this order: logit_bias, repetition_penalty, presence_penalty and frequency_penalty,
+// bad words, min_new_tokens, the logits processor; then, unless greedy, temperature, top_k, top_p, min_p,
+// typical_p.
 typedef struct qwen2_options qwen2_options;
 
 // A prompt: text, tokens or chat messages. A new one is empty, and can be used again and again.
@@ -138,6 +146,18 @@ typedef int32_t (*qwen2_progress_fn)(uint64_t bytes_done, uint64_t bytes_total, 
 // ends the generation, which then has the finish reason CANCELLED. It must return: no `longjmp`, no C++
 // exception.
 typedef int32_t (*qwen2_prefill_fn)(uint64_t tokens_done, uint64_t tokens_total, void *user_data);
+
+// Called before each choice, behind penalties and bans and before temperature and filters, on the thread
+// that generates: `tokens` are those of the prompt and of the output so far, `logits` one number for each
+// id of the vocabulary, to be changed in place; `-INFINITY` forbids a token. Both are valid during the
+// call only. Returns 0 to go on; anything else ends the generation, which then fails with
+// `QWEN2_ERROR_CANCELLED`. It must not use the stream or the session that calls it, which fails, and it
+// must return: no `longjmp`, no C++ exception.
+typedef int32_t (*qwen2_logits_processor_fn)(const uint32_t *tokens,
+                                             size_t n_tokens,
+                                             float *logits,
+                                             size_t n_logits,
+                                             void *user_data);
 
 // Called with one event: `level` is one of `QWEN2_LOG_*`, `message` one line of UTF-8,
 // NUL-terminated, valid during the call. It is called on threads that are inside a function of this
@@ -190,7 +210,7 @@ typedef void (*qwen2_log_fn)(int32_t level, const char *message, size_t len, voi
 // A schema or grammar cannot be compiled.
 #define QWEN2_ERROR_INVALID_CONSTRAINT 13
 
-// A progress callback stopped the loading.
+// A callback stopped the loading or the generation.
 #define QWEN2_ERROR_CANCELLED 14
 
 // A bug of this library.
@@ -470,6 +490,15 @@ const char *qwen2_model_config_json(const qwen2_model *model);
 // handle is freed; NULL for one that is none.
 const char *qwen2_model_generation_config_json(const qwen2_model *model);
 
+// The embedding of a prompt: the hidden states behind the final norm, pooled as `pooling` says, one of
+// `QWEN2_POOLING_*`, with squares that sum to 1. `embedding` is the caller's array of
+// `qwen2_model_hidden_size` numbers.
+qwen2_status qwen2_model_embed(const qwen2_model *model,
+                               const qwen2_prompt *prompt,
+                               int32_t pooling,
+                               float *embedding,
+                               qwen2_error **error);
+
 // An empty prompt. Freed with `qwen2_prompt_free`.
 qwen2_prompt *qwen2_prompt_new(void);
 
@@ -531,6 +560,43 @@ void qwen2_options_set_min_p(qwen2_options *options, float min_p);
 // Default: 1.
 void qwen2_options_set_repetition_penalty(qwen2_options *options, float penalty);
 
+// Keeps the tokens whose information content is nearest to the expected one, until together they have
+// this probability; above 0 to 1. Default: 1, which keeps all.
+void qwen2_options_set_typical_p(qwen2_options *options, float typical_p);
+
+// Taken from the logit of every token that is in the output, -2 to 2. Default: 0.
+void qwen2_options_set_presence_penalty(qwen2_options *options, float penalty);
+
+// Taken from the logit of a token for each time that it is in the output, -2 to 2. Default: 0.
+void qwen2_options_set_frequency_penalty(qwen2_options *options, float penalty);
+
+// Added to the logit of the token, -100 to 100; once for each token, the last call counts.
+void qwen2_options_set_logit_bias(qwen2_options *options, uint32_t token, float bias);
+
+// One more text that is never produced, in whichever tokens and not in a longer word either: at most
+// 1024 of at most 256 bytes. The text is copied.
+qwen2_status qwen2_options_add_bad_word(qwen2_options *options,
+                                        const char *text,
+                                        size_t len,
+                                        qwen2_error **error);
+
+// One more sequence of 1 to 256 tokens that is never completed. The tokens are copied.
+qwen2_status qwen2_options_add_bad_tokens(qwen2_options *options,
+                                          const uint32_t *tokens,
+                                          size_t n_tokens,
+                                          qwen2_error **error);
+
+// As many tokens come at least before an end token or a stop token; a stop string still ends the
+// generation. Default: 0.
+void qwen2_options_set_min_new_tokens(qwen2_options *options, size_t min_new_tokens);
+
+// Says of each token how likely it was, and of the `top` likeliest ones, 0 to 1024: natural logarithms
+// of the softmax of the model's own logits, before all these settings. Default: does not.
+void qwen2_options_set_logprobs(qwen2_options *options, size_t top);
+
+// The same for the tokens of the prompt; a session then reads all of it anew. Default: does not.
+void qwen2_options_set_prompt_logprobs(qwen2_options *options, size_t top);
+
 // Same seed, same logits, same tokens. Default: from the operating system.
 void qwen2_options_set_seed(qwen2_options *options, uint64_t seed);
 
@@ -582,6 +648,12 @@ int32_t qwen2_cancel_is_cancelled(const qwen2_cancel *cancel);
 
 // Frees the handle; NULL is allowed. Generations that have the switch go on.
 void qwen2_cancel_free(qwen2_cancel *cancel);
+
+// Who changes the logits before each choice; NULL: nobody, the default. `user_data` is borrowed until
+// every generation with these settings has ended and every stream with them was freed.
+void qwen2_options_set_logits_processor(qwen2_options *options,
+                                        qwen2_logits_processor_fn processor,
+                                        void *user_data);
 
 // The text, without the stop string and without special tokens, NUL-terminated; `len` (may be NULL)
 // gets its length in bytes. Valid until the generation is freed. NULL, and 0 in `len`, for a handle
@@ -669,6 +741,37 @@ qwen2_status qwen2_stream_finish(qwen2_stream *stream, qwen2_generation **out, q
 // Frees a stream and stops it if it still runs; NULL is allowed. What was generated in a session is
 // part of the conversation.
 void qwen2_stream_free(qwen2_stream *stream);
+
+// Natural log-probability of each new token, if `qwen2_options_set_logprobs` asked for it;
+// `n_logprobs` (may be NULL) gets their number, 0 if not. Valid until the generation is freed. NULL, and 0
+// in `n_logprobs`, for a handle that is none.
+const float *qwen2_generation_logprobs(const qwen2_generation *generation, size_t *n_logprobs);
+
+// The likeliest tokens where new token `position` stands, the likeliest first: returns their number;
+// `*tokens` and `*logprobs` (both may be NULL) get arrays as long, valid until the generation is freed.
+// 0, and both untouched, where there are none and for a handle that is none.
+size_t qwen2_generation_top_logprobs(const qwen2_generation *generation,
+                                     size_t position,
+                                     const uint32_t **tokens,
+                                     const float **logprobs);
+
+// As `qwen2_generation_logprobs`, of the prompt's tokens but the first, which has none, if
+// `qwen2_options_set_prompt_logprobs` asked for it.
+const float *qwen2_generation_prompt_logprobs(const qwen2_generation *generation, size_t *n_logprobs);
+
+// As `qwen2_generation_top_logprobs`, of the prompt; position 0 is its second token.
+size_t qwen2_generation_prompt_top_logprobs(const qwen2_generation *generation,
+                                            size_t position,
+                                            const uint32_t **tokens,
+                                            const float **logprobs);
+
+// Natural log-probability of the last piece's token; NaN before the first, and where
+// `qwen2_options_set_logprobs` did not ask for it.
+float qwen2_stream_logprob(const qwen2_stream *stream);
+
+// As `qwen2_generation_top_logprobs`, where the last piece's token stands; valid until the next call on
+// this stream.
+size_t qwen2_stream_top_logprobs(const qwen2_stream *stream, const uint32_t **tokens, const float **logprobs);
 
 // A conversation in which nothing was said yet. `*out` is freed with `qwen2_session_free`.
 qwen2_status qwen2_session_new(const qwen2_model *model, qwen2_session **out, qwen2_error **error);

@@ -85,7 +85,26 @@ public:
     Options &top_k(std::size_t v) { return qwen2_options_set_top_k(raw_.get(), v), *this; }
     Options &top_p(float v) { return qwen2_options_set_top_p(raw_.get(), v), *this; }
     Options &min_p(float v) { return qwen2_options_set_min_p(raw_.get(), v), *this; }
+    Options &typical_p(float v) { return qwen2_options_set_typical_p(raw_.get(), v), *this; }
     Options &repetition_penalty(float v) { return qwen2_options_set_repetition_penalty(raw_.get(), v), *this; }
+    Options &presence_penalty(float v) { return qwen2_options_set_presence_penalty(raw_.get(), v), *this; }
+    Options &frequency_penalty(float v) { return qwen2_options_set_frequency_penalty(raw_.get(), v), *this; }
+    Options &logit_bias(std::uint32_t token, float v) {
+        return qwen2_options_set_logit_bias(raw_.get(), token, v), *this;
+    }
+    Options &min_new_tokens(std::size_t v) { return qwen2_options_set_min_new_tokens(raw_.get(), v), *this; }
+    Options &logprobs(std::size_t top) { return qwen2_options_set_logprobs(raw_.get(), top), *this; }
+    Options &prompt_logprobs(std::size_t top) {
+        return qwen2_options_set_prompt_logprobs(raw_.get(), top), *this;
+    }
+    Options &bad_word(std::string_view v) {
+        detail::call(qwen2_options_add_bad_word, raw_.get(), v.data(), v.size());
+        return *this;
+    }
+    /// `user_data` is borrowed until what is generated with these settings has ended.
+    Options &logits_processor(qwen2_logits_processor_fn processor, void *user_data) {
+        return qwen2_options_set_logits_processor(raw_.get(), processor, user_data), *this;
+    }
     Options &seed(std::uint64_t v) { return qwen2_options_set_seed(raw_.get(), v), *this; }
     Options &ignore_eos(bool v) { return qwen2_options_set_ignore_eos(raw_.get(), v), *this; }
     Options &stop_token_id(std::uint32_t v) { return qwen2_options_add_stop_token_id(raw_.get(), v), *this; }

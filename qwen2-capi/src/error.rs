@@ -44,7 +44,7 @@ pub const QWEN2_ERROR_NETWORK: qwen2_status = 11;
 pub const QWEN2_ERROR_INVALID_TEMPLATE: qwen2_status = 12;
 /// A schema or grammar cannot be compiled.
 pub const QWEN2_ERROR_INVALID_CONSTRAINT: qwen2_status = 13;
-/// A progress callback stopped the loading.
+/// A callback stopped the loading or the generation.
 pub const QWEN2_ERROR_CANCELLED: qwen2_status = 14;
 /// A bug of this library.
 pub const QWEN2_ERROR_INTERNAL: qwen2_status = 99;

@@ -5,6 +5,7 @@ use std::ffi::c_char;
 use qwen2_core::{FinishReason, Generation, StopMatch};
 
 use crate::fence::{self, Handle};
+use crate::logprobs::Recorded;
 use crate::values::{Terminated, show};
 
 /// An end token, a stop token or a stop string came; which one, says `qwen2_generation_stop_match`.
@@ -36,6 +37,8 @@ pub struct qwen2_generation {
     stop_text: Terminated,
     /// Name and arguments of each.
     tool_calls: Vec<(Terminated, Terminated)>,
+    pub(crate) logprobs: Recorded,
+    pub(crate) prompt_logprobs: Recorded,
 }
 
 impl qwen2_generation {
@@ -61,6 +64,8 @@ impl From<Generation> for qwen2_generation {
             tool_calls: calls.collect(),
             text: Terminated::from(result.text.as_str()),
             stop_text,
+            logprobs: result.logprobs.iter().collect(),
+            prompt_logprobs: result.prompt_logprobs.iter().collect(),
             result,
         }
     }

@@ -14,13 +14,16 @@
 )]
 #![allow(non_camel_case_types, reason = "these are C's names")]
 
+mod embed;
 mod error;
 mod fence;
 mod generation;
 mod load;
 mod log;
+mod logprobs;
 mod model;
 mod options;
+mod processor;
 mod prompt;
 mod session;
 mod stream;
@@ -29,12 +32,15 @@ mod tools;
 mod values;
 mod version;
 
+pub use embed::*;
 pub use error::*;
 pub use generation::*;
 pub use load::*;
 pub use log::*;
+pub use logprobs::*;
 pub use model::*;
 pub use options::*;
+pub use processor::*;
 pub use prompt::*;
 pub use session::*;
 pub use stream::*;

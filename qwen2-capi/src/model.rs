@@ -10,8 +10,9 @@ use crate::error::{QWEN2_OK, qwen2_error, qwen2_status};
 use crate::fence::{self, Handle, Outcome};
 use crate::generation::qwen2_generation;
 use crate::load::qwen2_load_options;
-use crate::options::{or_default, qwen2_cancel, qwen2_options};
+use crate::options::{qwen2_cancel, qwen2_options};
 use crate::prompt::qwen2_prompt;
+use crate::stream::start;
 use crate::values::{c_string, show};
 
 /// A loaded model, shared by any number of threads. Streams, sessions and tokenizers made from it
@@ -120,7 +121,8 @@ pub unsafe extern "C" fn qwen2_generate(
     fence::entry(error, || {
         let out = fence::out(out, "out")?;
         let (model, prompt) = (fence::borrow(model)?, fence::borrow(prompt)?);
-        let generation = model.model.generate(prompt.get(), &or_default(options)?)?;
+        let stream = start(&model.model, prompt, options)?;
+        let generation = stream.finish()?;
         Ok(out.set(fence::give(qwen2_generation::from(generation))))
     })
 }

@@ -3,15 +3,21 @@
 use std::ffi::{c_char, c_void};
 use std::ops::ControlFlow;
 
-use qwen2_core::{CancelToken, GenerateOptions, OnPrefill, PrefillProgress};
+use qwen2_core::{BadWord, CancelToken, GenerateOptions, OnPrefill, PrefillProgress};
 
 use crate::error::{QWEN2_OK, qwen2_error, qwen2_status};
 use crate::fence::{self, Handle, Outcome};
+use crate::processor::Processor;
 
 /// Settings of a generation. What is not set is as the checkpoint's `generation_config.json` says,
 /// then as the setter says. Values are checked when a generation starts; the error names the field.
-/// Filters work in this order: repetition_penalty, temperature, top_k, top_p, min_p.
-pub struct qwen2_options(pub(crate) GenerateOptions);
+/// They work in this order: logit_bias, repetition_penalty, presence_penalty and frequency_penalty,
+/// bad words, min_new_tokens, the logits processor; then, unless greedy, temperature, top_k, top_p, min_p,
+/// typical_p.
+pub struct qwen2_options {
+    pub(crate) options: GenerateOptions,
+    pub(crate) processor: Option<Processor>,
+}
 
 /// A switch that ends generations from any thread. It has no way back: one for each generation.
 pub struct qwen2_cancel(pub(crate) CancelToken);
@@ -24,22 +30,33 @@ impl Handle for qwen2_cancel {
     const TYPE: &'static str = "qwen2_cancel";
 }
 
-/// The settings behind a handle; NULL stands for none set.
-pub(crate) unsafe fn or_default(options: *const qwen2_options) -> Outcome<GenerateOptions> {
+impl From<GenerateOptions> for qwen2_options {
+    fn from(options: GenerateOptions) -> Self {
+        Self {
+            options,
+            processor: None,
+        }
+    }
+}
+
+/// The settings behind a handle, and who changes the logits; NULL stands for none set.
+pub(crate) unsafe fn or_default(
+    options: *const qwen2_options,
+) -> Outcome<(GenerateOptions, Option<Processor>)> {
     Ok(fence::borrow_optional(options)?
-        .map(|options| options.0.clone())
+        .map(|given| (given.options.clone(), given.processor))
         .unwrap_or_default())
 }
 
 unsafe fn set(options: *mut qwen2_options, body: impl FnOnce(&mut GenerateOptions)) {
-    fence::change(options, |options| body(&mut options.0));
+    fence::change(options, |options| body(&mut options.options));
 }
 
 /// New settings, nothing set: everything as the checkpoint says. Freed with `qwen2_options_free`.
 #[unsafe(no_mangle)]
 pub extern "C" fn qwen2_options_new() -> *mut qwen2_options {
     fence::silent(std::ptr::null_mut(), || {
-        Ok(fence::give(qwen2_options(GenerateOptions::new())))
+        Ok(fence::give(qwen2_options::from(GenerateOptions::new())))
     })
 }
 
@@ -48,7 +65,7 @@ pub extern "C" fn qwen2_options_new() -> *mut qwen2_options {
 #[unsafe(no_mangle)]
 pub extern "C" fn qwen2_options_new_greedy() -> *mut qwen2_options {
     fence::silent(std::ptr::null_mut(), || {
-        Ok(fence::give(qwen2_options(GenerateOptions::greedy())))
+        Ok(fence::give(qwen2_options::from(GenerateOptions::greedy())))
     })
 }
 
@@ -56,7 +73,10 @@ pub extern "C" fn qwen2_options_new_greedy() -> *mut qwen2_options {
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn qwen2_options_clone(options: *const qwen2_options) -> *mut qwen2_options {
     fence::read(options, std::ptr::null_mut(), |options| {
-        fence::give(qwen2_options(options.0.clone()))
+        fence::give(qwen2_options {
+            options: options.options.clone(),
+            processor: options.processor,
+        })
     })
 }
 
@@ -116,6 +136,104 @@ pub unsafe extern "C" fn qwen2_options_set_repetition_penalty(
     });
 }
 
+/// Keeps the tokens whose information content is nearest to the expected one, until together they have
+/// this probability; above 0 to 1. Default: 1, which keeps all.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn qwen2_options_set_typical_p(options: *mut qwen2_options, typical_p: f32) {
+    set(options, |options| options.typical_p = Some(typical_p));
+}
+
+/// Taken from the logit of every token that is in the output, -2 to 2. Default: 0.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn qwen2_options_set_presence_penalty(
+    options: *mut qwen2_options,
+    penalty: f32,
+) {
+    set(options, |options| options.presence_penalty = Some(penalty));
+}
+
+/// Taken from the logit of a token for each time that it is in the output, -2 to 2. Default: 0.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn qwen2_options_set_frequency_penalty(
+    options: *mut qwen2_options,
+    penalty: f32,
+) {
+    set(options, |options| options.frequency_penalty = Some(penalty));
+}
+
+/// Added to the logit of the token, -100 to 100; once for each token, the last call counts.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn qwen2_options_set_logit_bias(
+    options: *mut qwen2_options,
+    token: u32,
+    bias: f32,
+) {
+    set(options, |options| {
+        options.logit_bias.insert(token, bias);
+    });
+}
+
+/// One more text that is never produced, in whichever tokens and not in a longer word either: at most
+/// 1024 of at most 256 bytes. The text is copied.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn qwen2_options_add_bad_word(
+    options: *mut qwen2_options,
+    text: *const c_char,
+    len: usize,
+    error: *mut *mut qwen2_error,
+) -> qwen2_status {
+    fence::entry(error, || {
+        let options = fence::borrow_mut(options)?;
+        let word = BadWord::from(fence::text(text, len, "text")?);
+        options.options.bad_words.push(word);
+        Ok(QWEN2_OK)
+    })
+}
+
+/// One more sequence of 1 to 256 tokens that is never completed. The tokens are copied.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn qwen2_options_add_bad_tokens(
+    options: *mut qwen2_options,
+    tokens: *const u32,
+    n_tokens: usize,
+    error: *mut *mut qwen2_error,
+) -> qwen2_status {
+    fence::entry(error, || {
+        let options = fence::borrow_mut(options)?;
+        let tokens = fence::slice(tokens, n_tokens, "tokens")?.to_vec();
+        options.options.bad_words.push(BadWord::from(tokens));
+        Ok(QWEN2_OK)
+    })
+}
+
+/// As many tokens come at least before an end token or a stop token; a stop string still ends the
+/// generation. Default: 0.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn qwen2_options_set_min_new_tokens(
+    options: *mut qwen2_options,
+    min_new_tokens: usize,
+) {
+    set(options, |options| {
+        options.min_new_tokens = Some(min_new_tokens)
+    });
+}
+
+/// Says of each token how likely it was, and of the `top` likeliest ones, 0 to 1024: natural logarithms
+/// of the softmax of the model's own logits, before all these settings. Default: does not.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn qwen2_options_set_logprobs(options: *mut qwen2_options, top: usize) {
+    set(options, |options| options.logprobs = Some(top));
+}
+
+/// The same for the tokens of the prompt; a session then reads all of it anew. Default: does not.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn qwen2_options_set_prompt_logprobs(
+    options: *mut qwen2_options,
+    top: usize,
+) {
+    set(options, |options| options.prompt_logprobs = Some(top));
+}
+
 /// Same seed, same logits, same tokens. Default: from the operating system.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn qwen2_options_set_seed(options: *mut qwen2_options, seed: u64) {
@@ -144,7 +262,7 @@ pub unsafe extern "C" fn qwen2_options_add_stop(
     fence::entry(error, || {
         let options = fence::borrow_mut(options)?;
         options
-            .0
+            .options
             .stop
             .push(fence::text(text, len, "stop")?.to_owned());
         Ok(QWEN2_OK)
@@ -241,7 +359,7 @@ pub unsafe extern "C" fn qwen2_options_set_cancel(
 ) {
     fence::silent((), || {
         let cancel = fence::borrow_optional(cancel)?.map(|cancel| cancel.0.clone());
-        fence::borrow_mut(options)?.0.cancel = cancel;
+        fence::borrow_mut(options)?.options.cancel = cancel;
         Ok(())
     });
 }

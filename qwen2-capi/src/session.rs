@@ -1,9 +1,9 @@
 //! A conversation that keeps its cache between turns.
 
 use std::ffi::c_char;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 
-use qwen2_core::Session;
+use qwen2_core::{Exclusive, ExclusiveGuard, LogitsProcessor, Session};
 
 use crate::error::{QWEN2_OK, qwen2_error, qwen2_status};
 use crate::fence::{self, Handle, Outcome};
@@ -23,7 +23,7 @@ impl Handle for qwen2_session {
 }
 
 /// The session, for its handle and the stream that runs in it.
-pub(crate) struct Shared(Mutex<State>);
+pub(crate) struct Shared(Exclusive<State>);
 
 pub(crate) struct State {
     pub(crate) session: Session,
@@ -33,19 +33,19 @@ pub(crate) struct State {
 
 impl Shared {
     fn new(session: Session) -> Arc<Self> {
-        Arc::new(Self(Mutex::new(State {
+        Arc::new(Self(Exclusive::new(State {
             session,
             busy: false,
         })))
     }
 
-    pub(crate) fn lock(&self) -> MutexGuard<'_, State> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    pub(crate) fn lock(&self) -> Outcome<ExclusiveGuard<'_, State>> {
+        self.0.lock().ok_or_else(|| in_use("session"))
     }
 
     /// The session, unless a stream has it.
-    fn idle(&self) -> Outcome<MutexGuard<'_, State>> {
-        let state = self.lock();
+    fn idle(&self) -> Outcome<ExclusiveGuard<'_, State>> {
+        let state = self.lock()?;
         if state.busy {
             return Err(qwen2_error::invalid(
                 "session",
@@ -56,6 +56,16 @@ impl Shared {
         }
         Ok(state)
     }
+}
+
+/// Why an object is refused to a callback that it has called.
+pub(crate) fn in_use(what: &'static str) -> Box<qwen2_error> {
+    qwen2_error::invalid(
+        what,
+        "object is in use",
+        Some("a callback uses what calls it".to_owned()),
+        "wait until the callback has returned",
+    )
 }
 
 /// A conversation in which nothing was said yet. `*out` is freed with `qwen2_session_free`.
@@ -104,12 +114,12 @@ pub unsafe extern "C" fn qwen2_session_generate(
 ) -> qwen2_status {
     fence::entry(error, || {
         let out = fence::out(out, "out")?;
-        let options = or_default(options)?;
-        let generation = fence::borrow(session)?
-            .0
-            .idle()?
-            .session
-            .generate(&options)?;
+        let (options, processor) = or_default(options)?;
+        let mut state = fence::borrow(session)?.0.idle()?;
+        let generation = match processor {
+            Some(processor) => state.session.stream_with(&options, processor)?.finish()?,
+            None => state.session.generate(&options)?,
+        };
         Ok(out.set(fence::give(qwen2_generation::from(generation))))
     })
 }
@@ -126,10 +136,11 @@ pub unsafe extern "C" fn qwen2_session_stream(
 ) -> qwen2_status {
     fence::entry(error, || {
         let out = fence::out(out, "out")?;
-        let options = or_default(options)?;
+        let (options, processor) = or_default(options)?;
+        let processor = processor.map(|given| Box::new(given) as Box<dyn LogitsProcessor>);
         let shared = &fence::borrow(session)?.0;
         let mut state = shared.idle()?;
-        let run = state.session.start(&options)?;
+        let run = state.session.start_with(&options, processor)?;
         state.busy = true;
         drop(state);
         Ok(out.set(fence::give(qwen2_stream::of_session(shared.clone(), run))))
@@ -271,5 +282,7 @@ pub unsafe extern "C" fn qwen2_session_tokens(
 /// Bytes of its cache; 0 for a handle that is none.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn qwen2_session_memory(session: *const qwen2_session) -> u64 {
-    fence::read(session, 0, |session| session.0.lock().session.memory())
+    fence::read(session, 0, |session| {
+        session.0.lock().map_or(0, |state| state.session.memory())
+    })
 }

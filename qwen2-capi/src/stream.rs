@@ -1,23 +1,27 @@
 //! A generation that runs as it is read.
 
 use std::ffi::c_char;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 
-use qwen2_core::{CancelToken, Generation, Piece, Result, SessionRun, TokenStream};
+use qwen2_core::{
+    CancelToken, Exclusive, ExclusiveGuard, Generation, Model, Piece, Result, SessionRun,
+    TokenStream,
+};
 
 use crate::error::{QWEN2_DONE, qwen2_error, qwen2_status};
 use crate::fence::{self, Handle, Outcome};
 use crate::generation::qwen2_generation;
+use crate::logprobs::Recorded;
 use crate::model::qwen2_model;
 use crate::options::{or_default, qwen2_cancel, qwen2_options};
 use crate::prompt::qwen2_prompt;
-use crate::session::Shared;
+use crate::session::{Shared, in_use};
 use crate::values::Terminated;
 
 /// A generation that runs as it is read, of a model or in a session. It keeps what it needs: model,
 /// session, prompt and options may be freed before it.
 pub struct qwen2_stream {
-    state: Mutex<State>,
+    state: Exclusive<State>,
     cancel: CancelToken,
 }
 
@@ -26,6 +30,7 @@ struct State {
     /// The last piece; the caller may hold a pointer into it.
     text: Terminated,
     token: u32,
+    logprobs: Recorded,
 }
 
 enum Run {
@@ -43,7 +48,11 @@ impl Run {
     fn next(&mut self) -> Option<Result<Piece>> {
         let piece = match self {
             Self::Model(stream) => stream.next(),
-            Self::Session(shared, run) => run.next(&mut shared.lock().session),
+            // Nothing but a stream of its own locks a busy session for long.
+            Self::Session(shared, run) => match shared.lock() {
+                Ok(mut state) => run.next(&mut state.session),
+                Err(_) => None,
+            },
             Self::Ended(_) | Self::Finished => return None,
         };
         if !matches!(piece, Some(Ok(_))) {
@@ -56,11 +65,13 @@ impl Run {
     fn end(&mut self) {
         *self = match std::mem::replace(self, Self::Finished) {
             Self::Model(stream) => Self::Ended(Box::new(stream.into_generation())),
-            Self::Session(shared, run) => {
-                let mut state = shared.lock();
-                state.busy = false;
-                Self::Ended(Box::new(run.finish(&mut state.session)))
-            }
+            Self::Session(shared, run) => match shared.lock() {
+                Ok(mut state) => {
+                    state.busy = false;
+                    Self::Ended(Box::new(run.finish(&mut state.session)))
+                }
+                Err(_) => Self::Finished,
+            },
             ended => ended,
         };
     }
@@ -80,7 +91,9 @@ impl Run {
 impl Drop for qwen2_stream {
     fn drop(&mut self) {
         // A session takes over what was generated, and is free again.
-        self.lock().run.end();
+        if let Some(mut state) = self.state.lock() {
+            state.run.end();
+        }
     }
 }
 
@@ -90,9 +103,10 @@ impl qwen2_stream {
             run,
             text: Terminated::default(),
             token: u32::MAX,
+            logprobs: Recorded::default(),
         };
         Self {
-            state: Mutex::new(state),
+            state: Exclusive::new(state),
             cancel,
         }
     }
@@ -102,9 +116,27 @@ impl qwen2_stream {
         Self::new(Run::Session(shared, Box::new(run)), cancel)
     }
 
-    fn lock(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    fn lock(&self) -> Outcome<ExclusiveGuard<'_, State>> {
+        self.state.lock().ok_or_else(|| in_use("stream"))
     }
+
+    /// The log-probabilities of the last piece, unless the stream itself is asking.
+    pub(crate) fn with_logprobs<T>(&self, body: impl FnOnce(&Recorded) -> T) -> Option<T> {
+        Some(body(&self.state.lock()?.logprobs))
+    }
+}
+
+/// A generation with the settings behind a handle.
+pub(crate) unsafe fn start(
+    model: &Model,
+    prompt: &qwen2_prompt,
+    options: *const qwen2_options,
+) -> Outcome<TokenStream> {
+    let (options, processor) = or_default(options)?;
+    Ok(match processor {
+        Some(processor) => model.stream_with(prompt.get(), &options, processor)?,
+        None => model.stream(prompt.get(), &options)?,
+    })
 }
 
 /// Starts a generation; nothing is computed before the first piece is asked for. `options` may be
@@ -120,7 +152,7 @@ pub unsafe extern "C" fn qwen2_stream_new(
     fence::entry(error, || {
         let out = fence::out(out, "out")?;
         let (model, prompt) = (fence::borrow(model)?, fence::borrow(prompt)?);
-        let stream = model.model.stream(prompt.get(), &or_default(options)?)?;
+        let stream = start(&model.model, prompt, options)?;
         let cancel = stream.cancel_token();
         Ok(out.set(fence::give(qwen2_stream::new(
             Run::Model(Box::new(stream)),
@@ -141,12 +173,13 @@ pub unsafe extern "C" fn qwen2_stream_next(
 ) -> qwen2_status {
     fence::entry(error, || {
         let text = fence::out(text, "text")?;
-        let mut state = fence::borrow(stream)?.lock();
+        let mut state = fence::borrow(stream)?.lock()?;
         match state.run.next() {
             None => Ok(QWEN2_DONE),
             Some(piece) => {
                 let piece = piece?;
                 state.token = piece.token;
+                state.logprobs = piece.logprobs.iter().collect();
                 state.text = piece.text.into();
                 Ok(text.set(state.text.show(len)))
             }
@@ -157,7 +190,9 @@ pub unsafe extern "C" fn qwen2_stream_next(
 /// The id of the last piece's token; `UINT32_MAX` before the first.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn qwen2_stream_token(stream: *const qwen2_stream) -> u32 {
-    fence::read(stream, u32::MAX, |stream| stream.lock().token)
+    fence::read(stream, u32::MAX, |stream| {
+        stream.lock().map_or(u32::MAX, |state| state.token)
+    })
 }
 
 /// The stream's switch, freed with `qwen2_cancel_free`: the one of its options if they have one. NULL
@@ -181,7 +216,7 @@ pub unsafe extern "C" fn qwen2_stream_finish(
 ) -> qwen2_status {
     fence::entry(error, || {
         let out = fence::out(out, "out")?;
-        let mut state = fence::borrow(stream)?.lock();
+        let mut state = fence::borrow(stream)?.lock()?;
         let generation = finish(&mut state.run)?;
         Ok(out.set(fence::give(qwen2_generation::from(generation))))
     })

@@ -33,7 +33,7 @@ unsafe fn constrain(
 ) -> qwen2_status {
     fence::entry(error, || {
         let options = fence::borrow_mut(options)?;
-        options.0.constraint = Some(form(fence::text(text, len, name)?));
+        options.options.constraint = Some(form(fence::text(text, len, name)?));
         Ok(QWEN2_OK)
     })
 }
@@ -100,7 +100,7 @@ pub unsafe extern "C" fn qwen2_options_set_choice(
         let texts = texts.iter().zip(lens);
         let texts = texts.map(|(&text, len)| fence::text(text, len, "texts"));
         let texts: Result<Vec<&str>, _> = texts.collect();
-        options.0.constraint = Some(Constraint::choice(texts?));
+        options.options.constraint = Some(Constraint::choice(texts?));
         Ok(QWEN2_OK)
     })
 }
@@ -119,7 +119,7 @@ pub unsafe extern "C" fn qwen2_options_add_tool(
     fence::entry(error, || {
         let options = fence::borrow_mut(options)?;
         let tool = Tool::from_json(fence::text(json, len, "json")?)?;
-        options.0.tools.push(tool);
+        options.options.tools.push(tool);
         Ok(QWEN2_OK)
     })
 }
@@ -132,7 +132,7 @@ pub unsafe extern "C" fn qwen2_options_set_tool_choice(
     error: *mut *mut qwen2_error,
 ) -> qwen2_status {
     fence::entry(error, || {
-        fence::borrow_mut(options)?.0.tool_choice = match choice {
+        fence::borrow_mut(options)?.options.tool_choice = match choice {
             QWEN2_TOOL_CHOICE_AUTO => ToolChoice::Auto,
             QWEN2_TOOL_CHOICE_NONE => ToolChoice::None,
             QWEN2_TOOL_CHOICE_REQUIRED => ToolChoice::Required,
@@ -153,7 +153,7 @@ pub unsafe extern "C" fn qwen2_options_set_tool_choice_name(
     fence::entry(error, || {
         let options = fence::borrow_mut(options)?;
         let name = fence::text(name, len, "name")?;
-        options.0.tool_choice = ToolChoice::Named(name.to_owned());
+        options.options.tool_choice = ToolChoice::Named(name.to_owned());
         Ok(QWEN2_OK)
     })
 }
@@ -166,7 +166,7 @@ pub unsafe extern "C" fn qwen2_options_set_tool_format(
     error: *mut *mut qwen2_error,
 ) -> qwen2_status {
     fence::entry(error, || {
-        fence::borrow_mut(options)?.0.tool_format = match format {
+        fence::borrow_mut(options)?.options.tool_format = match format {
             QWEN2_TOOL_FORMAT_DEFAULT => None,
             QWEN2_TOOL_FORMAT_HERMES => Some(ToolFormat::Hermes),
             QWEN2_TOOL_FORMAT_QWEN_AGENT => Some(ToolFormat::QwenAgent),

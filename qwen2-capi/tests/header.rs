@@ -4,15 +4,18 @@
 use std::path::Path;
 
 /// In the order of the header.
-const SOURCES: [&str; 12] = [
+const SOURCES: [&str; 15] = [
     "version",
     "error",
     "load",
     "model",
+    "embed",
     "prompt",
     "options",
+    "processor",
     "generation",
     "stream",
+    "logprobs",
     "session",
     "tokenizer",
     "values",

@@ -780,6 +780,149 @@ static void logging(const char *directory) {
     CHECK(log.lines == lines);
 }
 
+typedef struct {
+    const qwen2_model *model;
+    qwen2_stream *stream;
+    int calls, stop_at;
+} Choosing;
+
+static int32_t choose_nine(const uint32_t *tokens, size_t n_tokens, float *logits, size_t n_logits, void *user_data) {
+    Choosing *choosing = (Choosing *)user_data;
+    CHECK(tokens != NULL && n_tokens >= 1);
+    CHECK(n_logits == qwen2_model_vocab_size(choosing->model));
+    choosing->calls += 1;
+    if (choosing->stream != NULL) {
+        /* What calls is in use. */
+        const char *text = NULL;
+        qwen2_error *error = NULL;
+        FAILS(qwen2_stream_next(choosing->stream, &text, NULL, &error), QWEN2_ERROR_INVALID_ARGUMENT,
+              "object is in use: stream: a callback uses what calls it");
+        CHECK(qwen2_stream_token(choosing->stream) == UINT32_MAX);
+    }
+    for (size_t i = 0; i < n_logits; i++)
+        logits[i] = i == 9 ? 1.0f : 0.0f;
+    return choosing->calls == choosing->stop_at ? 7 : 0;
+}
+
+static void processors(const qwen2_model *model) {
+    qwen2_error *error = NULL;
+    qwen2_generation *out = NULL;
+    qwen2_stream *stream = NULL;
+    size_t n = 0;
+    Choosing choosing = {model, NULL, 0, 0};
+    qwen2_prompt *prompt = message("Hi");
+    qwen2_options *options = greedy(3);
+    qwen2_options_set_logits_processor(options, choose_nine, &choosing);
+    OK(qwen2_generate(model, prompt, options, &out, &error));
+    const uint32_t *tokens = qwen2_generation_tokens(out, &n);
+    CHECK(n == 3 && tokens[0] == 9 && tokens[2] == 9 && choosing.calls == 3);
+    qwen2_generation_free(out);
+
+    qwen2_options *copy = qwen2_options_clone(options);
+    qwen2_options_free(options);
+    OK(qwen2_stream_new(model, prompt, copy, &stream, &error));
+    choosing.stream = stream;
+    const char *text = NULL;
+    OK(qwen2_stream_next(stream, &text, NULL, &error));
+    CHECK(qwen2_stream_token(stream) == 9);
+    choosing.stream = NULL;
+    qwen2_stream_free(stream);
+
+    qwen2_session *session = NULL;
+    OK(qwen2_session_new(model, &session, &error));
+    OK(qwen2_session_append(session, prompt, &error));
+    choosing.calls = 0;
+    choosing.stop_at = 2;
+    out = NULL;
+    FAILS(qwen2_session_generate(session, copy, &out, &error), QWEN2_ERROR_CANCELLED,
+          "logits processor stopped the generation: it returned 7");
+    CHECK(out == NULL);
+    qwen2_options_set_logits_processor(copy, NULL, NULL);
+    OK(qwen2_session_generate(session, copy, &out, &error));
+    qwen2_generation_free(out);
+    qwen2_session_free(session);
+    qwen2_options_free(copy);
+    qwen2_prompt_free(prompt);
+}
+
+static void log_probabilities(const qwen2_model *model) {
+    qwen2_error *error = NULL;
+    qwen2_generation *out = NULL;
+    qwen2_stream *stream = NULL;
+    const uint32_t prompt_tokens[4] = {5, 6, 7, 8};
+    qwen2_prompt *prompt = qwen2_prompt_new();
+    OK(qwen2_prompt_set_tokens(prompt, prompt_tokens, 4, &error));
+    qwen2_options *options = greedy(2);
+    qwen2_options_set_logprobs(options, 3);
+    qwen2_options_set_prompt_logprobs(options, 0);
+    OK(qwen2_generate(model, prompt, options, &out, &error));
+    size_t n = 0, n_prompt = 0;
+    const float *logprobs = qwen2_generation_logprobs(out, &n);
+    const float *of_prompt = qwen2_generation_prompt_logprobs(out, &n_prompt);
+    CHECK(n == 2 && n_prompt == 3 && logprobs[0] <= 0 && of_prompt[2] < 0);
+    const uint32_t *tokens = NULL;
+    const float *top = NULL;
+    CHECK(qwen2_generation_top_logprobs(out, 1, &tokens, &top) == 3);
+    /* Greedy: the likeliest was taken. */
+    CHECK(tokens[0] == qwen2_generation_tokens(out, NULL)[1] && top[0] == logprobs[1] && top[1] >= top[2]);
+    CHECK(qwen2_generation_top_logprobs(out, 2, &tokens, &top) == 0);
+    CHECK(qwen2_generation_prompt_top_logprobs(out, 0, NULL, NULL) == 0);
+
+    OK(qwen2_stream_new(model, prompt, options, &stream, &error));
+    const float before = qwen2_stream_logprob(stream);
+    CHECK(before != before);
+    const char *text = NULL;
+    OK(qwen2_stream_next(stream, &text, NULL, &error));
+    CHECK(qwen2_stream_logprob(stream) == logprobs[0]);
+    CHECK(qwen2_stream_top_logprobs(stream, &tokens, &top) == 3 && top[0] == logprobs[0]);
+    qwen2_stream_free(stream);
+    qwen2_generation_free(out);
+    qwen2_options_free(options);
+    CHECK(qwen2_generation_logprobs(NULL, &n) == NULL && n == 0);
+    qwen2_prompt_free(prompt);
+}
+
+static void other_options(const qwen2_model *model) {
+    qwen2_error *error = NULL;
+    qwen2_generation *out = NULL;
+    size_t n = 0;
+    qwen2_prompt *prompt = message("Hi");
+    qwen2_options *options = greedy(4);
+    OK(qwen2_generate(model, prompt, options, &out, &error));
+    const uint32_t first = qwen2_generation_tokens(out, &n)[0];
+    qwen2_generation_free(out);
+    qwen2_options_set_typical_p(options, 0.9f);
+    qwen2_options_set_presence_penalty(options, 0.5f);
+    qwen2_options_set_frequency_penalty(options, 0.5f);
+    qwen2_options_set_min_new_tokens(options, 2);
+    qwen2_options_set_logit_bias(options, 11, 100.0f);
+    OK(qwen2_options_add_bad_tokens(options, &first, 1, &error));
+    OK(qwen2_options_add_bad_word(options, "zzz", NUL, &error));
+    OK(qwen2_generate(model, prompt, options, &out, &error));
+    CHECK(qwen2_generation_tokens(out, &n)[0] == 11 && n == 4);
+    qwen2_generation_free(out);
+    FAILS(qwen2_options_add_bad_word(options, "\xFF", NUL, &error), QWEN2_ERROR_INVALID_ARGUMENT,
+          "text is not UTF-8: text: byte 0");
+    qwen2_options_set_logit_bias(options, 11, 101.0f);
+    out = NULL;
+    FAILS(qwen2_generate(model, prompt, options, &out, &error), QWEN2_ERROR_INVALID_ARGUMENT,
+          "option out of range: logit_bias[11]: expected -100 to 100, found 101");
+    qwen2_options_free(options);
+
+    const size_t hidden_size = (size_t)qwen2_model_hidden_size(model);
+    float *embedding = (float *)malloc(hidden_size * sizeof *embedding);
+    CHECK(embedding != NULL);
+    OK(qwen2_model_embed(model, prompt, QWEN2_POOLING_LAST_TOKEN, embedding, &error));
+    double squares = 0;
+    for (size_t i = 0; i < hidden_size; i++)
+        squares += (double)embedding[i] * embedding[i];
+    CHECK(squares > 0.9999 && squares < 1.0001);
+    FAILS(qwen2_model_embed(model, prompt, 5, embedding, &error), QWEN2_ERROR_INVALID_ARGUMENT,
+          "unknown pooling: pooling: 5");
+    free(embedding);
+    qwen2_prompt_free(prompt);
+}
+
 int main(int argc, char **argv) {
     CHECK(argc == 2);
     versions();
@@ -794,6 +937,9 @@ int main(int argc, char **argv) {
     sessions(model);
     sessions_that_forget_and_last(model);
     logits(model);
+    other_options(model);
+    log_probabilities(model);
+    processors(model);
     a_thousand_times(argv[1], model);
     logging(argv[1]);
     handles(model);
