@@ -95,15 +95,43 @@ pub(crate) struct SampleArgs {
     /// Drop tokens below this share of the likeliest one, 0 to 1.
     #[arg(long)]
     pub(crate) min_p: Option<f32>,
+    /// Keep the tokens of the most typical information, of this probability together, above 0 to 1.
+    #[arg(long)]
+    pub(crate) typical_p: Option<f32>,
     /// Above 1: repeat less.
     #[arg(long)]
     pub(crate) repetition_penalty: Option<f32>,
+    /// Taken from the logits of tokens that were produced, -2 to 2.
+    #[arg(long, allow_negative_numbers = true)]
+    pub(crate) presence_penalty: Option<f32>,
+    /// Taken from the logits of tokens as often as they were produced, -2 to 2.
+    #[arg(long, allow_negative_numbers = true)]
+    pub(crate) frequency_penalty: Option<f32>,
+    /// ID=BIAS, -100 to 100, added to the logit of a token; may be given several times.
+    #[arg(long, value_parser = id_and_bias)]
+    pub(crate) logit_bias: Vec<(u32, f32)>,
+    /// Never produce this text; may be given several times.
+    #[arg(long)]
+    pub(crate) bad_word: Vec<String>,
+    /// Least tokens to produce.
+    #[arg(long)]
+    pub(crate) min_new_tokens: Option<usize>,
+    /// With --json, say how likely each token was, and as many of the likeliest ones.
+    #[arg(long)]
+    pub(crate) logprobs: Option<usize>,
     /// Same seed, same answer.
     #[arg(long)]
     pub(crate) seed: Option<u64>,
     /// End before this text; may be given several times.
     #[arg(long)]
     pub(crate) stop: Vec<String>,
+}
+
+/// `ID=BIAS`.
+fn id_and_bias(text: &str) -> Result<(u32, f32), String> {
+    let parts = text.split_once('=');
+    let parsed = parts.and_then(|(id, bias)| Some((id.parse().ok()?, bias.parse().ok()?)));
+    parsed.ok_or_else(|| "expected ID=BIAS, for example 42=-1.5".to_owned())
 }
 
 impl SampleArgs {
@@ -118,7 +146,18 @@ impl SampleArgs {
         options.top_k = self.top_k;
         options.top_p = self.top_p;
         options.min_p = self.min_p;
+        options.typical_p = self.typical_p;
         options.repetition_penalty = self.repetition_penalty.or(options.repetition_penalty);
+        options.presence_penalty = self.presence_penalty;
+        options.frequency_penalty = self.frequency_penalty;
+        options.logit_bias = self.logit_bias.iter().copied().collect();
+        options.bad_words = self
+            .bad_word
+            .iter()
+            .map(|word| word.as_str().into())
+            .collect();
+        options.min_new_tokens = self.min_new_tokens;
+        options.logprobs = self.logprobs;
         options.seed = self.seed;
         options.stop.clone_from(&self.stop);
         options

@@ -59,7 +59,7 @@ pub(crate) fn summary(generation: &Generation) -> String {
 /// The object of `--json`; its keys are documented in docs/command-line.md.
 pub(crate) fn generation_json(generation: &Generation) -> Value {
     let (usage, timings) = (&generation.usage, &generation.timings);
-    json!({
+    let mut object = json!({
         "text": generation.text,
         "tokens": generation.tokens,
         "finish_reason": generation.finish_reason.name(),
@@ -76,7 +76,11 @@ pub(crate) fn generation_json(generation: &Generation) -> Value {
             "prefill_tokens_per_s": timings.prefill_tokens_per_s,
             "decode_tokens_per_s": timings.decode_tokens_per_s,
         },
-    })
+    });
+    if !generation.logprobs.is_empty() {
+        object["logprobs"] = json!(generation.logprobs);
+    }
+    object
 }
 
 /// `text` itself, or for `-` what stdin holds, without the newline at its end.

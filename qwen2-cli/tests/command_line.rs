@@ -222,6 +222,44 @@ fn the_same_seed_gives_the_same_text() {
 }
 
 #[test]
+fn biases_bans_and_log_probabilities_come_from_flags() {
+    let tied = tied();
+    let run = |more: &[&str]| {
+        let args = [
+            "generate",
+            &tied,
+            "hello",
+            "--greedy",
+            "--json",
+            "--max-new-tokens",
+            "3",
+        ];
+        qwen2(&[&args[..], more].concat()).json()
+    };
+    let plain = run(&[]);
+    assert!(plain.get("logprobs").is_none());
+    let flags = [
+        "--logit-bias",
+        "77=100",
+        "--logit-bias",
+        "5=-1.5",
+        "--logprobs",
+        "2",
+    ];
+    let forced = run(&flags);
+    assert_eq!(forced["tokens"], serde_json::json!([77, 77, 77]));
+    assert_eq!(forced["logprobs"].as_array().map(Vec::len), Some(3));
+    assert_eq!(forced["logprobs"][0]["token"], 77);
+    let top = &forced["logprobs"][0]["top"];
+    assert_eq!(
+        top[0]["token"], plain["tokens"][0],
+        "the model's own likeliest"
+    );
+    let bad = qwen2(&["generate", &tied, "x", "--logit-bias", "77"]);
+    assert_ne!(bad.code, Some(0));
+}
+
+#[test]
 fn stop_may_be_given_several_times_and_ends_before_the_text() {
     let tied = tied();
     let args = [
