@@ -4,7 +4,7 @@
 use std::path::Path;
 
 /// In the order of the header.
-const SOURCES: [&str; 15] = [
+const SOURCES: [&str; 16] = [
     "version",
     "error",
     "load",
@@ -18,6 +18,7 @@ const SOURCES: [&str; 15] = [
     "logprobs",
     "session",
     "tokenizer",
+    "tools",
     "values",
     "log",
 ];

@@ -254,6 +254,39 @@ fn a_session_goes_on_behind_a_constrained_answer() {
 }
 
 #[test]
+fn in_an_engine_constrained_requests_get_what_each_gets_alone() {
+    let engine = model().engine().max_sequences(4).build().unwrap();
+    let forms = [
+        Some(Constraint::choice(["It is the number five."])),
+        None,
+        Some(Constraint::regex("The answer is [0-9]{1,3}, (yes|no)\\.")),
+        Some(Constraint::json_schema(r#"{"enum": [{"a": 1}, {"b": [2]}]}"#)),
+        None,
+    ];
+    let options: Vec<GenerateOptions> = forms
+        .into_iter()
+        .map(|form| {
+            let mut options = GenerateOptions::greedy().max_new_tokens(60);
+            options.constraint = form;
+            options
+        })
+        .collect();
+    let streams: Vec<_> = options
+        .iter()
+        .map(|options| engine.submit(&question()[..], options).unwrap())
+        .collect();
+    let bad = GenerateOptions::greedy().constraint(Constraint::regex("("));
+    let error = engine.submit(&question()[..], &bad).err().unwrap();
+    assert_eq!(error.kind(), ErrorKind::InvalidConstraint);
+    for (stream, options) in streams.into_iter().zip(&options) {
+        let together = stream.finish().unwrap();
+        let alone = answer(options);
+        assert_eq!((together.tokens, together.text), (alone.tokens, alone.text));
+        assert_eq!(together.stop_match, alone.stop_match);
+    }
+}
+
+#[test]
 fn what_cannot_be_kept_to_is_refused_and_harms_no_one_else() {
     assert!(refuse(Constraint::json_schema("{")).contains("line 1"));
     assert!(refuse(Constraint::json_schema("[]")).contains("JSON schema"));
