@@ -260,7 +260,9 @@ fn in_an_engine_constrained_requests_get_what_each_gets_alone() {
         Some(Constraint::choice(["It is the number five."])),
         None,
         Some(Constraint::regex("The answer is [0-9]{1,3}, (yes|no)\\.")),
-        Some(Constraint::json_schema(r#"{"enum": [{"a": 1}, {"b": [2]}]}"#)),
+        Some(Constraint::json_schema(
+            r#"{"enum": [{"a": 1}, {"b": [2]}]}"#,
+        )),
         None,
     ];
     let options: Vec<GenerateOptions> = forms

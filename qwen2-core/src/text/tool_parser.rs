@@ -214,7 +214,12 @@ fn qwen_agent(text: &str, over: bool) -> Found {
     };
     let name = trimmed(parts.next().unwrap_or_default());
     let calls: Option<Vec<ToolCall>> = parts
-        .map(|arguments| ToolCall::checked(&name, &trimmed(arguments)))
+        .map(|arguments| {
+            // What a model writes behind the object is left out, as Qwen-Agent does.
+            let arguments = trimmed(arguments);
+            let (_, behind) = first::<IgnoredAny>(&arguments)?;
+            ToolCall::checked(&name, &arguments[..arguments.len() - behind.len()])
+        })
         .collect();
     match calls {
         Some(calls) if !calls.is_empty() => Found::Calls(FUNCTION.len() + end, calls),
