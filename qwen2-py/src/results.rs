@@ -167,7 +167,7 @@ impl Generation {
 }
 
 /// A call that the model asks for.
-#[pyclass(module = "qwen2_rs", frozen, get_all, skip_from_py_object)]
+#[pyclass(module = "qwen2_rs", frozen, get_all)]
 #[derive(Clone)]
 pub(crate) struct ToolCall {
     /// The name that the model wrote, which need not be one of the tools.
