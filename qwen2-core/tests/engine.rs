@@ -448,3 +448,40 @@ fn settings_of_zero_and_bad_requests_are_refused() {
     }
     assert_eq!(engine.stats().submitted, 0);
 }
+
+#[test]
+fn a_request_ends_when_its_time_is_over() {
+    let engine = load(demo()).engine().build().unwrap();
+    let submit = |timeout: f64| {
+        let options = greedy(300).timeout(timeout);
+        engine
+            .submit(Prompt::Tokens(tokens(20, 1)), &options)
+            .unwrap()
+    };
+    let (short, long) = (submit(1e-9), submit(1e9));
+    let short = short.finish().unwrap();
+    assert_eq!(short.finish_reason, FinishReason::Timeout);
+    assert!(short.tokens.len() < 300);
+    assert_eq!(long.finish().unwrap().finish_reason, FinishReason::Length);
+}
+
+#[test]
+fn options_that_need_the_model_alone_are_refused() {
+    let engine = load(fixture("tied")).engine().build().unwrap();
+    for (options, key) in [
+        (greedy(3).prompt_lookup(4), "prompt_lookup"),
+        (greedy(3).draft_tokens(4), "draft_tokens"),
+        (
+            greedy(3).on_prefill(|_| std::ops::ControlFlow::Continue(())),
+            "on_prefill",
+        ),
+    ] {
+        let error = engine
+            .submit(Prompt::Tokens(vec![5]), &options)
+            .unwrap_err();
+        assert_eq!(
+            (error.kind(), error.key()),
+            (ErrorKind::Unsupported, Some(key))
+        );
+    }
+}

@@ -6,7 +6,7 @@ mod common;
 use std::fs;
 use std::path::PathBuf;
 
-use common::{builder, fixture, load};
+use common::{builder, demo, fixture, load};
 use qwen2_core::{DType, ErrorKind, GenerateOptions, KvCacheType, Message, Model, Prompt};
 
 fn greedy(n: usize) -> GenerateOptions {
@@ -50,6 +50,24 @@ fn a_session_goes_on_where_it_was_saved() {
             assert_eq!(got.usage.cached_tokens, 74);
         }
     }
+}
+
+#[test]
+fn a_cache_of_several_pages_comes_back() {
+    let folder = folder();
+    let path = folder.path().join("long.session");
+    let model = load(demo());
+    let mut session = model.session();
+    session.append(tokens(700)).unwrap();
+    session.generate(&greedy(3)).unwrap();
+    session.save(&path).unwrap();
+    let restored = model.open_session(&path).unwrap();
+    // A fork shares the pages, and goes its own way.
+    let mut fork = restored.fork().unwrap();
+    drop(restored);
+    let (want, got) = (session.generate(&greedy(20)), fork.generate(&greedy(20)));
+    let (want, got) = (want.unwrap(), got.unwrap());
+    assert_eq!((got.usage.cached_tokens, got.tokens), (702, want.tokens));
 }
 
 #[test]
