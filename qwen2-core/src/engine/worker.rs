@@ -117,11 +117,13 @@ impl Worker {
             // A bug ends this engine's requests with an error, as their outlets go, and not the host.
             if let Err(why) = fenced(|| scheduler.run()) {
                 tracing::error!(why, "engine stopped");
-                own.lock().stop = true;
-                drop(scheduler);
-                own.lock().queue.take(|_| true);
-                own.tell_room();
             }
+            own.lock().stop = true;
+            drop(scheduler);
+            // Those that never began as well: their readers keep the queue alive.
+            let left = own.lock().queue.take(|_| true);
+            drop(left);
+            own.tell_room();
         };
         let builder = std::thread::Builder::new().name("qwen2-engine".to_owned());
         let thread = builder.spawn(body).map_err(|error| {
