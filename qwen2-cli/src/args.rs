@@ -34,6 +34,19 @@ pub(crate) enum Command {
     Perplexity(PerplexityArgs),
     /// Measure speed, next to what the memory allows.
     Bench(BenchArgs),
+    /// Answer over HTTP as OpenAI's API does, with a chat page at /.
+    #[cfg(feature = "serve")]
+    Serve(ServeArgs),
+}
+
+impl Command {
+    /// Whether it serves until a signal ends it.
+    pub(crate) fn is_server(&self) -> bool {
+        #[cfg(feature = "serve")]
+        return matches!(self, Self::Serve(_));
+        #[cfg(not(feature = "serve"))]
+        false
+    }
 }
 
 /// How to load a model.
@@ -354,6 +367,51 @@ pub(crate) struct BenchArgs {
     /// One JSON object instead of lines.
     #[arg(long)]
     pub(crate) json: bool,
+}
+
+#[cfg(feature = "serve")]
+#[derive(Args, Debug)]
+pub(crate) struct ServeArgs {
+    /// A directory, a GGUF file, or an id of the hub [default: the demo model].
+    pub(crate) model: Option<OsString>,
+    /// The address to listen at; 0.0.0.0 is all of this machine's.
+    #[arg(long, default_value = "127.0.0.1")]
+    pub(crate) host: String,
+    /// The port; 0 takes a free one.
+    #[arg(long, default_value_t = 8000)]
+    pub(crate) port: u16,
+    /// What clients call the model [default: the model's own name].
+    #[arg(long)]
+    pub(crate) name: Option<String>,
+    /// What clients must send as Authorization: Bearer KEY [default: the variable QWEN2_API_KEY, or nothing].
+    #[arg(long)]
+    pub(crate) api_key: Option<String>,
+    /// Most bytes of a request's body.
+    #[arg(long, default_value_t = 8 << 20)]
+    pub(crate) max_body: usize,
+    /// Most new tokens of one answer [default: to the end of the context].
+    #[arg(long)]
+    pub(crate) max_new_tokens: Option<usize>,
+    /// Answers that are computed at the same time.
+    #[arg(long, default_value_t = 8)]
+    pub(crate) max_running: usize,
+    /// Answers that may wait for their turn; more are refused.
+    #[arg(long, default_value_t = 128)]
+    pub(crate) max_waiting: usize,
+    /// Connections that are open at the same time.
+    #[arg(long, default_value_t = 1024)]
+    pub(crate) max_connections: usize,
+    /// Seconds from a request to the end of its answer.
+    #[arg(long, default_value_t = 600)]
+    pub(crate) timeout: u64,
+    /// Seconds that a client may send nothing of its request, or read nothing of its answer.
+    #[arg(long, default_value_t = 30)]
+    pub(crate) patience: u64,
+    /// Seconds that running answers may go on when the server is told to end.
+    #[arg(long, default_value_t = 30)]
+    pub(crate) grace: u64,
+    #[command(flatten)]
+    pub(crate) load: LoadArgs,
 }
 
 #[cfg(test)]
