@@ -8,9 +8,9 @@ use half::{bf16, f16};
 
 use super::product::{Finish, Pair, Product, Target, run_all};
 use super::simd::{self, Isa};
+use super::{activations, matmul, quantized};
 #[cfg(target_arch = "x86_64")]
 use super::{bf16_gemm, pool};
-use super::{matmul, quantized};
 use crate::ops::{Linear, Weight, packed};
 
 /// A matrix in the form that the kernels take.
@@ -144,7 +144,7 @@ pub(crate) struct Input<'a> {
     isa: Isa,
     x: &'a [f32],
     width: usize,
-    quantized: Option<quantized::Activations>,
+    quantized: Option<activations::Activations>,
     #[cfg(target_arch = "x86_64")]
     rounded: Option<bf16_gemm::Rounded>,
 }
@@ -160,7 +160,7 @@ impl<'a> Input<'a> {
             isa,
             x,
             width,
-            quantized: packed.then(|| quantized::Activations::new(isa, x, width)),
+            quantized: packed.then(|| activations::Activations::new(isa, x, width)),
             #[cfg(target_arch = "x86_64")]
             rounded: {
                 let is_bf16 = |m: &&Matrix<Flex>| match m {

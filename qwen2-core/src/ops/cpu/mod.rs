@@ -1,6 +1,7 @@
 //! The processor: our operations on burn-flex tensors, through burn's backend extension.
 #![allow(unsafe_code)]
 
+mod activations;
 mod attention;
 mod bf16_gemm;
 mod elementwise;
@@ -9,6 +10,7 @@ mod layout;
 mod many;
 mod matmul;
 mod matrix;
+mod packed_tile;
 pub(crate) mod pool;
 mod product;
 mod quantized;
@@ -204,7 +206,7 @@ impl Qwen2Ops for Flex {
         let x = normed(&x, &norm, eps);
         let isa = Isa::selected();
         let args = quantized::Packed {
-            x: &quantized::Activations::new(isa, &x, shape.cols),
+            x: &activations::Activations::new(isa, &x, shape.cols),
             shape,
             bytes: bytes.bytes(),
         };

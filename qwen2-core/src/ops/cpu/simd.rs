@@ -109,6 +109,8 @@ pub(crate) trait Simd: Copy {
     /// Bits `shift..shift + 4` of each of `LANES` bytes, less 8.
     unsafe fn load_i4(pointer: *const u8, shift: u32) -> Self;
     unsafe fn store(self, pointer: *mut f32);
+    /// Stores integers in -128..=127 as bytes.
+    unsafe fn store_i8(self, pointer: *mut i8);
     /// `self · b + c`.
     unsafe fn mul_add(self, b: Self, c: Self) -> Self;
     unsafe fn add(self, b: Self) -> Self;
@@ -277,6 +279,13 @@ impl Simd for Portable {
         }
     }
     #[inline(always)]
+    unsafe fn store_i8(self, pointer: *mut i8) {
+        for (i, value) in self.0.into_iter().enumerate() {
+            // SAFETY: the caller's promise.
+            unsafe { *pointer.add(i) = value as i8 };
+        }
+    }
+    #[inline(always)]
     unsafe fn mul_add(self, b: Self, c: Self) -> Self {
         Self(std::array::from_fn(|i| self.0[i] * b.0[i] + c.0[i]))
     }
@@ -410,6 +419,18 @@ mod x86 {
             unsafe { _mm256_storeu_ps(pointer, self.0) }
         }
         #[inline(always)]
+        unsafe fn store_i8(self, pointer: *mut i8) {
+            unsafe {
+                let words = _mm256_cvtps_epi32(self.0);
+                let (low, high) = (
+                    _mm256_castsi256_si128(words),
+                    _mm256_extracti128_si256::<1>(words),
+                );
+                let halves = _mm_packs_epi32(low, high);
+                _mm_storel_epi64(pointer.cast(), _mm_packs_epi16(halves, halves));
+            }
+        }
+        #[inline(always)]
         unsafe fn mul_add(self, b: Self, c: Self) -> Self {
             unsafe { Self(_mm256_fmadd_ps(self.0, b.0, c.0)) }
         }
@@ -538,6 +559,13 @@ mod x86 {
             unsafe { _mm512_storeu_ps(pointer, self.0) }
         }
         #[inline(always)]
+        unsafe fn store_i8(self, pointer: *mut i8) {
+            unsafe {
+                let bytes = _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(self.0));
+                _mm_storeu_si128(pointer.cast(), bytes);
+            }
+        }
+        #[inline(always)]
         unsafe fn mul_add(self, b: Self, c: Self) -> Self {
             unsafe { Self(_mm512_fmadd_ps(self.0, b.0, c.0)) }
         }
@@ -590,9 +618,9 @@ mod x86 {
 /// The kernel is inlined into a function that has the instruction set enabled, so that it is
 /// compiled for it. The caller must only pass what [`Isa::available`] listed.
 macro_rules! per_isa {
-    ($name:ident, $kernel:ident $(<$t:ident: $bound:path>)?, ($($arg:ident : $ty:ty),* $(,)?) $(-> $out:ty)?) => {
+    ($visible:vis $name:ident, $kernel:ident $(<$t:ident: $bound:path>)?, ($($arg:ident : $ty:ty),* $(,)?) $(-> $out:ty)?) => {
         #[allow(clippy::too_many_arguments)]
-        fn $name$(<$t: $bound>)?(isa: $crate::ops::cpu::simd::Isa, $($arg: $ty),*) $(-> $out)? {
+        $visible fn $name$(<$t: $bound>)?(isa: $crate::ops::cpu::simd::Isa, $($arg: $ty),*) $(-> $out)? {
             use $crate::ops::cpu::simd;
             #[cfg(target_arch = "x86_64")]
             #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")]

@@ -8,3 +8,6 @@ pub(crate) mod packed;
 #[path = "../../../../qwen2-core/src/ops/visible.rs"]
 mod visible;
 pub(crate) use visible::Visible;
+
+/// As `ops/key_values.rs` has it.
+pub(crate) const PAGE: usize = 512;

@@ -1,5 +1,7 @@
 //! Stands in for `qwen2-core/src/ops/cpu/mod.rs`, without tensors.
 
+#[path = "../../../../../qwen2-core/src/ops/cpu/activations.rs"]
+mod activations;
 #[path = "../../../../../qwen2-core/src/ops/cpu/attention.rs"]
 mod attention;
 #[path = "../../../../../qwen2-core/src/ops/cpu/bf16_gemm.rs"]
@@ -10,6 +12,8 @@ mod elementwise;
 mod layout;
 #[path = "../../../../../qwen2-core/src/ops/cpu/matmul.rs"]
 mod matmul;
+#[path = "../../../../../qwen2-core/src/ops/cpu/packed_tile.rs"]
+mod packed_tile;
 #[path = "../../../../../qwen2-core/src/ops/cpu/pool.rs"]
 pub(crate) mod pool;
 #[path = "../../../../../qwen2-core/src/ops/cpu/product.rs"]
