@@ -3,7 +3,6 @@
 use burn::tensor::Tensor;
 
 use crate::ops::{self, Linear, RmsNorm};
-use crate::profile::part;
 
 #[derive(Debug, Clone)]
 pub(crate) struct Mlp {
@@ -15,10 +14,7 @@ pub(crate) struct Mlp {
 impl Mlp {
     /// `h + mlp(norm(h))`, `[n, hidden]`.
     pub(crate) fn forward(&self, h: Tensor<2>, norm: &RmsNorm) -> Tensor<2> {
-        // [n, intermediate]
-        let gated = part("norm, gate up", || {
-            ops::swiglu(&h, norm, &self.gate_proj, &self.up_proj)
-        });
-        part("down, add", || ops::add_project(h, gated, &self.down_proj))
+        let matrices = [&self.gate_proj, &self.up_proj, &self.down_proj];
+        ops::mlp(h, norm, matrices)
     }
 }

@@ -17,6 +17,8 @@ use std::sync::{Mutex, PoisonError};
 
 use burn::tensor::Tensor;
 
+use crate::profile::part;
+
 pub(crate) use key_values::{CACHE_BLOCK, CacheFormat, KeyValues, PAGE};
 pub(crate) use linear::{Linear, RmsNorm, Weight};
 pub(crate) use low_rank::LowRank;
@@ -105,16 +107,21 @@ fn base_add_project(h: Tensor<2>, x: Tensor<2>, matrix: &Linear) -> Tensor<2> {
     portable::add_project(h, x, matrix)
 }
 
-/// SwiGLU (arXiv:2002.05202) of a norm: `silu(gate(norm(x))) · up(norm(x))`, `[n, intermediate]`.
-pub(crate) fn swiglu(x: &Tensor<2>, norm: &RmsNorm, gate: &Linear, up: &Linear) -> Tensor<2> {
-    if !(gate.adapters.is_empty() && up.adapters.is_empty()) {
-        return low_rank::gated(project(x, norm, [gate, up]));
-    }
+/// SwiGLU (arXiv:2002.05202) with its residual: `h + down(silu(gate(x)) · up(x))` with `x = norm(h)`,
+/// `h` `[n, hidden]`; the matrices are gate, up and down.
+pub(crate) fn mlp(h: Tensor<2>, norm: &RmsNorm, matrices: [&Linear; 3]) -> Tensor<2> {
+    let is_plain = matrices.iter().all(|linear| linear.adapters.is_empty());
     #[cfg(feature = "cpu")]
-    if cpu::takes(x) {
-        return cpu::swiglu(x, norm, gate, up);
+    if is_plain && cpu::takes(&h) {
+        return cpu::mlp(h, norm, matrices);
     }
-    portable::swiglu(x, norm, gate, up)
+    let [gate, up, down] = matrices;
+    // [n, intermediate]
+    let gated = part("norm, gate up", || match is_plain {
+        true => portable::swiglu(&h, norm, gate, up),
+        false => low_rank::gated(project(&h, norm, [gate, up])),
+    });
+    part("down, add", || add_project(h, gated, down))
 }
 
 /// The tokens that an expert is for, each once and in order, and what its result counts for each.

@@ -10,7 +10,7 @@ use crate::ops::packed::BLOCK;
 /// Columns that share a scale.
 pub(super) const SPAN: usize = 128;
 /// Most tokens of a task.
-const CHUNK: usize = 256;
+pub(super) const CHUNK: usize = 256;
 /// Blocks of weights in a span.
 pub(super) const SPAN_BLOCKS: usize = SPAN / BLOCK;
 
@@ -45,7 +45,7 @@ impl Activations {
     }
 
     /// What `fill(span, tokens, out)` makes of every span, no more than [`CHUNK`] tokens at once.
-    fn make(
+    pub(super) fn make(
         n: usize,
         cols: usize,
         fill: &(dyn Fn(usize, Range<usize>, SpanMut<'_>) + Sync),
@@ -102,13 +102,13 @@ impl Activations {
 }
 
 /// A span of some tokens.
-struct SpanMut<'a> {
+pub(super) struct SpanMut<'a> {
     quants: &'a mut [[i8; SPAN]],
     scales: &'a mut [f32],
     starts: &'a mut [[i32; SPAN_BLOCKS]],
 }
 
-per_isa!(quantize, quantize_kernel, (x: &[f32], stride: usize, left: usize, out: SpanMut<'_>));
+per_isa!(pub(super) quantize, quantize_kernel, (x: &[f32], stride: usize, left: usize, out: SpanMut<'_>));
 
 /// The first `left` columns, but no more than a span, of rows `stride` apart.
 ///

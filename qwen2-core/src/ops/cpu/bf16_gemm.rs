@@ -7,18 +7,21 @@
 
 use std::arch::x86_64::*;
 use std::cell::Cell;
+use std::sync::{Mutex, PoisonError};
 
 use half::bf16;
 
 use super::matmul::Linear;
 use super::pool;
-use super::product::{Product, Sums, Target};
+use super::product::{self, Product, Sums, Target};
 use super::simd::Isa;
 
 /// Fewer tokens than this do not pay for interleaving the weights.
 pub(crate) const MIN_TOKENS: usize = 16;
 /// Rows that a task interleaves at once: two vectors.
 const ROWS: usize = 32;
+/// Columns of a block of activations: one cache line a token.
+const BLOCK: usize = 32;
 /// Columns that are interleaved at once: 64 KiB of weights.
 const DEPTH: usize = 1024;
 
@@ -48,13 +51,8 @@ impl<'a> Blocks<'a> {
         x: &'a Rounded,
         target: Target<'a>,
     ) -> Self {
-        assert!(is_present(), "AVX512-BF16");
-        args.check(&target);
-        assert_eq!(
-            (x.n, x.stride),
-            (target.tokens(), args.inner.div_ceil(2)),
-            "activation shape"
-        );
+        check(args, x);
+        assert_eq!(x.n, target.tokens(), "activation shape");
         Self {
             isa,
             args,
@@ -62,6 +60,57 @@ impl<'a> Blocks<'a> {
             target,
         }
     }
+}
+
+/// # Panics
+/// If a length does not fit the shape, or the machine lacks the instructions.
+fn check(args: Linear<'_, bf16>, x: &Rounded) {
+    assert!(is_present(), "AVX512-BF16");
+    assert_eq!(args.weight.len(), args.inner * args.outer, "weight length");
+    assert_eq!(x.cols, args.inner, "activation width");
+}
+
+/// The sums of all tokens with 32 rows from `row` on, `[n, 32]`.
+fn sum(args: Linear<'_, bf16>, x: &Rounded, row: usize, scratch: &mut Vec<u32>, sums: &mut [f32]) {
+    scratch.resize(ROWS * DEPTH / 2, 0);
+    sums.fill(0.0);
+    for start in (0..args.inner).step_by(DEPTH) {
+        let depth = DEPTH.min(args.inner - start);
+        // SAFETY: the instructions are there, and the lengths were checked.
+        unsafe {
+            interleave(args, row, start, depth, scratch);
+            multiply(x, start, depth, scratch, sums);
+        }
+    }
+}
+
+/// `silu(x gateᵀ) · (x upᵀ)`, rounded by the task that made it.
+///
+/// # Panics
+/// If a length does not fit the shapes, or these have not as many rows.
+pub(crate) fn swiglu(
+    isa: Isa,
+    gate: Linear<'_, bf16>,
+    up: Linear<'_, bf16>,
+    x: &Rounded,
+) -> Rounded {
+    check(gate, x);
+    check(up, x);
+    assert_eq!(gate.outer, up.outer, "a pair");
+    Rounded::make(x.n, gate.outer, &|block, out| {
+        let (mut scratch, mut sums) = SCRATCH.take();
+        sums.resize(2 * x.n * ROWS, 0.0);
+        let (gates, ups) = sums[..2 * x.n * ROWS].split_at_mut(x.n * ROWS);
+        sum(gate, x, block * ROWS, &mut scratch, gates);
+        sum(up, x, block * ROWS, &mut scratch, ups);
+        product::gate(isa, gates, ups);
+        // Rows past the last are sums of nothing.
+        for (out, row) in out.iter_mut().zip(gates.as_chunks().0) {
+            // SAFETY: the instructions are there.
+            unsafe { round_block(row, out) };
+        }
+        SCRATCH.set((scratch, sums));
+    })
 }
 
 impl Product for Blocks<'_> {
@@ -76,21 +125,11 @@ impl Product for Blocks<'_> {
     }
 
     fn run(&self, task: usize) {
-        let Linear { inner, outer, .. } = self.args;
         let (row, n) = (task * ROWS, self.x.n);
         let (mut scratch, mut sums) = SCRATCH.take();
-        scratch.resize(ROWS * DEPTH / 2, 0);
-        sums.clear();
         sums.resize(n * ROWS, 0.0);
-        for start in (0..inner).step_by(DEPTH) {
-            let depth = DEPTH.min(inner - start);
-            // SAFETY: the instructions are there, and the lengths were checked.
-            unsafe {
-                interleave(self.args, row, start, depth, &mut scratch);
-                multiply(self.x, start, depth, &scratch, &mut sums);
-            }
-        }
-        let rows = (row, ROWS.min(outer - row));
+        sum(self.args, self.x, row, &mut scratch, &mut sums);
+        let rows = (row, ROWS.min(self.args.outer - row));
         // SAFETY: the lengths were checked, and the rows are this task's own.
         unsafe {
             self.target.take(
@@ -112,80 +151,61 @@ thread_local! {
     static SCRATCH: Cell<(Vec<u32>, Vec<f32>)> = const { Cell::new((Vec::new(), Vec::new())) };
 }
 
-/// Activations in bf16, pairs of columns as one word, rows padded to whole pairs.
+/// Activations in bf16, pairs of columns as one word, block by block, so that a product takes a block
+/// of all tokens from one stretch of memory; padded with zeros to whole blocks.
+#[cfg_attr(test, derive(Debug, PartialEq))]
 pub(crate) struct Rounded {
-    pairs: Vec<u32>,
-    /// Words of a row.
-    stride: usize,
+    /// `[blocks][n]`.
+    words: Vec<[u32; BLOCK / 2]>,
     n: usize,
+    cols: usize,
 }
 
 impl Rounded {
-    /// `x` `[n, inner]`.
+    /// `x` `[n, cols]`.
     ///
     /// # Panics
     /// If the machine lacks the instructions.
-    pub(crate) fn new(x: &[f32], inner: usize) -> Self {
+    pub(crate) fn new(x: &[f32], cols: usize) -> Self {
         assert!(is_present(), "AVX512-BF16");
-        let n = x.len() / inner;
-        let stride = inner.div_ceil(2);
-        let mut pairs = vec![0_u32; n * stride];
-        let per_task = n.div_ceil(pool::current_threads() * 2).max(1);
-        let tasks: Vec<_> = pairs
-            .chunks_mut(per_task * stride)
-            .map(std::sync::Mutex::new)
-            .collect();
-        pool::parallel(tasks.len(), &|task| {
-            // Each lock is taken once, by its own task.
-            let mut pairs = tasks[task]
-                .lock()
-                .unwrap_or_else(std::sync::PoisonError::into_inner);
-            let rows = x[task * per_task * inner..].chunks_exact(inner);
-            for (pairs, x) in pairs.chunks_exact_mut(stride).zip(rows) {
+        Self::make(x.len() / cols, cols, &|block, out| {
+            let width = BLOCK.min(cols - block * BLOCK);
+            for (t, out) in out.iter_mut().enumerate() {
+                let mut row = [0.0; BLOCK];
+                row[..width].copy_from_slice(&x[t * cols + block * BLOCK..][..width]);
                 // SAFETY: the instructions are there.
-                unsafe { round_row(x, pairs) };
+                unsafe { round_block(&row, out) };
             }
+        })
+    }
+
+    /// What `fill(block, out)` makes of every block of all tokens.
+    fn make(n: usize, cols: usize, fill: &(dyn Fn(usize, &mut [[u32; BLOCK / 2]]) + Sync)) -> Self {
+        let mut words = vec![[0; BLOCK / 2]; cols.div_ceil(BLOCK) * n];
+        let blocks: Vec<_> = words.chunks_mut(n).map(Mutex::new).collect();
+        pool::parallel(blocks.len(), &|block| {
+            // Each lock is taken once, by its own task.
+            let mut out = blocks[block].lock().unwrap_or_else(PoisonError::into_inner);
+            fill(block, &mut out);
         });
-        drop(tasks);
-        Self { pairs, stride, n }
+        drop(blocks);
+        Self { words, n, cols }
     }
 }
 
-/// Rounds a row to pairs.
+/// Rounds to nearest, ties to even; NaN stays NaN, what is subnormal becomes zero.
 ///
 /// # Safety
 /// The instructions are present.
 #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
-unsafe fn round_row(x: &[f32], pairs: &mut [u32]) {
-    let (whole, rest) = x.as_chunks::<32>();
-    let (out, last) = pairs.split_at_mut(whole.len() * 16);
-    for (x, out) in whole.iter().zip(out.as_chunks_mut::<16>().0) {
-        // SAFETY: 32 elements are read, 16 words written.
-        unsafe {
-            let (low, high) = (
-                _mm512_loadu_ps(x.as_ptr()),
-                _mm512_loadu_ps(x[16..].as_ptr()),
-            );
-            let words = _mm512_cvtne2ps_pbh(high, low);
-            out.as_mut_ptr().cast::<__m512bh>().write_unaligned(words);
-        }
+unsafe fn round_block(x: &[f32; BLOCK], out: &mut [u32; BLOCK / 2]) {
+    // SAFETY: 32 elements are read, 16 words written.
+    unsafe {
+        let low = _mm512_loadu_ps(x.as_ptr());
+        let high = _mm512_loadu_ps(x.as_ptr().add(16));
+        let words = _mm512_cvtne2ps_pbh(high, low);
+        out.as_mut_ptr().cast::<__m512bh>().write_unaligned(words);
     }
-    for (pair, x) in last.iter_mut().zip(rest.chunks(2)) {
-        let high = x.get(1).map_or(0, |x| u32::from(round(*x)));
-        *pair = u32::from(round(x[0])) | high << 16;
-    }
-}
-
-/// To nearest, ties to even; NaN stays NaN.
-#[inline(always)]
-fn round(x: f32) -> u16 {
-    let bits = x.to_bits();
-    let rounded = bits.wrapping_add(0x7FFF + (bits >> 16 & 1)) >> 16;
-    (if x.is_nan() {
-        bits >> 16 | 0x40
-    } else {
-        rounded
-    }) as u16
 }
 
 /// Brings `depth` columns of 32 rows into the order `[pair of columns][row]`.
@@ -221,7 +241,7 @@ unsafe fn interleave(
             }
         }
     }
-    for pair in whole / 2..depth.div_ceil(2) {
+    for pair in whole / 2..depth.next_multiple_of(BLOCK) / 2 {
         for r in 0..ROWS {
             let word = |k: usize| {
                 if r < rows && k < depth {
@@ -277,18 +297,19 @@ fn transpose(t: &mut [__m512i; 16]) {
 /// The instructions are present, `scratch` holds the `depth` columns from `start` on, which `x` has.
 #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
 unsafe fn multiply(x: &Rounded, start: usize, depth: usize, scratch: &[u32], sums: &mut [f32]) {
-    let pairs = depth.div_ceil(2);
+    let first = start / BLOCK * x.n;
+    let blocks = depth.div_ceil(BLOCK);
     let mut t = 0;
     while t < x.n {
-        // SAFETY: tokens `t..t + N` and their words from `start / 2` on are inside `x` and `sums`.
+        // SAFETY: tokens `t..t + N` of the blocks are inside `x` and `sums`.
         unsafe {
-            let words = x.pairs.as_ptr().add(t * x.stride + start / 2);
+            let words = x.words.as_ptr().add(first + t);
             let (w, sums) = (scratch.as_ptr(), sums.as_mut_ptr().add(t * ROWS));
             t += match x.n - t {
-                12.. => tile::<12>(words, x.stride, pairs, w, sums),
-                8.. => tile::<8>(words, x.stride, pairs, w, sums),
-                4.. => tile::<4>(words, x.stride, pairs, w, sums),
-                _ => tile::<1>(words, x.stride, pairs, w, sums),
+                12.. => tile::<12>(words, x.n, blocks, w, sums),
+                8.. => tile::<8>(words, x.n, blocks, w, sums),
+                4.. => tile::<4>(words, x.n, blocks, w, sums),
+                _ => tile::<1>(words, x.n, blocks, w, sums),
             };
         }
     }
@@ -305,14 +326,14 @@ fn bf16_words(words: __m512i) -> __m512bh {
 /// Adds to the sums of `N` tokens; `N`.
 ///
 /// # Safety
-/// As [`multiply`]; `N` tokens of `pairs` words, `stride` apart, and `N` rows of sums.
+/// As [`multiply`]; `N` tokens of `blocks` blocks, `n` lines apart, and `N` rows of sums.
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
 unsafe fn tile<const N: usize>(
-    x: *const u32,
-    stride: usize,
-    pairs: usize,
-    w: *const u32,
+    mut x: *const [u32; BLOCK / 2],
+    n: usize,
+    blocks: usize,
+    mut w: *const u32,
     sums: *mut f32,
 ) -> usize {
     // SAFETY: the caller's promise.
@@ -321,14 +342,20 @@ unsafe fn tile<const N: usize>(
         for (i, acc) in acc.iter_mut().enumerate() {
             *acc = [0, 16].map(|half| _mm512_loadu_ps(sums.add(i * ROWS + half)));
         }
-        for p in 0..pairs {
-            let w0 = bf16_words(_mm512_loadu_si512(w.add(p * ROWS).cast()));
-            let w1 = bf16_words(_mm512_loadu_si512(w.add(p * ROWS + 16).cast()));
-            for (i, acc) in acc.iter_mut().enumerate() {
-                let x = bf16_words(_mm512_set1_epi32(*x.add(i * stride + p) as i32));
-                acc[0] = _mm512_dpbf16_ps(acc[0], w0, x);
-                acc[1] = _mm512_dpbf16_ps(acc[1], w1, x);
+        for _ in 0..blocks {
+            let words: *const u32 = x.cast();
+            for p in 0..BLOCK / 2 {
+                let w0 = bf16_words(_mm512_loadu_si512(w.cast()));
+                let w1 = bf16_words(_mm512_loadu_si512(w.add(16).cast()));
+                for (i, acc) in acc.iter_mut().enumerate() {
+                    let x = *words.add(i * (BLOCK / 2) + p) as i32;
+                    let x = bf16_words(_mm512_set1_epi32(x));
+                    acc[0] = _mm512_dpbf16_ps(acc[0], w0, x);
+                    acc[1] = _mm512_dpbf16_ps(acc[1], w1, x);
+                }
+                w = w.add(ROWS);
             }
+            x = x.wrapping_add(n);
         }
         for (i, acc) in acc.into_iter().enumerate() {
             _mm512_storeu_ps(sums.add(i * ROWS), acc[0]);
@@ -345,15 +372,55 @@ mod tests {
 
     #[test]
     fn rounding_is_that_of_the_half_crate() {
-        for i in 0..200_000_u32 {
-            let x = f32::from_bits(i.wrapping_mul(0x9E37_79B9));
-            let want = bf16::from_f32(x);
-            if x.is_nan() {
-                assert!(bf16::from_bits(round(x)).is_nan());
-            } else {
-                assert_eq!(round(x), want.to_bits(), "{x}");
+        if !is_present() {
+            return; // nothing to test: the dispatch never comes here
+        }
+        let x: Vec<f32> = (0..200_000_u32)
+            .map(|i| f32::from_bits(i.wrapping_mul(0x9E37_79B9)))
+            .collect();
+        let rounded = Rounded::new(&x, BLOCK);
+        for (got, x) in rounded
+            .words
+            .as_flattened()
+            .iter()
+            .zip(x.as_chunks::<2>().0)
+        {
+            for (got, x) in [*got as u16, (got >> 16) as u16].into_iter().zip(x) {
+                let want = bf16::from_f32(if x.is_subnormal() { 0.0 * x } else { *x });
+                let got = bf16::from_bits(got);
+                let both_nan = got.is_nan() && x.is_nan();
+                assert!(both_nan || got.to_bits() == want.to_bits(), "{x}");
             }
         }
+    }
+
+    #[test]
+    fn a_rounded_gate_is_the_gate_rounded() {
+        if !is_present() {
+            return;
+        }
+        let (n, inner, outer) = (19, 70, 75);
+        let wave = |len: usize, f: f32| (0..len).map(move |i| (i as f32 * f).sin());
+        let x: Vec<f32> = wave(n * inner, 0.37).collect();
+        let [gate, up] = [0.11, 0.19].map(|f| {
+            let w = wave(outer * inner, f).map(bf16::from_f32);
+            w.collect::<Vec<_>>()
+        });
+        let linear = |weight| Linear {
+            x: &x,
+            weight,
+            inner,
+            outer,
+        };
+        let rounded = Rounded::new(&x, inner);
+        let mut out = vec![f32::NAN; n * outer];
+        for (weight, finish) in [(&gate, Finish::Store), (&up, Finish::Gate)] {
+            let target = Target::new(&mut out, outer, 0..outer, finish, None);
+            let args = linear(weight);
+            run_all(&[&Blocks::new(Isa::selected(), args, &rounded, target)]);
+        }
+        let got = swiglu(Isa::selected(), linear(&gate), linear(&up), &rounded);
+        assert_eq!(got, Rounded::new(&out, outer));
     }
 
     #[test]

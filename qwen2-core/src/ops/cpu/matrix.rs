@@ -6,11 +6,12 @@ use burn::tensor::{DType, Tensor};
 use burn_flex::{Flex, FlexTensor};
 use half::{bf16, f16};
 
+use super::activations::Activations;
 use super::product::{Finish, Pair, Product, Target, run_all};
 use super::simd::{self, Isa};
-use super::{activations, matmul, quantized};
 #[cfg(target_arch = "x86_64")]
 use super::{bf16_gemm, pool};
+use super::{matmul, quantized};
 use crate::ops::{Linear, Weight, packed};
 
 /// A matrix in the form that the kernels take.
@@ -83,15 +84,20 @@ impl Matrix<Flex> {
                 let Some(x) = &input.quantized else {
                     unreachable!("made when the matrix is packed");
                 };
-                let args = quantized::Packed {
-                    x,
-                    shape: *shape,
-                    bytes: bytes.bytes(),
-                };
+                let args = packed_by(x, *shape, bytes);
                 Box::new(quantized::Panels::new(input.isa, args, target, total))
             }
         }
     }
+}
+
+fn packed_by<'a>(
+    x: &'a Activations,
+    shape: packed::Shape,
+    bytes: &'a FlexTensor,
+) -> quantized::Packed<'a> {
+    let bytes = bytes.bytes();
+    quantized::Packed { x, shape, bytes }
 }
 
 /// A product that stores gates, and the one that multiplies them with its sums; `alike`: both are cut
@@ -142,9 +148,11 @@ impl<'a> Gated<'a> {
 /// Activations in every form that some matrices want them in.
 pub(crate) struct Input<'a> {
     isa: Isa,
+    n: usize,
+    /// Empty where the numbers came in another form.
     x: &'a [f32],
     width: usize,
-    quantized: Option<activations::Activations>,
+    quantized: Option<Activations>,
     #[cfg(target_arch = "x86_64")]
     rounded: Option<bf16_gemm::Rounded>,
 }
@@ -158,9 +166,10 @@ impl<'a> Input<'a> {
             .any(|m| matches!(m, Matrix::Packed(..) | Matrix::PackedBias(..)));
         Self {
             isa,
+            n: x.len() / width,
             x,
             width,
-            quantized: packed.then(|| activations::Activations::new(isa, x, width)),
+            quantized: packed.then(|| Activations::new(isa, x, width)),
             #[cfg(target_arch = "x86_64")]
             rounded: {
                 let is_bf16 = |m: &&Matrix<Flex>| match m {
@@ -179,7 +188,49 @@ impl<'a> Input<'a> {
     }
 
     pub(crate) fn n(&self) -> usize {
-        self.x.len() / self.width
+        self.n
+    }
+
+    /// SwiGLU in the form that `down` takes, where its tasks make that themselves: of many tokens, if
+    /// the three are of a kind.
+    pub(crate) fn swiglu(
+        &self,
+        gate: &Matrix<Flex>,
+        up: &Matrix<Flex>,
+        down: &Matrix<Flex>,
+    ) -> Option<Input<'static>> {
+        let mut out = Input {
+            isa: self.isa,
+            n: self.n,
+            x: &[],
+            width: gate.rows(),
+            quantized: None,
+            #[cfg(target_arch = "x86_64")]
+            rounded: None,
+        };
+        match (gate, up, down) {
+            (
+                Matrix::Packed(gate, shape),
+                Matrix::Packed(up, up_shape),
+                Matrix::Packed(..) | Matrix::PackedBias(..),
+            ) if self.n >= quantized::MANY => {
+                let x = self.quantized.as_ref()?;
+                let (gate, up) = (packed_by(x, *shape, gate), packed_by(x, *up_shape, up));
+                out.quantized = Some(quantized::swiglu(self.isa, gate, up));
+            }
+            #[cfg(target_arch = "x86_64")]
+            (
+                Matrix::Dense(gate),
+                Matrix::Dense(up),
+                Matrix::Dense(down) | Matrix::DenseBias(down, _),
+            ) if [gate, up, down].iter().all(|w| w.dtype() == DType::BF16) => {
+                let x = self.rounded.as_ref()?;
+                let (gate, up) = (self.args(gate), self.args(up));
+                out.rounded = Some(bf16_gemm::swiglu(self.isa, gate, up, x));
+            }
+            _ => return None,
+        }
+        Some(out)
     }
 
     fn dense<'b>(

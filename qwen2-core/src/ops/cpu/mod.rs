@@ -36,6 +36,8 @@ use matrix::{Element, Gated, Input, Matrix, elements, matrix};
 use product::{Finish, Target, run_all};
 use simd::Isa;
 
+use crate::profile::part;
+
 /// The operations that burn's backends are extended by; shapes as in `ops/mod.rs`.
 #[backend_extension(Flex)]
 pub(crate) trait Qwen2Ops: Backend {
@@ -57,12 +59,13 @@ pub(crate) trait Qwen2Ops: Backend {
         x: FloatTensor<Self>,
         #[extension_type] matrix: Matrix<Self>,
     ) -> FloatTensor<Self>;
-    fn qwen2_swiglu(
-        x: FloatTensor<Self>,
+    fn qwen2_mlp(
+        h: FloatTensor<Self>,
         norm: FloatTensor<Self>,
         eps: f64,
         #[extension_type] gate: Matrix<Self>,
         #[extension_type] up: Matrix<Self>,
+        #[extension_type] down: Matrix<Self>,
     ) -> FloatTensor<Self>;
     fn qwen2_experts(
         h: FloatTensor<Self>,
@@ -218,34 +221,33 @@ impl Qwen2Ops for Flex {
     }
 
     fn qwen2_add_project(h: FlexTensor, x: FlexTensor, matrix: Matrix<Self>) -> FlexTensor {
-        let mut h = h.to_contiguous();
         let x = x.to_contiguous();
-        let [n, width] = dims(&h);
         let input = Input::new(elements(&x), dims::<2>(&x)[1], &[&matrix]);
-        let target = Target::new(
-            &mut h.storage_mut::<f32>()[..n * width],
-            width,
-            0..width,
-            Finish::Add,
-            matrix.bias(),
-        );
-        run_all(&[&*matrix.product(&input, target, width)]);
-        h
+        add_product(h.to_contiguous(), &input, &matrix)
     }
 
-    fn qwen2_swiglu(
-        x: FlexTensor,
+    fn qwen2_mlp(
+        h: FlexTensor,
         norm: FlexTensor,
         eps: f64,
         gate: Matrix<Self>,
         up: Matrix<Self>,
+        down: Matrix<Self>,
     ) -> FlexTensor {
-        let x = normed(&x, &norm, eps);
-        let input = Input::new(&x, norm.layout().shape()[0], &[&gate, &up]);
-        let (n, width) = (input.n(), gate.rows());
-        let mut out = vec![0.0; n * width];
-        Gated::run_all(vec![Gated::new((&gate, &up), &input, &mut out, 2 * width)]);
-        tensor(out, Shape::new([n, width]))
+        let h = h.to_contiguous();
+        let mut out = Vec::new();
+        let gated = part("norm, gate up", || {
+            let x = normed(&h, &norm, eps);
+            let input = Input::new(&x, norm.layout().shape()[0], &[&gate, &up]);
+            if let Some(gated) = input.swiglu(&gate, &up, &down) {
+                return gated;
+            }
+            let width = gate.rows();
+            out = vec![0.0; input.n() * width];
+            Gated::run_all(vec![Gated::new((&gate, &up), &input, &mut out, 2 * width)]);
+            Input::new(&out, width, &[&down])
+        });
+        part("down, add", || add_product(h, &gated, &down))
     }
 
     fn qwen2_experts(
@@ -372,13 +374,10 @@ pub(crate) fn add_project(h: Tensor<2>, x: Tensor<2>, linear: &Linear) -> Tensor
     Tensor::from_dispatch(Dispatch::qwen2_add_project(h, x, matrix(linear)))
 }
 
-pub(crate) fn swiglu(x: &Tensor<2>, norm: &RmsNorm, gate: &Linear, up: &Linear) -> Tensor<2> {
-    let (x, weight) = (
-        x.clone().into_dispatch(),
-        norm.weight.clone().into_dispatch(),
-    );
-    let out = Dispatch::qwen2_swiglu(x, weight, norm.eps, matrix(gate), matrix(up));
-    Tensor::from_dispatch(out)
+pub(crate) fn mlp(h: Tensor<2>, norm: &RmsNorm, matrices: [&Linear; 3]) -> Tensor<2> {
+    let (h, weight) = (h.into_dispatch(), norm.weight.clone().into_dispatch());
+    let [gate, up, down] = matrices.map(matrix);
+    Tensor::from_dispatch(Dispatch::qwen2_mlp(h, weight, norm.eps, gate, up, down))
 }
 
 pub(crate) fn experts(h: Tensor<2>, norm: &RmsNorm, visits: Vec<Visit<'_>>) -> Tensor<2> {
@@ -440,6 +439,20 @@ pub(crate) fn packed_embed(
         TensorData::new(rows, [tokens.len(), shape.cols]),
         (&device, DType::F32),
     )
+}
+
+/// `h` plus the product.
+fn add_product(mut h: FlexTensor, input: &Input<'_>, matrix: &Matrix<Flex>) -> FlexTensor {
+    let [n, width] = dims(&h);
+    let target = Target::new(
+        &mut h.storage_mut::<f32>()[..n * width],
+        width,
+        0..width,
+        Finish::Add,
+        matrix.bias(),
+    );
+    run_all(&[&*matrix.product(input, target, width)]);
+    h
 }
 
 fn flex_project(

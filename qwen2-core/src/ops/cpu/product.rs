@@ -172,6 +172,24 @@ impl<'a> Target<'a> {
     }
 }
 
+per_isa!(pub(super) gate, gate_kernel, (gates: &mut [f32], ups: &[f32]));
+
+/// `gates` become `silu(gates) · ups`.
+///
+/// # Safety
+/// The instruction set of `S` is present.
+#[inline(always)]
+unsafe fn gate_kernel<S: Simd>(gates: &mut [f32], ups: &[f32]) {
+    for (gate, up) in gates.iter_mut().zip(ups) {
+        *gate = gated(*gate, *up);
+    }
+}
+
+#[inline(always)]
+fn gated(gate: f32, up: f32) -> f32 {
+    gate / (1.0 + exp(-gate)) * up
+}
+
 per_isa!(finish, finish_kernel, (
     how: Finish, sums: Sums<'_>, bias: Option<&[f32]>, out: *mut f32, stride: usize,
 ));
@@ -195,7 +213,7 @@ unsafe fn finish_kernel<S: Simd>(
         let write = |out: &mut f32, sum: f32| match how {
             Finish::Store => *out = sum,
             Finish::Add => *out += sum,
-            Finish::Gate => *out = *out / (1.0 + exp(-*out)) * sum,
+            Finish::Gate => *out = gated(*out, sum),
         };
         match bias {
             None => out

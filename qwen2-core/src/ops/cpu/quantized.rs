@@ -3,15 +3,15 @@
 use std::cell::Cell;
 use std::ops::Range;
 
-use super::activations::Activations;
+use super::activations::{self, Activations, SPAN};
 use super::packed_tile::{PANELS, SPAN_PAIRS, TOKENS, Tile};
 use super::pool;
-use super::product::{Product, Sums, Target};
+use super::product::{self, Product, Sums, Target};
 use super::simd::{Isa, Simd, per_isa};
 use crate::ops::packed::{Format, GROUP, ROWS, Shape};
 
 /// From so many tokens on the arithmetic is the work, not the weights.
-const MANY: usize = 16;
+pub(crate) const MANY: usize = 16;
 /// From so many tokens on weights of four bits are brought to eight before.
 const WIDEN: usize = 48;
 /// Most sums that a task keeps at once: with the weights in the second-level cache.
@@ -211,6 +211,35 @@ impl Product for Panels<'_> {
     }
 }
 
+/// `silu(x gateᵀ) · (x upᵀ)` of many tokens, quantized by the task that made it.
+///
+/// # Panics
+/// If a length does not fit the shapes, or these have not as many rows.
+pub(crate) fn swiglu(isa: Isa, gate: Packed<'_>, up: Packed<'_>) -> Activations {
+    gate.check();
+    up.check();
+    assert_eq!(
+        (gate.shape.rows, gate.x.n),
+        (up.shape.rows, up.x.n),
+        "a pair"
+    );
+    let (rows, panels) = (gate.shape.rows, gate.shape.panels());
+    Activations::make(gate.x.n, rows, &|span, tokens, out| {
+        let first = span * (SPAN / ROWS);
+        let panels = first..panels.min(first + SPAN / ROWS);
+        let stride = panels.len() * ROWS;
+        let (mut sums, mut wide) = SCRATCH.take();
+        sums.clear();
+        sums.resize(2 * tokens.len() * stride, 0.0);
+        let (gates, ups) = sums.split_at_mut(tokens.len() * stride);
+        gate.add_to(isa, panels.clone(), tokens.clone(), &mut wide, gates);
+        up.add_to(isa, panels, tokens, &mut wide, ups);
+        product::gate(isa, gates, ups);
+        activations::quantize(isa, gates, stride, rows - span * SPAN, out);
+        SCRATCH.set((sums, wide));
+    })
+}
+
 /// The products of one token with some panels of a matrix, the others' left out.
 ///
 /// # Panics
@@ -258,7 +287,6 @@ pub(crate) fn best_panels(results: &[f32], most: usize) -> Vec<usize> {
 mod tests {
     use proptest::prelude::*;
 
-    use super::super::activations::SPAN;
     use super::super::product::{Finish, run_all};
     use super::*;
     use crate::ops::packed::Effort;
@@ -368,6 +396,32 @@ mod tests {
                     let apart: Vec<f32> = x.chunks(n * cols).flat_map(of).collect();
                     assert_eq!(apart, together, "{isa:?} {format:?} {n}");
                 }
+            }
+        }
+    }
+
+    #[test]
+    fn a_quantized_gate_is_the_gate_quantized() {
+        for (format, rows, n) in [(Format::Q8, 300, 17), (Format::Q4, 130, 300)] {
+            let shape = Shape {
+                format,
+                rows,
+                cols: 70,
+            };
+            let (gate, up) = (
+                pack(shape, &wave(rows * 70, 0.37)),
+                pack(shape, &wave(rows * 70, 0.31)),
+            );
+            for isa in Isa::available() {
+                let x = &Activations::new(isa, &wave(n * 70, 0.73), 70);
+                let packed = |bytes| Packed { x, shape, bytes };
+                let mut out = vec![f32::NAN; n * rows];
+                for (bytes, finish) in [(&gate, Finish::Store), (&up, Finish::Gate)] {
+                    let target = Target::new(&mut out, rows, 0..rows, finish, None);
+                    run_all(&[&Panels::new(isa, packed(bytes), target, rows)]);
+                }
+                let want = Activations::new(isa, &out, rows);
+                assert_eq!(swiglu(isa, packed(&gate), packed(&up)), want, "{isa:?}");
             }
         }
     }
