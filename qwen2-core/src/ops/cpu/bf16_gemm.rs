@@ -22,8 +22,8 @@ pub(crate) const MIN_TOKENS: usize = 16;
 const ROWS: usize = 32;
 /// Columns of a block of activations: one cache line a token.
 const BLOCK: usize = 32;
-/// Columns that are interleaved at once: 64 KiB of weights.
-const DEPTH: usize = 1024;
+/// Columns that are interleaved at once: the first-level cache holds 16 KiB of weights.
+const DEPTH: usize = 256;
 
 /// Whether this machine has the instructions.
 pub(crate) fn is_present() -> bool {
