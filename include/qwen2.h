@@ -72,6 +72,27 @@
 // One of the caller's stop strings.
 #define QWEN2_STOP_MATCH_TEXT 3
 
+// The constraint, which allows nothing more.
+#define QWEN2_STOP_MATCH_CONSTRAINT 4
+
+// The model calls tools as it decides.
+#define QWEN2_TOOL_CHOICE_AUTO 0
+
+// The tools are not shown to the model.
+#define QWEN2_TOOL_CHOICE_NONE 1
+
+// The model calls at least one tool.
+#define QWEN2_TOOL_CHOICE_REQUIRED 2
+
+// As the checkpoint's chat template has it: Hermes' form where it knows tools, else Qwen-Agent's.
+#define QWEN2_TOOL_FORMAT_DEFAULT 0
+
+// `<tool_call>` with a JSON object.
+#define QWEN2_TOOL_FORMAT_HERMES 1
+
+// Qwen-Agent's form for Qwen2, with FUNCTION and ARGS between flowers.
+#define QWEN2_TOOL_FORMAT_QWEN_AGENT 2
+
 // Something failed that was not reported as an error.
 #define QWEN2_LOG_ERROR 1
 
@@ -655,7 +676,7 @@ void qwen2_options_set_logits_processor(qwen2_options *options,
                                         qwen2_logits_processor_fn processor,
                                         void *user_data);
 
-// The text, without the stop string and without special tokens, NUL-terminated; `len` (may be NULL)
+// The text, without the stop string, special tokens and calls of tools, NUL-terminated; `len` (may be NULL)
 // gets its length in bytes. Valid until the generation is freed. NULL, and 0 in `len`, for a handle
 // that is none.
 const char *qwen2_generation_text(const qwen2_generation *generation, size_t *len);
@@ -914,6 +935,79 @@ int32_t qwen2_tokenizer_is_special(const qwen2_tokenizer *tokenizer, uint32_t to
 // The Jinja source of the chat template, or NULL: base models may have none. Valid until the
 // tokenizer is freed.
 const char *qwen2_tokenizer_chat_template(const qwen2_tokenizer *tokenizer);
+
+// The text must be JSON that this JSON schema allows, replacing any other constraint; `schema` is its
+// text, "{}" allows any JSON. Checked when a generation starts. The text is copied.
+qwen2_status qwen2_options_set_json_schema(qwen2_options *options,
+                                           const char *schema,
+                                           size_t len,
+                                           qwen2_error **error);
+
+// The whole text must match this regular expression, replacing any other constraint. The syntax is that
+// of Rust's regex crate, without anchors and look-around. The text is copied.
+qwen2_status qwen2_options_set_regex(qwen2_options *options,
+                                     const char *regex,
+                                     size_t len,
+                                     qwen2_error **error);
+
+// The text must be what this grammar allows, replacing any other constraint; it is written in
+// llguidance's variant of Lark, and its first rule is `start`. The text is copied.
+qwen2_status qwen2_options_set_grammar(qwen2_options *options,
+                                       const char *lark,
+                                       size_t len,
+                                       qwen2_error **error);
+
+// The text must be one of these, replacing any other constraint. `lens` holds their lengths in bytes;
+// NULL: all of them end with NUL. The texts are copied.
+qwen2_status qwen2_options_set_choice(qwen2_options *options,
+                                      const char *const *texts,
+                                      const size_t *lens,
+                                      size_t n_texts,
+                                      qwen2_error **error);
+
+// One more tool that the model may ask for, as OpenAI's interface describes it in JSON:
+// {"type": "function", "function": {"name": ..., "description": ..., "parameters": JSON schema}}. With
+// "strict": true in the function, the arguments of its calls are forced to keep to the parameters. The
+// prompt is to be messages. The text is copied.
+qwen2_status qwen2_options_add_tool(qwen2_options *options,
+                                    const char *json,
+                                    size_t len,
+                                    qwen2_error **error);
+
+// Whether the model calls tools, one of `QWEN2_TOOL_CHOICE_*`. Default: AUTO.
+qwen2_status qwen2_options_set_tool_choice(qwen2_options *options, int32_t choice, qwen2_error **error);
+
+// Makes the model call the tool of this name. The text is copied.
+qwen2_status qwen2_options_set_tool_choice_name(qwen2_options *options,
+                                                const char *name,
+                                                size_t len,
+                                                qwen2_error **error);
+
+// How calls of tools are written, one of `QWEN2_TOOL_FORMAT_*`. Default: DEFAULT.
+qwen2_status qwen2_options_set_tool_format(qwen2_options *options, int32_t format, qwen2_error **error);
+
+// Adds a call of a tool to the last message of the prompt, which repeats what the assistant asked for;
+// `arguments` is the text of a JSON object. The results follow as messages of the role "tool". Both
+// texts are copied.
+qwen2_status qwen2_prompt_add_tool_call(qwen2_prompt *prompt,
+                                        const char *name,
+                                        size_t name_len,
+                                        const char *arguments,
+                                        size_t arguments_len,
+                                        qwen2_error **error);
+
+// The number of tools that the model asks for; 0 for a handle that is none.
+size_t qwen2_generation_n_tool_calls(const qwen2_generation *generation);
+
+// The name in the call at `index`, NUL-terminated, or NULL; `len` (may be NULL) gets its length in
+// bytes. Valid until the generation is freed.
+const char *qwen2_generation_tool_call_name(const qwen2_generation *generation, size_t index, size_t *len);
+
+// The arguments in the call at `index`: the text of a JSON object, NUL-terminated, or NULL; `len` (may
+// be NULL) gets its length in bytes. Valid until the generation is freed.
+const char *qwen2_generation_tool_call_arguments(const qwen2_generation *generation,
+                                                 size_t index,
+                                                 size_t *len);
 
 // The text, NUL-terminated; `len` (may be NULL) gets its length in bytes. Valid until the text is
 // freed. NULL, and 0 in `len`, for a handle that is none.

@@ -81,6 +81,7 @@ mod tests {
         let mut priorities = vec![0];
         priorities.extend([1; 100]);
         let place = order(&priorities).iter().position(|index| *index == 0);
-        assert_eq!(place, Some(STEP as usize));
+        // The last of those it equals came later.
+        assert_eq!(place, Some(STEP as usize - 1));
     }
 }

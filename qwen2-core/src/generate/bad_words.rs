@@ -47,7 +47,7 @@ impl<const N: usize> From<[u32; N]> for BadWord {
 
 /// The words of one generation, made ready for a look at every step.
 #[derive(Default)]
-pub(super) struct BadWords {
+pub(crate) struct BadWords {
     /// Impossible everywhere: words of one token, and tokens whose text has a bad text in it.
     always: Vec<u32>,
     /// Of two tokens or more.

@@ -5,6 +5,7 @@ use std::time::Instant;
 use super::bad_words::BadWords;
 use super::logprobs::Recorder;
 use super::penalties::Penalties;
+use super::speculative::Choice;
 use super::tool_grammar::tool_grammar;
 use super::{
     CancelToken, FinishReason, Generation, Guide, LogitsProcessor, Logprobs, Piece, Resolved,
@@ -145,8 +146,12 @@ impl Sequence {
     }
 
     /// What will choose the next token.
-    pub(crate) fn sampler(&self) -> &Sampler {
-        &self.sampler
+    pub(crate) fn choice(&mut self) -> Choice<'_> {
+        Choice {
+            tokens: &self.tokens,
+            penalties: &mut self.penalties,
+            sampler: &self.sampler,
+        }
     }
 
     /// New tokens that there may still be.

@@ -9,6 +9,7 @@
 
 use std::sync::Arc;
 
+use super::penalties::Penalties;
 use super::{Network, Sampler};
 use crate::error::Result;
 use crate::model::Rows;
@@ -41,6 +42,13 @@ pub(crate) struct Draft {
     tokens: Vec<u32>,
 }
 
+/// What the next token will be chosen by, but for the logits.
+pub(crate) struct Choice<'a> {
+    pub(crate) tokens: &'a [u32],
+    pub(crate) penalties: &'a mut Penalties,
+    pub(crate) sampler: &'a Sampler,
+}
+
 /// What proposes tokens.
 pub(crate) enum Proposer {
     /// What followed the last tokens where they stood before.
@@ -49,20 +57,19 @@ pub(crate) enum Proposer {
 }
 
 impl Proposer {
-    /// At most `n` tokens that may come behind `tokens`. `sampler` is the one that will choose.
+    /// At most `n` tokens that may come behind those of `choice`.
     ///
     /// # Errors
     /// `DeviceFailed` of the draft model, `Cancelled` by the watch.
     pub(crate) fn propose(
         &mut self,
-        tokens: &[u32],
+        choice: Choice<'_>,
         n: usize,
-        sampler: &Sampler,
         watch: &Watch,
     ) -> Result<Vec<u32>> {
         match self {
-            Self::Lookup => Ok(look_up(tokens, n)),
-            Self::Draft(draft) => draft.propose(tokens, n, sampler.twin(), watch),
+            Self::Lookup => Ok(look_up(choice.tokens, n)),
+            Self::Draft(draft) => draft.propose(choice, n, watch),
         }
     }
 }
@@ -77,14 +84,14 @@ impl Draft {
         }
     }
 
-    /// Its own answer to `tokens`.
-    fn propose(
-        &mut self,
-        tokens: &[u32],
-        n: usize,
-        mut sampler: Sampler,
-        watch: &Watch,
-    ) -> Result<Vec<u32>> {
+    /// Its own answer.
+    fn propose(&mut self, choice: Choice<'_>, n: usize, watch: &Watch) -> Result<Vec<u32>> {
+        let Choice {
+            tokens,
+            penalties,
+            sampler,
+        } = choice;
+        let mut sampler = sampler.twin();
         let known = common(&self.tokens, tokens);
         self.cache.truncate(known);
         self.tokens.truncate(known);
@@ -96,7 +103,8 @@ impl Draft {
             return Ok(Vec::new()); // rows that pad the vocabulary of the large model
         }
         while self.tokens.len() < tokens.len() + n {
-            let logits = self.forward(watch)?;
+            let mut logits = self.forward(watch)?;
+            penalties.apply(&mut logits, &self.tokens);
             let token = sampler.pick(&logits)?;
             self.tokens.push(token);
             if !is_known(&token) {

@@ -214,7 +214,7 @@ impl Run {
             return Ok(Vec::new());
         }
         let watch = self.sequence.watch();
-        proposer.propose(tokens, n, self.sequence.sampler(), &watch)
+        proposer.propose(self.sequence.choice(), n, &watch)
     }
 
     /// Leaves the cache with what the sequence holds, and no more.

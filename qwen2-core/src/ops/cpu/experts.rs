@@ -227,7 +227,7 @@ mod tests {
                 for (got, want) in got.iter::<f32>().zip(want.iter::<f32>()) {
                     assert!(
                         (got - want).abs() <= bound * size,
-                        "{format:?} {n}: {got} {want}"
+                        "{format:?} {n}: {got} {want} of {size}"
                     );
                 }
             }
