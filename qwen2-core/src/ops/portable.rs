@@ -227,7 +227,7 @@ fn linear(x: Tensor<2>, matrix: &Linear) -> Tensor<2> {
     }
 }
 
-pub(super) fn rms_norm(x: Tensor<2>, norm: &RmsNorm) -> Tensor<2> {
+pub(crate) fn rms_norm(x: Tensor<2>, norm: &RmsNorm) -> Tensor<2> {
     let mean = x.clone().square().mean_dim(1); // [n, 1]
     let scale = (mean + norm.eps).sqrt().recip();
     x * scale * norm.weight.clone().cast(DType::F32).unsqueeze()
