@@ -45,8 +45,9 @@ def test_json_keeps_to_a_schema(demo: Model, schema: Any) -> None:
 
 def test_a_pydantic_class_gives_its_values(demo: Model) -> None:
     pydantic = pytest.importorskip("pydantic")
-    part = pydantic.create_model("Part", count=(int, pydantic.Field(ge=1, le=9)))
-    whole = pydantic.create_model("Whole", parts=(list[part], pydantic.Field(max_length=2)), done=(bool, ...))  # type: ignore[valid-type]
+    closed = {"__config__": pydantic.ConfigDict(extra="forbid")}
+    part = pydantic.create_model("Part", **closed, count=(int, pydantic.Field(ge=1, le=9)))
+    whole = pydantic.create_model("Whole", **closed, parts=(list[part], pydantic.Field(max_length=2)), done=(bool, ...))  # type: ignore[valid-type]
     answer = demo.chat(QUESTION, json_schema=whole, temperature=1.0, seed=1, max_new_tokens=200)
     whole.model_validate_json(answer.text)
 

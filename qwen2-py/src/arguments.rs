@@ -167,7 +167,18 @@ fn message(position: usize, item: &Bound<'_, PyAny>) -> PyResult<Message> {
             .map_err(|_| PyTypeError::new_err(format!("{key} is not a str")))?
             .extract::<String>()
     };
-    Ok(Message::new(text(0)?, text(1)?).with_tool_calls(calls))
+    let (role, content) = (text(0)?, text(1)?);
+    let unknown = known[3..].iter().find(|(_, value)| value.is_some());
+    if let (Some((name, _)), false) = (unknown, is_result(&role)) {
+        let key = format!("messages[{position}]['{name}']");
+        let help = "only the result of a tool has it";
+        return Err(Failure::invalid("unknown key of a message", &key, "", help).into());
+    }
+    Ok(Message::new(role, content).with_tool_calls(calls))
+}
+
+fn is_result(role: &str) -> bool {
+    matches!(role, "tool" | "function")
 }
 
 /// Messages as the dicts they came as.
