@@ -392,6 +392,9 @@ pub(crate) struct ServeArgs {
     /// Most new tokens of one answer [default: to the end of the context].
     #[arg(long)]
     pub(crate) max_new_tokens: Option<usize>,
+    /// What embeddings are made of, mean or last_token.
+    #[arg(long, default_value = "mean")]
+    pub(crate) pooling: String,
     /// Answers that are computed at the same time.
     #[arg(long, default_value_t = 8)]
     pub(crate) max_running: usize,

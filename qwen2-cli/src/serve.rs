@@ -41,6 +41,7 @@ fn settings(args: &ServeArgs) -> Result<Settings, Failure> {
     }
     settings.max_body = args.max_body;
     settings.max_new_tokens = args.max_new_tokens;
+    settings.pooling = args.pooling.parse()?;
     settings.max_running = args.max_running;
     settings.max_waiting = args.max_waiting;
     settings.max_connections = args.max_connections;

@@ -115,7 +115,8 @@ impl Answers {
     }
 }
 
-fn explain(refusal: Refusal, words: Words) -> ApiError {
+/// A refusal in the request's words.
+pub(crate) fn explain(refusal: Refusal, words: Words) -> ApiError {
     match refusal {
         Refusal::Full => ApiError::overloaded(),
         Refusal::Core(error) => ApiError::from_core(&error, words.limit, words.prompt),

@@ -3,7 +3,9 @@
 use std::sync::Arc;
 use std::task::{Context, Poll};
 
-use qwen2_core::{CancelToken, GenerateOptions, Generation, Model, Piece, Prompt, TokenStream};
+use qwen2_core::{
+    CancelToken, GenerateOptions, Generation, Model, Piece, Pooling, Prompt, TokenStream,
+};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
 use tokio::task::spawn_blocking;
 
@@ -124,6 +126,61 @@ impl Backend {
             cancel,
             is_over: false,
         })
+    }
+
+    /// The embeddings of texts, one after the other in the queue's next turn; dropping the future stops
+    /// before the next text.
+    ///
+    /// # Errors
+    /// `Full`, and `Core` for what [`Model::embed`] refuses.
+    pub(crate) async fn embed(
+        &self,
+        inputs: Vec<Prompt>,
+        pooling: Pooling,
+    ) -> Result<Embeddings, Refusal> {
+        let place = self.places.clone().try_acquire_owned();
+        let place = place.map_err(|_| Refusal::Full)?;
+        let turn = self.running.clone().acquire_owned().await;
+        let turn = turn.map_err(|_| Refusal::Lost)?;
+        let model = self.model.clone();
+        let cancel = CancelToken::new();
+        let _guard = CancelOnDrop(cancel.clone());
+        let work = spawn_blocking(move || {
+            let _held = [place, turn];
+            let mut done = Embeddings::default();
+            for input in inputs {
+                if cancel.is_cancelled() {
+                    break; // nobody waits for it any more
+                }
+                let tokens = match input {
+                    Prompt::Text(text) => model.tokenizer().encode(&text)?,
+                    Prompt::Tokens(tokens) => tokens,
+                    _ => Vec::new(),
+                };
+                done.n_tokens += tokens.len();
+                done.vectors.push(model.embed(tokens, pooling)?);
+            }
+            Ok(done)
+        });
+        work.await
+            .map_err(|_| Refusal::Lost)?
+            .map_err(Refusal::Core)
+    }
+}
+
+/// Texts as vectors.
+#[derive(Default)]
+pub(crate) struct Embeddings {
+    pub(crate) vectors: Vec<Vec<f32>>,
+    pub(crate) n_tokens: usize,
+}
+
+/// Cancels when it is dropped.
+struct CancelOnDrop(CancelToken);
+
+impl Drop for CancelOnDrop {
+    fn drop(&mut self) {
+        self.0.cancel();
     }
 }
 

@@ -3,7 +3,7 @@
 use axum::extract::{Request, State};
 use axum::http::StatusCode;
 use axum::response::Response;
-use qwen2_core::{Generation, Piece, Prompt, Tokenizer};
+use qwen2_core::{Generation, Model, Piece, Prompt};
 use serde_json::{Value, json};
 
 use crate::answers::{Answers, Words};
@@ -13,6 +13,7 @@ use crate::chat::finish_reason;
 use crate::error::ApiError;
 use crate::fields::{self, Fields};
 use crate::head::Head;
+use crate::likelihood::Likelihoods;
 use crate::options::{Sampling, take_limit};
 use crate::response::{self, Chunks, Tally};
 use crate::settings::Settings;
@@ -42,16 +43,23 @@ impl CompletionRequest {
         let usual = settings
             .max_new_tokens
             .map_or(USUAL_TOKENS, |most| most.min(USUAL_TOKENS));
+        let logprobs = fields.take("logprobs")?;
+        let sampling = Sampling::take(&mut fields, Some(limit.unwrap_or(usual)), settings)?;
         let request = Self {
             model: fields.take("model")?,
             prompts: prompts("prompt", fields.require("prompt")?)?,
             echo: fields.take("echo")?.unwrap_or(false),
-            sampling: Sampling::take(&mut fields, Some(limit.unwrap_or(usual)), settings)?,
+            sampling: sampling.with_logprobs(logprobs),
         };
         fields.ignore(&["user"]);
         fields.refuse("suffix", &[json!("")])?;
         fields.refuse("best_of", &[json!(request.sampling.n)])?;
         fields.finish()?;
+        let sampling = &request.sampling;
+        if request.echo && sampling.stream && sampling.logprobs.is_some() {
+            let message = "echo with logprobs is not supported in a stream";
+            return Err(ApiError::unsupported("echo", message));
+        }
         let n_answers = request.prompts.len().saturating_mul(request.sampling.n);
         if n_answers > MAX_ANSWERS {
             let message = format!("prompts times n is {n_answers}, expected at most {MAX_ANSWERS}");
@@ -97,25 +105,36 @@ pub(crate) async fn create(State(app): State<App>, request: Request) -> Result<R
     let request = CompletionRequest::take(fields, &app.settings)?;
     app.check_name(request.model.as_deref())?;
     let sampling = &request.sampling;
-    let requests = request
-        .prompts
-        .iter()
-        .flat_map(|prompt| (0..sampling.n).map(|index| (prompt.clone(), sampling.options(index))));
+    let requests = request.prompts.iter().flat_map(|prompt| {
+        (0..sampling.n).map(|index| {
+            let mut options = sampling.options(index);
+            options.prompt_logprobs = sampling.logprobs.filter(|_| request.echo);
+            (prompt.clone(), options)
+        })
+    });
     let answers = Answers::submit(&app, WORDS, requests.collect()).await?;
+    let model = app.backend.model().clone();
     let echoes = match request.echo {
-        true => echoes(
-            app.backend.model().tokenizer(),
-            &request.prompts,
-            sampling.n,
-        )?,
-        false => vec![String::new(); request.prompts.len() * sampling.n],
+        true => request
+            .prompts
+            .iter()
+            .map(|prompt| Echo::of(prompt, &model))
+            .collect(),
+        false => Ok(vec![Echo::default(); request.prompts.len()]),
     };
     let completion = Completion {
         head: Head::new("cmpl", &app.name),
-        echoes,
+        model,
+        echoes: echoes.map_err(|error| ApiError::from_core(&error, WORDS.limit, WORDS.prompt))?,
         n: sampling.n,
         include_usage: sampling.include_usage,
         tally: Tally::default(),
+        likelihoods: sampling.logprobs.map(|_| {
+            let each = || Likelihoods::default();
+            std::iter::repeat_with(each)
+                .take(request.prompts.len() * sampling.n)
+                .collect()
+        }),
     };
     match sampling.stream {
         true => Ok(response::events(answers, completion)),
@@ -123,72 +142,104 @@ pub(crate) async fn create(State(app): State<App>, request: Request) -> Result<R
     }
 }
 
-/// The text of each answer's prompt.
-fn echoes(tokenizer: &Tokenizer, prompts: &[Prompt], n: usize) -> Result<Vec<String>, ApiError> {
-    let mut echoes = Vec::with_capacity(prompts.len() * n);
-    for prompt in prompts {
-        let text = match prompt {
-            Prompt::Text(text) => text.clone(),
-            Prompt::Tokens(tokens) => tokenizer
-                .decode(tokens, false)
-                .map_err(|error| ApiError::from_core(&error, WORDS.limit, WORDS.prompt))?,
-            _ => String::new(),
-        };
-        echoes.resize(echoes.len() + n, text);
+/// What of a prompt is in front of its answers.
+#[derive(Clone, Default)]
+struct Echo {
+    text: String,
+    /// The token that nothing foretells.
+    first: Option<u32>,
+}
+
+impl Echo {
+    fn of(prompt: &Prompt, model: &Model) -> qwen2_core::Result<Self> {
+        let tokenizer = model.tokenizer();
+        Ok(match prompt {
+            Prompt::Text(text) => Self {
+                text: text.clone(),
+                first: tokenizer.encode(text)?.first().copied(),
+            },
+            Prompt::Tokens(tokens) => Self {
+                text: tokenizer.decode(tokens, false)?,
+                first: tokens.first().copied(),
+            },
+            _ => Self::default(),
+        })
     }
-    Ok(echoes)
 }
 
 /// One request under way.
 struct Completion {
     head: Head,
-    /// What each answer begins with.
-    echoes: Vec<String>,
+    model: Model,
+    /// Of each prompt.
+    echoes: Vec<Echo>,
     n: usize,
     include_usage: bool,
     tally: Tally,
+    /// Of each answer, if they are asked for.
+    likelihoods: Option<Vec<Likelihoods>>,
 }
 
 impl Completion {
     async fn whole(mut self, mut answers: Answers) -> Result<Response, ApiError> {
-        let mut choices = vec![Value::Null; self.echoes.len()];
+        let mut choices = vec![Value::Null; self.echoes.len() * self.n];
         while let Some((index, event)) = answers.next().await? {
             let Event::End(generation) = event else {
                 continue;
             };
             self.tally.add(&generation, index.is_multiple_of(self.n));
-            let text = format!("{}{}", self.echoes[index], generation.text);
-            choices[index] = choice(index, &text, Some(finish_reason(&generation)));
+            let echo = &self.echoes[index / self.n];
+            if let Some(likelihoods) = &mut self.likelihoods {
+                let tokenizer = self.model.tokenizer();
+                if let Some(first) = echo.first {
+                    likelihoods[index].push_first(tokenizer, first);
+                }
+                let all = generation
+                    .prompt_logprobs
+                    .iter()
+                    .chain(&generation.logprobs);
+                all.for_each(|token| likelihoods[index].push(tokenizer, token));
+            }
+            let text = format!("{}{}", echo.text, generation.text);
+            choices[index] = self.choice(index, &text, Some(finish_reason(&generation)));
         }
         let mut body = self.head.to_json("text_completion", choices);
         body["usage"] = self.tally.to_json();
         Ok(response::json(StatusCode::OK, &body))
     }
 
-    fn chunk(&self, index: usize, text: &str, finish_reason: Option<&str>) -> Value {
-        let choices = vec![choice(index, text, finish_reason)];
+    fn chunk(&mut self, index: usize, text: &str, finish_reason: Option<&str>) -> Value {
+        let choices = vec![self.choice(index, text, finish_reason)];
         let mut chunk = self.head.to_json("text_completion", choices);
         if self.include_usage {
             chunk["usage"] = Value::Null;
         }
         chunk
     }
-}
 
-fn choice(index: usize, text: &str, finish_reason: Option<&str>) -> Value {
-    json!({"index": index, "text": text, "logprobs": null, "finish_reason": finish_reason})
+    fn choice(&mut self, index: usize, text: &str, finish_reason: Option<&str>) -> Value {
+        let likelihoods = self.likelihoods.as_mut();
+        let logprobs = likelihoods.and_then(|likelihoods| likelihoods[index].take());
+        json!({"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish_reason})
+    }
 }
 
 impl Chunks for Completion {
     fn start(&mut self) -> Vec<Value> {
-        let echoes = self.echoes.iter().enumerate();
-        let echoes = echoes.filter(|(_, text)| !text.is_empty());
-        echoes
-            .map(|(index, text)| self.chunk(index, text, None))
+        let echoes = self.echoes.clone().into_iter().enumerate();
+        let echoes = echoes.filter(|(_, echo)| !echo.text.is_empty());
+        let n = self.n;
+        let each = echoes.flat_map(|(prompt, echo)| {
+            (0..n).map(move |index| (prompt * n + index, echo.text.clone()))
+        });
+        each.map(|(index, text)| self.chunk(index, &text, None))
             .collect()
     }
 
     fn piece(&mut self, index: usize, piece: &Piece) -> Vec<Value> {
+        if let (Some(likelihoods), Some(token)) = (&mut self.likelihoods, &piece.logprobs) {
+            likelihoods[index].push(self.model.tokenizer(), token);
+        }
         if piece.text.is_empty() {
             return Vec::new();
         }

@@ -111,6 +111,8 @@ impl ApiError {
         let param = error.key().map(|key| match key {
             "max_new_tokens" => limit.to_owned(),
             "prompt" | "messages" | "tokens" => prompt.to_owned(),
+            "min_new_tokens" => "min_tokens".to_owned(),
+            "constraint" => "response_format".to_owned(),
             key => key.to_owned(),
         });
         Self {

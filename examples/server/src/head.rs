@@ -16,13 +16,8 @@ pub(crate) struct Head {
 impl Head {
     /// `prefix`: OpenAI's for the endpoint, such as `chatcmpl`.
     pub(crate) fn new(prefix: &str, model: &str) -> Self {
-        // Each of the standard library's hash keys is new and starts from the system's randomness.
-        let (high, low) = (
-            RandomState::new().hash_one(0),
-            RandomState::new().hash_one(1),
-        );
         Self {
-            id: format!("{prefix}-{high:016x}{low:016x}"),
+            id: format!("{prefix}-{}", random_id()),
             created: now(),
             model: model.to_owned(),
         }
@@ -39,6 +34,13 @@ impl Head {
             "choices": choices,
         })
     }
+}
+
+/// 32 digits that nobody has seen yet.
+pub(crate) fn random_id() -> String {
+    // Each of the standard library's hash keys is new and starts from the system's randomness.
+    let half = || RandomState::new().hash_one(0);
+    format!("{:016x}{:016x}", half(), half())
 }
 
 #[cfg(test)]

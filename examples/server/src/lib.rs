@@ -22,8 +22,10 @@ mod connections;
 mod embeddings;
 mod error;
 mod fields;
+mod formats;
 mod guarded;
 mod head;
+mod likelihood;
 mod messages;
 mod metrics;
 mod models;
@@ -35,6 +37,7 @@ mod server;
 mod settings;
 mod signals;
 mod state;
+mod tools;
 
 pub use server::Server;
 pub use settings::Settings;

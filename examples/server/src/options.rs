@@ -3,11 +3,11 @@
 
 use std::collections::BTreeMap;
 
-use qwen2_core::GenerateOptions;
-use serde_json::{Value, json};
+use qwen2_core::{Constraint, GenerateOptions};
 
 use crate::error::ApiError;
 use crate::fields::Fields;
+use crate::formats::take_constraint;
 use crate::settings::Settings;
 
 /// OpenAI's own limit of `n`.
@@ -27,6 +27,13 @@ pub(crate) struct Sampling {
     top_k: Option<usize>,
     min_p: Option<f32>,
     repetition_penalty: Option<f32>,
+    presence_penalty: Option<f32>,
+    frequency_penalty: Option<f32>,
+    logit_bias: BTreeMap<u32, f32>,
+    min_tokens: Option<usize>,
+    /// How many of the likeliest tokens are told for each, or not even how likely the chosen one was.
+    pub(crate) logprobs: Option<usize>,
+    constraint: Option<Constraint>,
     seed: Option<u64>,
     stop: Vec<String>,
     stop_token_ids: Vec<u32>,
@@ -62,7 +69,6 @@ impl Sampling {
                 "stream_options is for requests with stream: true",
             ));
         }
-        refuse_penalties(fields)?;
         Ok(Self {
             n: take_n(fields)?,
             stream,
@@ -73,6 +79,12 @@ impl Sampling {
             top_k: fields.take("top_k")?,
             min_p: fields.take("min_p")?,
             repetition_penalty: fields.take("repetition_penalty")?,
+            presence_penalty: fields.take("presence_penalty")?,
+            frequency_penalty: fields.take("frequency_penalty")?,
+            logit_bias: fields.take("logit_bias")?.unwrap_or_default(),
+            min_tokens: fields.take("min_tokens")?,
+            logprobs: None,
+            constraint: take_constraint(fields)?,
             seed: take_seed(fields)?,
             stop: fields.take_strings("stop")?,
             stop_token_ids: fields.take("stop_token_ids")?.unwrap_or_default(),
@@ -80,18 +92,29 @@ impl Sampling {
         })
     }
 
+    /// The same with how likely its tokens were.
+    pub(crate) fn with_logprobs(self, logprobs: Option<usize>) -> Self {
+        Self { logprobs, ..self }
+    }
+
     /// The options of the answer `index` of the `n`: each has a seed of its own.
     pub(crate) fn options(&self, index: usize) -> GenerateOptions {
         let mut options = GenerateOptions::new()
             .stop(self.stop.clone())
             .stop_token_ids(self.stop_token_ids.clone())
-            .ignore_eos(self.ignore_eos);
+            .ignore_eos(self.ignore_eos)
+            .logit_bias(self.logit_bias.clone());
         options.max_new_tokens = self.max_new_tokens;
         options.temperature = self.temperature;
         options.top_p = self.top_p;
         options.top_k = self.top_k;
         options.min_p = self.min_p;
         options.repetition_penalty = self.repetition_penalty;
+        options.presence_penalty = self.presence_penalty;
+        options.frequency_penalty = self.frequency_penalty;
+        options.min_new_tokens = self.min_tokens;
+        options.logprobs = self.logprobs;
+        options.constraint.clone_from(&self.constraint);
         options.seed = self.seed.map(|seed| seed.wrapping_add(index as u64));
         options
     }
@@ -146,26 +169,4 @@ fn take_seed(fields: &mut Fields) -> Result<Option<u64>, ApiError> {
         (Ok(seed), _) => Ok(Some(seed.cast_unsigned())),
         _ => Err(ApiError::invalid("seed", "seed has more than 64 bits")),
     }
-}
-
-/// Not in the library yet; the values that change nothing are legal.
-fn refuse_penalties(fields: &mut Fields) -> Result<(), ApiError> {
-    for key in ["presence_penalty", "frequency_penalty"] {
-        let penalty: Option<f32> = fields.take(key)?;
-        if penalty.is_some_and(|penalty| penalty != 0.0) {
-            return Err(unsupported(key));
-        }
-    }
-    let bias: Option<BTreeMap<String, f32>> = fields.take("logit_bias")?;
-    if bias.is_some_and(|bias| !bias.is_empty()) {
-        return Err(unsupported("logit_bias"));
-    }
-    fields.refuse("response_format", &[json!({"type": "text"})])?;
-    let off = [Value::Bool(false), json!(0)];
-    fields.refuse("logprobs", &off[..1])?;
-    fields.refuse("top_logprobs", &off[1..])
-}
-
-fn unsupported(key: &str) -> ApiError {
-    ApiError::unsupported(key, format!("{key} is not supported by this server"))
 }

@@ -2,6 +2,8 @@
 
 use std::time::Duration;
 
+use qwen2_core::Pooling;
+
 /// Settings of a server; start from [`Settings::default`].
 #[non_exhaustive]
 #[derive(Clone, Debug)]
@@ -14,6 +16,8 @@ pub struct Settings {
     pub max_body: usize,
     /// Most new tokens of one answer; a request for more is refused. Default: to the end of the context.
     pub max_new_tokens: Option<usize>,
+    /// What becomes of the hidden states of a text's tokens in its embedding. Default: their mean.
+    pub pooling: Pooling,
     /// Answers that are computed at the same time. Default: 8.
     pub max_running: usize,
     /// Answers that may wait for their turn; more are refused with 429. Default: 128.
@@ -36,6 +40,7 @@ impl Default for Settings {
             api_key: None,
             max_body: 8 << 20,
             max_new_tokens: None,
+            pooling: Pooling::Mean,
             max_running: 8,
             max_waiting: 128,
             max_connections: 1024,

@@ -78,7 +78,7 @@ fn a_text_in_parts_and_a_developer_are_read_as_text_and_system() {
 #[test]
 fn several_answers_come_side_by_side_each_with_its_seed() {
     let server = start(endless(), Settings::default());
-    let body = json!({"prompt": "hello", "n": 3, "seed": 5, "temperature": 1.5, "max_tokens": 12});
+    let body = json!({"prompt": "hello", "n": 3, "seed": 5, "temperature": 1.5, "max_tokens": 12, "ignore_eos": true});
     let texts = |body: &Value| -> Vec<Value> {
         let answer = server.post(COMPLETIONS, body).ok();
         let choices = answer["choices"].as_array().unwrap().clone();
@@ -160,7 +160,8 @@ fn stop_strings_and_limits_end_an_answer() {
     assert_eq!(answer["usage"]["completion_tokens"], 3);
     // A completion is 16 tokens long where the request does not say, as OpenAI's.
     let server = start(endless(), Settings::default());
-    let answer = server.post(COMPLETIONS, &json!({"prompt": "hello"})).ok();
+    let body = json!({"prompt": "hello", "ignore_eos": true});
+    let answer = server.post(COMPLETIONS, &body).ok();
     assert_eq!(answer["usage"]["completion_tokens"], 16);
 }
 
@@ -175,7 +176,7 @@ fn the_operators_limit_of_tokens_holds_for_all() {
         (refused.status, refused.error()["param"].as_str()),
         (400, Some("max_tokens"))
     );
-    let body = json!({"model": "org/small", "prompt": "hello"});
+    let body = json!({"model": "org/small", "prompt": "hello", "ignore_eos": true});
     assert_eq!(
         server.post(COMPLETIONS, &body).ok()["usage"]["completion_tokens"],
         4
