@@ -30,7 +30,12 @@ pub fn gguf(input: &[u8]) {
         // A part of the inputs: it takes ten times as long as all before.
         if input.iter().fold(0_u8, |sum, byte| sum.wrapping_add(*byte)) < 16 {
             within(EXPRESSIONS + PER_BYTE * input.len(), || {
-                read(Tokenizer::from_bytes(&tokenizer, Some(&config), None, &path));
+                read(Tokenizer::from_bytes(
+                    &tokenizer,
+                    Some(&config),
+                    None,
+                    &path,
+                ));
             });
         }
     });
@@ -109,7 +114,11 @@ pub fn config(input: &[u8]) {
         };
         assert!(config.context_length() > 0 && config.parameter_count() > 0);
         assert!(config.kv_bytes_per_token(DType::F32) > 0);
-        for by in [LongContext::Yarn, LongContext::YarnWhenNeeded, LongContext::DualChunk] {
+        for by in [
+            LongContext::Yarn,
+            LongContext::YarnWhenNeeded,
+            LongContext::DualChunk,
+        ] {
             let longer = 4 * config.context_length();
             match config.stretched_to(longer, by) {
                 Ok(stretched) => assert!(stretched.context_length() >= longer.min(1 << 30)),
@@ -122,7 +131,9 @@ pub fn config(input: &[u8]) {
 /// A chat template and the messages that it is given, a line each.
 pub fn template(input: &[u8]) {
     let [template, messages] = sections(input);
-    let (Ok(template), Ok(messages)) = (std::str::from_utf8(template), std::str::from_utf8(messages)) else {
+    let (Ok(template), Ok(messages)) =
+        (std::str::from_utf8(template), std::str::from_utf8(messages))
+    else {
         return;
     };
     let message = |(number, line): (usize, &str)| match number % 2 {
@@ -131,7 +142,8 @@ pub fn template(input: &[u8]) {
     };
     let messages: Vec<Message> = messages.lines().enumerate().map(message).collect();
     let path = Path::new("/m/tokenizer.json");
-    let tokenizer = Tokenizer::from_bytes(plain_tokenizer(), None, Some(template), path).expect("valid");
+    let tokenizer =
+        Tokenizer::from_bytes(plain_tokenizer(), None, Some(template), path).expect("valid");
     if let Err(error) = tokenizer.encode_chat(&messages, true) {
         described(&error);
     }
@@ -152,7 +164,10 @@ fn plain_tokenizer() -> &'static [u8] {
 /// adapter_config.json and adapter_model.safetensors.
 pub fn adapter(input: &[u8]) {
     let [config, weights] = sections(input);
-    let files = [("adapter_config.json", config), ("adapter_model.safetensors", weights)];
+    let files = [
+        ("adapter_config.json", config),
+        ("adapter_model.safetensors", weights),
+    ];
     let shapes = ["q_proj", "v_proj"].map(|name| {
         let name = format!("model.layers.0.self_attn.{name}.weight");
         (name, vec![4, 8])
@@ -174,7 +189,10 @@ pub fn adapter(input: &[u8]) {
 /// Opens a checkpoint, and reads every tensor of one that its config agrees with.
 fn open(path: &Path) {
     let source = Source::from(path);
-    let Some(checkpoint) = read(Checkpoint::open(&source, &mut |_| ControlFlow::Continue(()))) else {
+    let Some(checkpoint) = read(Checkpoint::open(
+        &source,
+        &mut |_| ControlFlow::Continue(()),
+    )) else {
         return;
     };
     let Some(tied) = read(names::audit(&checkpoint)) else {
@@ -192,7 +210,10 @@ fn open(path: &Path) {
             rows.for_each(|bytes| kind.dequantize(bytes, &mut row));
         } else if tensor.encoding != Encoding::Packed {
             let numbers = shape.iter().product::<usize>();
-            assert_eq!(tensor.bytes.len(), numbers * tensor.encoding.size_in_bytes());
+            assert_eq!(
+                tensor.bytes.len(),
+                numbers * tensor.encoding.size_in_bytes()
+            );
         }
     }
 }
@@ -203,7 +224,10 @@ fn read<T>(outcome: Result<T>) -> Option<T> {
         .map_err(|error| {
             described(&error);
             assert!(error.path().is_some(), "no file: {error:?}");
-            let in_file = matches!(error.kind(), ErrorKind::InvalidFile | ErrorKind::Unsupported);
+            let in_file = matches!(
+                error.kind(),
+                ErrorKind::InvalidFile | ErrorKind::Unsupported
+            );
             assert!(!in_file || error.help().is_some(), "no help: {error:?}");
         })
         .ok()
@@ -212,7 +236,10 @@ fn read<T>(outcome: Result<T>) -> Option<T> {
 /// One line, of a length that a person reads, and no bug of ours.
 fn described(error: &Error) {
     let text = error.to_string();
-    assert!(!text.chars().any(char::is_control), "not one line: {text:?}");
+    assert!(
+        !text.chars().any(char::is_control),
+        "not one line: {text:?}"
+    );
     assert!(text.len() < 4096, "{} bytes: {text}", text.len());
     assert_ne!(error.kind(), ErrorKind::Internal, "{error:?}");
 }

@@ -337,6 +337,12 @@ pub(crate) struct BenchArgs {
     /// What keys and values are kept in, f32, f16, bf16, q8 or q4 [default: f16, beside f32 f32].
     #[arg(long)]
     pub(crate) kv_cache: Option<String>,
+    /// Tokens that prompt and answer may have together; more than the model has stretches it.
+    #[arg(long)]
+    pub(crate) context_length: Option<usize>,
+    /// What a longer context is reached by: yarn, yarn_when_needed or dual_chunk [default: yarn].
+    #[arg(long)]
+    pub(crate) long_context: Option<String>,
     /// Copy the weights into memory instead of using them from the file.
     #[arg(long)]
     pub(crate) preload: bool,

@@ -36,6 +36,8 @@ struct Run {
     prefill_tokens_per_s: f64,
     decode_tokens_per_s: f64,
     bandwidth_bytes_per_s: f64,
+    /// The most memory that the process has had until its first token.
+    peak_bytes: Option<u64>,
 }
 
 pub(crate) fn run(args: &BenchArgs) -> Result<(), Failure> {
@@ -68,8 +70,8 @@ pub(crate) fn run(args: &BenchArgs) -> Result<(), Failure> {
         preload: args.preload,
         screened_head: args.screened_head,
         adapter: None,
-        context_length: None,
-        long_context: None,
+        context_length: args.context_length,
+        long_context: args.long_context.clone(),
         threads: args.threads,
     };
     let start = Instant::now();
@@ -225,6 +227,8 @@ fn measure(model: &Model, args: &BenchArgs) -> Result<Run, Failure> {
     let mut stream = generate(model, args.prompt, args.new)?;
     stream.next().transpose()?;
     let first_token_s = start.elapsed().as_secs_f64();
+    // Before the read test takes memory of its own.
+    let peak_bytes = status_bytes("/proc/self/status", "VmHWM:");
     let before = read_bytes_per_s(threads)?;
     for piece in stream.by_ref() {
         piece?;
@@ -236,6 +240,7 @@ fn measure(model: &Model, args: &BenchArgs) -> Result<Run, Failure> {
         prefill_tokens_per_s: timings.prefill_tokens_per_s,
         decode_tokens_per_s: timings.decode_tokens_per_s,
         bandwidth_bytes_per_s: f64::midpoint(before, after),
+        peak_bytes,
     })
 }
 
@@ -293,6 +298,8 @@ fn report(
         "first_token_s": of(&|run| run.first_token_s),
         "weight_bytes_per_token": per_token,
         "resident_bytes": status_bytes("/proc/self/status", "VmRSS:"),
+        "prefill_peak_bytes": runs.first().and_then(|run| run.peak_bytes),
+        "cache_bytes": model.memory().cache_per_token * (args.prompt + args.new) as u64,
         "bandwidth_bytes_per_s": of(&|run| run.bandwidth_bytes_per_s),
         "decode_bandwidth_share":
             of(&|run| run.decode_tokens_per_s * per_token as f64 / run.bandwidth_bytes_per_s),
@@ -345,6 +352,14 @@ fn lines(report: &Value) -> String {
                 "{} read in a second, {} resident",
                 bytes("bandwidth_bytes_per_s"),
                 bytes("resident_bytes")
+            ),
+        ),
+        (
+            "cache",
+            format!(
+                "{} of keys and values, {} resident at most until the first token",
+                bytes("cache_bytes"),
+                bytes("prefill_peak_bytes")
             ),
         ),
         (

@@ -144,9 +144,20 @@ fn map(path: &Path) -> Result<Mapped> {
     mmap::map(&real, path)
 }
 
-/// The tensors as the checkpoint has them: a stack of experts is many.
+/// The tensors as the checkpoint has them: a stack of experts is many, counted before they are named.
 fn entries(header: &Header, path: &Path) -> Result<Vec<Entry>> {
-    let mut entries = Vec::new();
+    let mut count = 0;
+    for tensor in &header.tensors {
+        count += names::count(tensor);
+        if count > MAX_ENTRIES {
+            return Err(Error::new(ErrorKind::InvalidFile, "not a valid GGUF model")
+                .with_path(path)
+                .with_key(one_line(&tensor.name))
+                .with_why(format!("its experts make more than {MAX_ENTRIES} matrices"))
+                .with_help("is it the model that its name says?"));
+        }
+    }
+    let mut entries = Vec::with_capacity(count);
     for tensor in &header.tensors {
         let encoding = match tensor.kind {
             Kind::F32 => Encoding::Numbers(DType::F32),
@@ -161,13 +172,6 @@ fn entries(header: &Header, path: &Path) -> Result<Vec<Entry>> {
             shape,
             range,
         }));
-        if entries.len() > MAX_ENTRIES {
-            return Err(Error::new(ErrorKind::InvalidFile, "not a valid GGUF model")
-                .with_path(path)
-                .with_key(one_line(&tensor.name))
-                .with_why(format!("its experts make more than {MAX_ENTRIES} matrices"))
-                .with_help("is it the model that its name says?"));
-        }
     }
     Ok(entries)
 }

@@ -46,20 +46,17 @@ pub(super) fn checkpoint_tensors(tensor: &Tensor) -> Vec<(String, Vec<usize>, Ra
         return as_is(tensor.name.clone());
     };
     let prefix = format!("model.layers.{layer}");
-    if let (Some((_, name)), [experts @ ..=MAX_EXPERTS, rows, cols]) = (
-        STACKED.iter().find(|(name, _)| *name == part),
-        tensor.shape.as_slice(),
-    ) {
+    if let Some((name, [experts, rows, cols])) = stack(tensor) {
         let bytes = tensor.range.len() / experts;
         let expert = |expert: usize| {
             let start = tensor.range.start + expert * bytes;
             (
                 format!("{prefix}.mlp.experts.{expert}.{name}.{suffix}"),
-                vec![*rows, *cols],
+                vec![rows, cols],
                 start..start + bytes,
             )
         };
-        return (0..*experts).map(expert).collect();
+        return (0..experts).map(expert).collect();
     }
     let Some((_, name)) = IN_LAYER.iter().find(|(name, _)| *name == part) else {
         return as_is(tensor.name.clone());
@@ -71,6 +68,19 @@ pub(super) fn checkpoint_tensors(tensor: &Tensor) -> Vec<(String, Vec<usize>, Ra
         shape => shape.to_vec(),
     };
     vec![(name, shape, tensor.range.clone())]
+}
+
+/// How many of the checkpoint's tensors one of the file's is.
+pub(super) fn count(tensor: &Tensor) -> usize {
+    stack(tensor).map_or(1, |(_, [experts, ..])| experts)
+}
+
+/// The matrices that a tensor stacks, by their name in a checkpoint, and its dimensions.
+fn stack(tensor: &Tensor) -> Option<(&'static str, [usize; 3])> {
+    let (_, part, _) = in_layer(&tensor.name)?;
+    let (_, name) = STACKED.iter().find(|(name, _)| *name == part)?;
+    let shape = <[usize; 3]>::try_from(tensor.shape.as_slice()).ok()?;
+    (shape[0] <= MAX_EXPERTS).then_some((*name, shape))
 }
 
 /// Layer, part and suffix of `blk.N.part.suffix`.
