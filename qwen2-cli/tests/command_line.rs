@@ -861,6 +861,8 @@ fn bench_reports_what_the_documentation_names() {
                 "first_token_s",
                 "weight_bytes_per_token",
                 "resident_bytes",
+                "prefill_peak_bytes",
+                "cache_bytes",
                 "bandwidth_bytes_per_s",
                 "decode_bandwidth_share",
             ]
