@@ -97,7 +97,8 @@ def quantize(
     """Packs the checkpoint source into the new directory destination, which loads at once and takes
     less room; into a GGUF file if the name ends in .gguf.
 
-    source: a directory with a checkpoint, or the id of one on a hub (`[modelscope:]org/name[@revision][:file]`).
+    source: a directory with a checkpoint, or the id of one on a hub
+        (`[modelscope:]org/name[@revision][:file]`).
     destination: must not exist; it is there whole or not at all.
     precision: q8 or q4.
     progress: as of Model.load.
@@ -131,7 +132,8 @@ class Model:
     ) -> Model:
         """Loads a model.
 
-        source: a directory with a checkpoint, or the id of one on a hub (`[modelscope:]org/name[@revision][:file]`).
+        source: a directory with a checkpoint, or the id of one on a hub
+            (`[modelscope:]org/name[@revision][:file]`).
         device: auto, cpu, wgpu, vulkan, metal, cuda, with an index for a GPU, as in cuda:1.
         dtype: auto (as stored), f32, f16 or bf16.
         quantize: q8 or q4 packs the matrices into fewer bits.

@@ -9,13 +9,22 @@ import numpy as np
 import numpy.typing as npt
 
 
-class MessageDict(TypedDict):
-    """One turn of a conversation."""
-
+class _Turn(TypedDict):
     role: str
     """Who speaks: system, user, assistant, tool, or what the chat template knows besides."""
     content: str
     """What is said: plain text. Control tokens spelled in it stay plain text."""
+
+
+class MessageDict(_Turn, total=False):
+    """One turn of a conversation."""
+
+    tool_calls: list[dict[str, Any]]
+    """The calls that an assistant asks for, as `ToolCall.to_dict` gives them."""
+    tool_call_id: str
+    """The call that a tool answers."""
+    name: str
+    """The name of the tool that answers."""
 
 
 Message: TypeAlias = MessageDict | Mapping[str, Any]
@@ -30,6 +39,7 @@ LogitsProcessor: TypeAlias = Callable[
 ]
 """Gets the tokens of prompt and output so far and the logits of the next one; changes the logits in place and
 returns None, or returns others, one for each id of the vocabulary."""
+
 
 class SchemaClass(Protocol):
     """A model class of pydantic."""

@@ -12,14 +12,23 @@ from qwen2_rs import InvalidArgumentError, InvalidConstraintError, Model
 
 SCHEMA: dict[str, Any] = {
     "type": "object",
-    "properties": {"size": {"enum": ["small", "large"]}, "n": {"type": "integer", "minimum": 0, "maximum": 99}},
+    "properties": {
+        "size": {"enum": ["small", "large"]},
+        "n": {"type": "integer", "minimum": 0, "maximum": 99},
+    },
     "required": ["size", "n"],
     "additionalProperties": False,
 }
-TOOL: dict[str, Any] = {"type": "function", "function": {"name": "measure", "description": "Measures.", "parameters": SCHEMA, "strict": True}}
+MEASURE: dict[str, Any] = {
+    "name": "measure",
+    "description": "Measures.",
+    "parameters": SCHEMA,
+    "strict": True,
+}
+TOOL: dict[str, Any] = {"type": "function", "function": MEASURE}
 
 
-class Model_:
+class LikePydantic:
     """What pydantic's model classes offer."""
 
     @classmethod
@@ -34,7 +43,7 @@ def check(text: str) -> None:
     assert 0 <= value["n"] <= 99
 
 
-@pytest.mark.parametrize("schema", [SCHEMA, json.dumps(SCHEMA), Model_])
+@pytest.mark.parametrize("schema", [SCHEMA, json.dumps(SCHEMA), LikePydantic])
 def test_json_keeps_to_a_schema(demo: Model, schema: Any) -> None:
     answer = demo.chat(QUESTION, json_schema=schema, temperature=1.0, seed=3, max_new_tokens=100)
     check(answer.text)
@@ -47,7 +56,8 @@ def test_a_pydantic_class_gives_its_values(demo: Model) -> None:
     pydantic = pytest.importorskip("pydantic")
     closed = {"__config__": pydantic.ConfigDict(extra="forbid")}
     part = pydantic.create_model("Part", **closed, count=(int, pydantic.Field(ge=1, le=9)))
-    whole = pydantic.create_model("Whole", **closed, parts=(list[part], pydantic.Field(max_length=2)), done=(bool, ...))  # type: ignore[valid-type]
+    parts = (list[part], pydantic.Field(max_length=2))  # type: ignore[valid-type]
+    whole = pydantic.create_model("Whole", **closed, parts=parts, done=(bool, ...))
     answer = demo.chat(QUESTION, json_schema=whole, temperature=1.0, seed=1, max_new_tokens=200)
     whole.model_validate_json(answer.text)
 
@@ -61,14 +71,28 @@ def test_text_keeps_to_an_expression_a_grammar_and_a_list(demo: Model) -> None:
 
 
 def test_a_bad_form_names_itself(demo: Model) -> None:
-    for option in ({"json_schema": {"type": "animal"}}, {"regex": "("}, {"grammar": "start: nowhere"}, {"choice": []}):
+    bad: list[dict[str, Any]] = [
+        {"json_schema": {"type": "animal"}},
+        {"regex": "("},
+        {"grammar": "start: nowhere"},
+        {"choice": []},
+    ]
+    for option in bad:
         with pytest.raises(InvalidConstraintError):
-            demo.chat(QUESTION, **cast(Any, option))
+            demo.chat(QUESTION, **option)
     with pytest.raises(InvalidArgumentError, match="two constraints"):
         demo.chat(QUESTION, regex="a", choice=["a"])
-    for option in ({"json_schema": 3}, {"regex": 3}, {"choice": "yes"}, {"choice": [1]}, {"tools": TOOL}, {"tools": "measure"}):
+    wrong: list[dict[str, Any]] = [
+        {"json_schema": 3},
+        {"regex": 3},
+        {"choice": "yes"},
+        {"choice": [1]},
+        {"tools": TOOL},
+        {"tools": "measure"},
+    ]
+    for option in wrong:
         with pytest.raises(TypeError, match=re.escape(next(iter(option)))):
-            demo.chat(QUESTION, **cast(Any, option))
+            demo.chat(QUESTION, **option)
 
 
 @pytest.mark.parametrize("tool_format", ["hermes", "qwen_agent"])
@@ -82,7 +106,7 @@ def test_a_tool_is_called_and_its_result_fed_back(demo: Model, tool_format: Any)
     check(call.arguments)
     assert answer.text == ""
     assert "measure" in repr(call)
-    messages = [
+    messages: list[Any] = [
         *QUESTION,
         {"role": "assistant", "content": None, "tool_calls": [call.to_dict()]},
         {"role": "tool", "tool_call_id": "1", "content": "7"},

@@ -48,7 +48,7 @@ fn no_token_left_is_an_error_of_the_caller() {
         logits.fill(f32::NEG_INFINITY);
         Ok(())
     };
-    let stream = model.stream_with(counting(), &greedy(), forbid.as_processor());
+    let stream = model.stream_with(counting(), &greedy(), forbid.into_processor());
     let error = stream.unwrap().finish().unwrap_err();
     assert_eq!(error.kind(), ErrorKind::InvalidArgument, "{error}");
     assert!(error.to_string().starts_with("no token is left"), "{error}");
@@ -218,7 +218,7 @@ impl<F: FnMut(&mut [f32]) -> Result<(), Error> + Send> LogitsProcessor for Closu
 }
 
 trait AsProcessor: Sized {
-    fn as_processor(self) -> Closure<Self> {
+    fn into_processor(self) -> Closure<Self> {
         Closure(self)
     }
 }
@@ -241,7 +241,7 @@ fn a_processor_sees_the_logits_behind_penalties_and_bans() {
     let mut session = model.session();
     session.append(counting()).unwrap();
     let generation = session
-        .stream_with(&options, look.as_processor())
+        .stream_with(&options, look.into_processor())
         .unwrap()
         .finish()
         .unwrap();
@@ -257,7 +257,7 @@ fn a_processor_sees_the_logits_behind_penalties_and_bans() {
 #[test]
 fn a_processor_that_fails_ends_the_generation_with_its_reason() {
     let stop = |_: &mut [f32]| Err(Error::stopped("enough"));
-    let stream = load(demo()).stream_with(counting(), &greedy(), stop.as_processor());
+    let stream = load(demo()).stream_with(counting(), &greedy(), stop.into_processor());
     let error = stream.unwrap().finish().unwrap_err();
     assert_eq!(error.kind(), ErrorKind::Cancelled);
     assert_eq!(

@@ -216,7 +216,8 @@ mod tests {
 
     #[test]
     fn the_cache_is_where_the_hubs_own_tools_put_it() {
-        let cases: [(Option<Hub>, &[(&str, &str)], &str); 9] = [
+        type Variables = &'static [(&'static str, &'static str)];
+        let cases: [(Option<Hub>, Variables, &str); 9] = [
             (None, &[("HOME", "/u")], "/u/.cache/huggingface/hub"),
             (
                 None,
