@@ -23,8 +23,9 @@ SCHEMA = {
 WEATHER = {"type": "function", "function": {"name": "weather", "parameters": SCHEMA, "strict": True}}
 
 
+# Any: its types name the models and options of one week of OpenAI's, and these tests are about the wire.
 @pytest.fixture(scope="module")
-def client() -> Iterator[openai.OpenAI]:
+def client() -> Iterator[Any]:
     with (
         serving(DEMO) as server,
         openai.OpenAI(base_url=server.url + "/v1", api_key="none", max_retries=0) as client,
@@ -40,7 +41,7 @@ def fits_schema(value: Any) -> bool:
     )
 
 
-def test_likelihoods_of_a_chat_are_told_whole_and_streamed_alike(client: openai.OpenAI) -> None:
+def test_likelihoods_of_a_chat_are_told_whole_and_streamed_alike(client: Any) -> None:
     def ask(**more: Any) -> Any:
         return client.chat.completions.create(
             model=MODEL, messages=QUESTION, temperature=0, logprobs=True, top_logprobs=3, **more
@@ -62,7 +63,7 @@ def test_likelihoods_of_a_chat_are_told_whole_and_streamed_alike(client: openai.
     ]
 
 
-def test_a_prompt_is_scored_by_echo(client: openai.OpenAI) -> None:
+def test_a_prompt_is_scored_by_echo(client: Any) -> None:
     answer = client.completions.create(
         model=MODEL, prompt="12 + 30 = 42.", temperature=0, max_tokens=1, echo=True, logprobs=2
     )
@@ -78,7 +79,7 @@ def test_a_prompt_is_scored_by_echo(client: openai.OpenAI) -> None:
             assert text[offset : offset + len(token)] == token
 
 
-def test_biases_and_penalties_change_the_answer(client: openai.OpenAI) -> None:
+def test_biases_and_penalties_change_the_answer(client: Any) -> None:
     plain = client.completions.create(model=MODEL, prompt="a", temperature=0, max_tokens=2, logprobs=1)
     assert plain.choices[0].logprobs is not None
     biased = client.completions.create(
@@ -99,7 +100,7 @@ def test_biases_and_penalties_change_the_answer(client: openai.OpenAI) -> None:
     assert penalised.choices[0].text != biased.choices[0].text
 
 
-def test_an_answer_keeps_to_a_schema(client: openai.OpenAI) -> None:
+def test_an_answer_keeps_to_a_schema(client: Any) -> None:
     answer = client.chat.completions.create(
         model=MODEL,
         messages=QUESTION,
@@ -127,7 +128,7 @@ def test_an_answer_keeps_to_a_schema(client: openai.OpenAI) -> None:
     assert choice.choices[0].text in ("yes", "no")
 
 
-def test_a_tool_is_called_and_its_result_goes_back(client: openai.OpenAI) -> None:
+def test_a_tool_is_called_and_its_result_goes_back(client: Any) -> None:
     named: Any = {"type": "function", "function": {"name": "weather"}}
     answer = client.chat.completions.create(
         model=MODEL, messages=QUESTION, tools=[WEATHER], tool_choice=named, temperature=2, seed=1
@@ -147,7 +148,7 @@ def test_a_tool_is_called_and_its_result_goes_back(client: openai.OpenAI) -> Non
     assert caught.value.param == "messages[2].tool_call_id"
 
 
-def test_a_call_of_a_tool_is_streamed(client: openai.OpenAI) -> None:
+def test_a_call_of_a_tool_is_streamed(client: Any) -> None:
     with client.chat.completions.stream(
         model=MODEL, messages=QUESTION, tools=[WEATHER], tool_choice="required", temperature=2, seed=1
     ) as stream:
@@ -157,7 +158,7 @@ def test_a_call_of_a_tool_is_streamed(client: openai.OpenAI) -> None:
     assert fits_schema(json.loads(call.function.arguments))
 
 
-def test_texts_become_vectors(client: openai.OpenAI) -> None:
+def test_texts_become_vectors(client: Any) -> None:
     # The client asks for base64 and decodes it.
     answer = client.embeddings.create(model=MODEL, input=["12 + 30", "Tuesday"])
     first, second = (np.array(item.embedding) for item in answer.data)
