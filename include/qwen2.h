@@ -15,9 +15,9 @@
  * behind it as well.
  *
  * Errors: a function that can fail returns a status. If it is not QWEN2_OK (or QWEN2_DONE of a
- * stream, or QWEN2_PENDING of a request), the outputs are untouched and *error, if error is not NULL, is a new object that you free
- * with qwen2_error_free; it is untouched on success. Nothing is printed and nothing aborts: a bug of
- * the library arrives as QWEN2_ERROR_INTERNAL.
+ * stream, or QWEN2_PENDING of a request), the outputs are untouched and *error, if error is not
+ * NULL, is a new object that you free with qwen2_error_free; it is untouched on success. Nothing is
+ * printed and nothing aborts: a bug of the library arrives as QWEN2_ERROR_INTERNAL.
  *
  * NULL, freed and foreign handles are found where the library can tell, and reported as
  * QWEN2_ERROR_INVALID_ARGUMENT; functions without a status then do nothing or return what their

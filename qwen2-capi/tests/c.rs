@@ -6,7 +6,7 @@ mod common;
 
 use std::process::Command;
 
-use common::{Workshop, demo, fixture, run, text};
+use common::{Workshop, demo, fixture, root, run, text};
 
 /// The library is not instrumented, but every allocation of it is seen: what a host is given and
 /// loses is a leak. Nothing is suppressed.
@@ -73,6 +73,30 @@ fn constraints_and_tools_work_as_c_and_as_cpp_and_lose_nothing() {
         let workshop = Workshop::new();
         let output = run(Command::new(workshop.compile_test("tools.c", more)).arg(demo()));
         assert_eq!(text(&output.stdout), "tools: all well\n");
+        assert_eq!(text(&output.stderr), "", "a library is silent");
+    }
+}
+
+#[test]
+fn engines_and_adapters_work_as_c_and_as_cpp_and_lose_nothing() {
+    let adapter = root().join("conformance/adapters/plain");
+    for more in [&SANITIZERS[..], &["-xc++"]] {
+        let workshop = Workshop::new();
+        let output = run(Command::new(workshop.compile_test("engine.c", more))
+            .arg(demo())
+            .arg(fixture("tied"))
+            .arg(&adapter));
+        assert_eq!(text(&output.stdout), "engine: all well\n");
+        assert_eq!(text(&output.stderr), "", "a library is silent");
+    }
+}
+
+#[test]
+fn callbacks_hear_all_once_and_may_enter_again_and_nothing_is_lost() {
+    for more in [&SANITIZERS[..], &["-xc++"]] {
+        let workshop = Workshop::new();
+        let output = run(Command::new(workshop.compile_test("callbacks.c", more)).arg(demo()));
+        assert_eq!(text(&output.stdout), "callbacks: all well\n");
         assert_eq!(text(&output.stderr), "", "a library is silent");
     }
 }
