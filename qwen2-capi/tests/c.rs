@@ -102,8 +102,8 @@ fn callbacks_hear_all_once_and_may_enter_again_and_nothing_is_lost() {
 }
 
 /// 100 000 of each small handle and 1000 engines. Every loss is a leak to the sanitizer; what is still
-/// reachable and grows shows in the memory of the program without one, where 8 MiB are room for the allocator
-/// and a hundredth of what a kilobyte in each round would be.
+/// reachable and grows shows in the memory of the program without one, where 8 MiB are room for the allocator;
+/// 100 bytes lost in each round would be more.
 #[test]
 fn handles_made_and_freed_very_often_neither_leak_nor_grow() {
     for (more, may_grow) in [(&SANITIZERS[..], "1000000"), (&[], "8192")] {
