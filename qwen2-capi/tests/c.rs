@@ -80,9 +80,14 @@ fn constraints_and_tools_work_as_c_and_as_cpp_and_lose_nothing() {
 #[test]
 fn engines_and_adapters_work_as_c_and_as_cpp_and_lose_nothing() {
     let adapter = root().join("conformance/adapters/plain");
-    for more in [&SANITIZERS[..], &["-xc++"]] {
+    let programs = [
+        ("engine.c", &SANITIZERS[..]),
+        ("engine.c", &["-xc++"]),
+        ("engine.cpp", &SANITIZERS),
+    ];
+    for (program, more) in programs {
         let workshop = Workshop::new();
-        let output = run(Command::new(workshop.compile_test("engine.c", more))
+        let output = run(Command::new(workshop.compile_test(program, more))
             .arg(demo())
             .arg(fixture("tied"))
             .arg(&adapter));
