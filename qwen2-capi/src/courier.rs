@@ -7,7 +7,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, Wake, Waker};
 use std::thread::JoinHandle;
 
-use qwen2_core::{ErrorKind, Piece, RequestStream, fenced};
+use qwen2_core::{ErrorKind, Generation, Piece, RequestStream, fenced};
 
 use crate::error::{QWEN2_DONE, QWEN2_OK, qwen2_error, qwen2_status};
 use crate::fence::{self, Outcome};
@@ -272,14 +272,15 @@ impl Delivery {
     }
 
     fn end(&mut self, error: Option<qwen2_core::Error>) -> Step {
-        let result = match (error, self.stream.take()) {
+        let result: Outcome<Generation> = match (error, self.stream.take()) {
             (Some(error), _) => Err(error.into()),
             (None, Some(stream)) => stream.finish().map_err(Into::into),
             (None, None) => return Step::Ended,
         };
-        let status = result
-            .as_ref()
-            .map_or_else(|error: &Box<qwen2_error>| error.code(), |_| QWEN2_DONE);
+        let status = match &result {
+            Ok(_) => QWEN2_DONE,
+            Err(error) => error.code(),
+        };
         self.called.end(result);
         if self.called.begin(None) {
             self.callback.run(status, &Terminated::default());
