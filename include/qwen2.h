@@ -15,9 +15,9 @@
  * behind it as well.
  *
  * Errors: a function that can fail returns a status. If it is not QWEN2_OK (or QWEN2_DONE of a
- * stream), the outputs are untouched and *error, if error is not NULL, is a new object that you free
- * with qwen2_error_free; it is untouched on success. Nothing is printed and nothing aborts: a bug of
- * the library arrives as QWEN2_ERROR_INTERNAL.
+ * stream, or QWEN2_PENDING of a request), the outputs are untouched and *error, if error is not
+ * NULL, is a new object that you free with qwen2_error_free; it is untouched on success. Nothing is
+ * printed and nothing aborts: a bug of the library arrives as QWEN2_ERROR_INTERNAL.
  *
  * NULL, freed and foreign handles are found where the library can tell, and reported as
  * QWEN2_ERROR_INVALID_ARGUMENT; functions without a status then do nothing or return what their
@@ -75,6 +75,51 @@
 // The constraint, which allows nothing more.
 #define QWEN2_STOP_MATCH_CONSTRAINT 4
 
+// A request fails with `QWEN2_ERROR_OUT_OF_MEMORY` when the queue is full.
+#define QWEN2_WHEN_FULL_REFUSE 0
+
+// A request waits in `qwen2_engine_submit` until the queue has room.
+#define QWEN2_WHEN_FULL_WAIT 1
+
+// Places in the array of `qwen2_engine_stats`. Requests that wait to be started, now.
+#define QWEN2_STATS_WAITING 0
+
+// Requests that are computed, now.
+#define QWEN2_STATS_RUNNING 1
+
+// Requests that were submitted since the engine's start, from which all below count.
+#define QWEN2_STATS_SUBMITTED 2
+
+// Requests that ended, cancelled and failed ones included.
+#define QWEN2_STATS_FINISHED 3
+
+// Requests that ended with an error.
+#define QWEN2_STATS_FAILED 4
+
+// Requests whose cache was dropped for lack of memory, to be computed again.
+#define QWEN2_STATS_PREEMPTED 5
+
+// Steps of the network.
+#define QWEN2_STATS_STEPS 6
+
+// Tokens of prompts that were computed.
+#define QWEN2_STATS_PROMPT_TOKENS 7
+
+// Tokens of prompts that were shared with earlier requests.
+#define QWEN2_STATS_CACHED_TOKENS 8
+
+// Tokens that were generated.
+#define QWEN2_STATS_COMPLETION_TOKENS 9
+
+// Bytes of caches and shared prefixes, now.
+#define QWEN2_STATS_CACHE_BYTES 10
+
+// Bytes that they may take.
+#define QWEN2_STATS_CACHE_LIMIT 11
+
+// How many numbers this header knows.
+#define QWEN2_N_STATS 12
+
 // The model calls tools as it decides.
 #define QWEN2_TOOL_CHOICE_AUTO 0
 
@@ -108,6 +153,13 @@
 // A switch that ends generations from any thread. It has no way back: one for each generation.
 typedef struct qwen2_cancel qwen2_cancel;
 
+// An engine: requests join and leave at every step of one model, each weight is read once for all of
+// them, and what prompts have in common is computed once. Any number of threads may submit.
+typedef struct qwen2_engine qwen2_engine;
+
+// Settings of an engine; what is not set has its default. Checked when an engine is made of them.
+typedef struct qwen2_engine_options qwen2_engine_options;
+
 // What went wrong, where, and the way out. Owned by the caller that received it.
 typedef struct qwen2_error qwen2_error;
 
@@ -134,6 +186,9 @@ typedef struct qwen2_options qwen2_options;
 // A prompt: text, tokens or chat messages. A new one is empty, and can be used again and again.
 typedef struct qwen2_prompt qwen2_prompt;
 
+// A request to an engine. It keeps what it needs: engine, prompt and options may be freed before it.
+typedef struct qwen2_request qwen2_request;
+
 // One conversation: what was said so far, and the cache of it. While a stream of it runs, it is the
 // stream's: other functions that read or change the conversation fail.
 typedef struct qwen2_session qwen2_session;
@@ -152,7 +207,7 @@ typedef struct qwen2_tokenizer qwen2_tokenizer;
 // Token ids that a function returned. Owned by the caller that received it; never changes.
 typedef struct qwen2_tokens qwen2_tokens;
 
-// `QWEN2_OK`, `QWEN2_DONE` or one of `QWEN2_ERROR_*`. Values only get added.
+// `QWEN2_OK`, `QWEN2_DONE`, `QWEN2_PENDING` or one of `QWEN2_ERROR_*`. Values only get added.
 typedef int32_t qwen2_status;
 
 // Called while a model loads, with the bytes done and in all, on the thread that loads, and never
@@ -172,13 +227,30 @@ typedef int32_t (*qwen2_prefill_fn)(uint64_t tokens_done, uint64_t tokens_total,
 // that generates: `tokens` are those of the prompt and of the output so far, `logits` one number for each
 // id of the vocabulary, to be changed in place; `-INFINITY` forbids a token. Both are valid during the
 // call only. Returns 0 to go on; anything else ends the generation, which then fails with
-// `QWEN2_ERROR_CANCELLED`. It must not use the stream or the session that calls it, which fails, and it
-// must return: no `longjmp`, no C++ exception.
+// `QWEN2_ERROR_CANCELLED`. It must not use the stream or the session that calls it, which fails; on an
+// engine's thread it must neither wait for a request of the engine nor free the engine. It must return: no
+// `longjmp`, no C++ exception.
 typedef int32_t (*qwen2_logits_processor_fn)(const uint32_t *tokens,
                                              size_t n_tokens,
                                              float *logits,
                                              size_t n_logits,
                                              void *user_data);
+
+// Hears a request. `status` is `QWEN2_OK` with the next piece in `text`, whole UTF-8, NUL-terminated,
+// perhaps empty, `len` bytes, valid during the call; then, once, with an empty text, `QWEN2_DONE`, or the
+// status that the request failed with. `qwen2_request_finish` gives the result from then on, and
+// `qwen2_request_free` may be called, in the callback too.
+//
+// Returns 0 to go on; anything else ends the request, which then has the finish reason CANCELLED, gets no
+// more pieces, and hears its end still. It is called on a thread of the engine's, the same for all callbacks
+// of that engine and never on two at once, so it holds up the others. It may call every function of the
+// library: it may submit, where a full queue refuses it whatever the engine's settings; only what would
+// wait for another request that has a callback fails. It must return: no `longjmp`, no C++ exception.
+typedef int32_t (*qwen2_request_fn)(qwen2_request *request,
+                                    qwen2_status status,
+                                    const char *text,
+                                    size_t len,
+                                    void *user_data);
 
 // Called with one event: `level` is one of `QWEN2_LOG_*`, `message` one line of UTF-8,
 // NUL-terminated, valid during the call. It is called on threads that are inside a function of this
@@ -188,8 +260,11 @@ typedef void (*qwen2_log_fn)(int32_t level, const char *message, size_t len, voi
 // Success.
 #define QWEN2_OK 0
 
-// A stream has ended; not an error.
+// A stream or a request has ended; not an error.
 #define QWEN2_DONE (-1)
+
+// A request has no piece yet; not an error.
+#define QWEN2_PENDING (-2)
 
 // An argument is out of its range or contradicts another one; NULL and freed handles; text that is
 // not UTF-8.
@@ -511,6 +586,37 @@ const char *qwen2_model_config_json(const qwen2_model *model);
 // handle is freed; NULL for one that is none.
 const char *qwen2_model_generation_config_json(const qwen2_model *model);
 
+// A handle to `model` with the LoRA adapter in `directory`, as PEFT saves it, beside its weights, which both
+// share: what the adapter adds is computed next to them. On top of an adapter a second one adds up with it.
+// Requests of an engine may each name a handle of their own. Both handles stay usable, and are freed on
+// their own. `*out` is freed with `qwen2_model_free`. To have an adapter's cost once instead, see
+// `qwen2_load_options_set_adapter` and `qwen2_merge_lora`.
+qwen2_status qwen2_model_with_adapter(const qwen2_model *model,
+                                      const char *directory,
+                                      size_t len,
+                                      qwen2_model **out,
+                                      qwen2_error **error);
+
+// How many adapters are beside its weights; 0 for a handle that is none.
+size_t qwen2_model_n_adapters(const qwen2_model *model);
+
+// The directory of an adapter beside its weights; 0 is the one that was added first. Valid until the handle
+// is freed; NULL where there is none and for a handle that is none.
+const char *qwen2_model_adapter(const qwen2_model *model, size_t index);
+
+// What the checkpoint `source` is, a directory, a GGUF file or an id, which is downloaded first: a JSON object
+// with the keys of `qwen2 info --json` that depend on its files alone, besides `container`, "safetensors" or
+// "gguf", and `generation_config`. The headers of the weights are read and checked, the weights are not. `*out` is freed with `qwen2_text_free`.
+qwen2_status qwen2_inspect(const char *source,
+                           size_t len,
+                           qwen2_text **out,
+                           qwen2_error **error);
+
+// What the LoRA adapter in `directory` is, as PEFT saves it: a JSON object with `base_model`, `modules`,
+// `matrices`, `ranks`, `scales`, `parameters` and `memory_bytes`, those beside the weights. `*out` is freed
+// with `qwen2_text_free`.
+qwen2_status qwen2_inspect_adapter(const char *directory, size_t len, qwen2_text **out, qwen2_error **error);
+
 // The embedding of a prompt: the hidden states behind the final norm, pooled as `pooling` says, one of
 // `QWEN2_POOLING_*`, with squares that sum to 1. `embedding` is the caller's array of
 // `qwen2_model_hidden_size` numbers.
@@ -671,7 +777,7 @@ int32_t qwen2_cancel_is_cancelled(const qwen2_cancel *cancel);
 void qwen2_cancel_free(qwen2_cancel *cancel);
 
 // Who changes the logits before each choice; NULL: nobody, the default. `user_data` is borrowed until
-// every generation with these settings has ended and every stream with them was freed.
+// every generation with these settings has ended and every stream and request with them was freed.
 void qwen2_options_set_logits_processor(qwen2_options *options,
                                         qwen2_logits_processor_fn processor,
                                         void *user_data);
@@ -763,6 +869,112 @@ qwen2_status qwen2_stream_finish(qwen2_stream *stream, qwen2_generation **out, q
 // part of the conversation.
 void qwen2_stream_free(qwen2_stream *stream);
 
+// New settings, nothing set. Freed with `qwen2_engine_options_free`.
+qwen2_engine_options *qwen2_engine_options_new(void);
+
+// Frees the settings; NULL is allowed. Engines that were made with them go on.
+void qwen2_engine_options_free(qwen2_engine_options *options);
+
+// Sequences that are computed together, at least 1. Default: 64.
+void qwen2_engine_options_set_max_sequences(qwen2_engine_options *options, size_t n);
+
+// Bytes that the caches of all sequences and the shared prefixes may take together, at least 1; where they
+// do not do, shared prefixes are forgotten, then the last requests wait and are computed again. Default:
+// those of four sequences that fill the context.
+void qwen2_engine_options_set_cache_bytes(qwen2_engine_options *options, uint64_t bytes);
+
+// Tokens of prompts that one step reads between the tokens of the others, at least 1. Default: 64.
+void qwen2_engine_options_set_prefill_chunk(qwen2_engine_options *options, size_t n_tokens);
+
+// Requests that may wait, at least 1. Default: 1024.
+void qwen2_engine_options_set_queue_limit(qwen2_engine_options *options, size_t n);
+
+// What becomes of a request when so many wait, one of `QWEN2_WHEN_FULL_*`. Default: REFUSE.
+qwen2_status qwen2_engine_options_set_when_full(qwen2_engine_options *options,
+                                                int32_t when_full,
+                                                qwen2_error **error);
+
+// Whether the beginning that a prompt shares with earlier ones is computed once; 0 or 1, default 1.
+void qwen2_engine_options_set_prefix_cache(qwen2_engine_options *options, int32_t prefix_cache);
+
+// Whether a request gets the same tokens alone and among others, to the last bit of its logits; sequences
+// are then computed one by one. 0 or 1, default 0.
+void qwen2_engine_options_set_deterministic(qwen2_engine_options *options, int32_t deterministic);
+
+// Starts an engine on the model, which may be freed before it. `options` may be NULL for the defaults.
+// `*out` is freed with `qwen2_engine_free`.
+qwen2_status qwen2_engine_new(const qwen2_model *model,
+                              const qwen2_engine_options *options,
+                              qwen2_engine **out,
+                              qwen2_error **error);
+
+// Ends the engine and its thread; NULL is allowed. Requests that run fail with `QWEN2_ERROR_INTERNAL`;
+// their handles stay, with what came before, and are freed on their own. When this returns, every callback
+// has heard the end of its request and none is called any more; inside a callback it does not wait for
+// that: they hear it later, on their thread.
+void qwen2_engine_free(qwen2_engine *engine);
+
+// A prompt into the queue; it is answered whether it is read or not, but a request that leaves 256 pieces
+// unread pauses, and ends as CANCELLED after a minute of that. `options` may be NULL: as the checkpoint
+// says; an engine has no draft model, no prompt lookup and no `on_prefill`, and calls a logits processor on
+// its own thread. A step of `priority`, -128 to 127, goes before the 32 requests that came before. `model`
+// may be NULL, or a handle that was made of the engine's model by `qwen2_model_with_adapter`. `*out` is
+// freed with `qwen2_request_free`.
+qwen2_status qwen2_engine_submit(const qwen2_engine *engine,
+                                 const qwen2_prompt *prompt,
+                                 const qwen2_options *options,
+                                 int32_t priority,
+                                 const qwen2_model *model,
+                                 qwen2_request **out,
+                                 qwen2_error **error);
+
+// As `qwen2_engine_submit`, and `callback` hears the pieces and the end. `user_data` is borrowed until then,
+// or until `qwen2_request_free`. `out` may be NULL: the request then goes on by itself, and its handle is
+// the library's, valid inside the callback. The callback may be called before this returns.
+qwen2_status qwen2_engine_submit_callback(const qwen2_engine *engine,
+                                          const qwen2_prompt *prompt,
+                                          const qwen2_options *options,
+                                          int32_t priority,
+                                          const qwen2_model *model,
+                                          qwen2_request_fn callback,
+                                          void *user_data,
+                                          qwen2_request **out,
+                                          qwen2_error **error);
+
+// What the engine is doing: writes as many of its numbers, which `QWEN2_STATS_*` are the places of, as `stats`
+// has room for, and returns how many there are; a newer library may have more. `stats` may be NULL where
+// `n_stats` is 0. Returns 0, and writes nothing, for a handle that is none.
+size_t qwen2_engine_stats(const qwen2_engine *engine,
+                          uint64_t *stats,
+                          size_t n_stats);
+
+// Never waits. `QWEN2_OK`: `*text` is the next piece, whole UTF-8, NUL-terminated, perhaps empty, and `*len`
+// (may be NULL) its length in bytes; valid until the next call on this request. `QWEN2_PENDING`: there is
+// none yet. `QWEN2_DONE`: it has ended. The outputs are untouched by both. After an error a request has ended.
+qwen2_status qwen2_request_poll(qwen2_request *request,
+                                const char **text,
+                                size_t *len,
+                                qwen2_error **error);
+
+// As `qwen2_request_poll`, but waits for the next piece and is never pending.
+qwen2_status qwen2_request_next(qwen2_request *request, const char **text, size_t *len, qwen2_error **error);
+
+// The id of the last piece's token; `UINT32_MAX` before the first.
+uint32_t qwen2_request_token(const qwen2_request *request);
+
+// The request's switch, freed with `qwen2_cancel_free`: the one of its options if they have one. It works
+// from any thread, also while another one waits for the request. NULL for a handle that is none.
+qwen2_cancel *qwen2_request_cancel(const qwen2_request *request);
+
+// Waits for the end and gives the whole result, pieces that were read included. The request is still to be
+// freed. A second call is an error; after an error of the request every call fails with that. `*out` is freed
+// with `qwen2_generation_free`.
+qwen2_status qwen2_request_finish(qwen2_request *request, qwen2_generation **out, qwen2_error **error);
+
+// Frees a request and stops it if it still runs; NULL is allowed. When this returns, its callback is not
+// called any more, not with the end either; inside a callback it does not wait for one that runs.
+void qwen2_request_free(qwen2_request *request);
+
 // Natural log-probability of each new token, if `qwen2_options_set_logprobs` asked for it;
 // `n_logprobs` (may be NULL) gets their number, 0 if not. Valid until the generation is freed. NULL, and 0
 // in `n_logprobs`, for a handle that is none.
@@ -793,6 +1005,14 @@ float qwen2_stream_logprob(const qwen2_stream *stream);
 // As `qwen2_generation_top_logprobs`, where the last piece's token stands; valid until the next call on
 // this stream.
 size_t qwen2_stream_top_logprobs(const qwen2_stream *stream, const uint32_t **tokens, const float **logprobs);
+
+// As `qwen2_stream_logprob`, of a request to an engine.
+float qwen2_request_logprob(const qwen2_request *request);
+
+// As `qwen2_stream_top_logprobs`, of a request to an engine; inside its callback valid during the call.
+size_t qwen2_request_top_logprobs(const qwen2_request *request,
+                                  const uint32_t **tokens,
+                                  const float **logprobs);
 
 // A conversation in which nothing was said yet. `*out` is freed with `qwen2_session_free`.
 qwen2_status qwen2_session_new(const qwen2_model *model, qwen2_session **out, qwen2_error **error);

@@ -6,6 +6,7 @@
 #ifndef QWEN2_HPP
 #define QWEN2_HPP
 
+#include <array>
 #include <cstddef>
 #include <cstdint>
 #include <functional>
@@ -43,7 +44,7 @@ template <class T, auto Free> using Handle = std::unique_ptr<T, Deleter<Free>>;
 template <class F, class... Args> qwen2_status call(F function, Args... args) {
     qwen2_error *error = nullptr;
     const qwen2_status status = function(args..., &error);
-    if (status == QWEN2_OK || status == QWEN2_DONE) return status;
+    if (status == QWEN2_OK || status == QWEN2_DONE || status == QWEN2_PENDING) return status;
     const Handle<qwen2_error, qwen2_error_free> guard(error);
     const char *help = qwen2_error_help(error);
     throw Error(status, qwen2_error_message(error), help ? help : "");
@@ -290,6 +291,20 @@ inline void merge_lora(std::string_view source, std::string_view adapter, std::s
                  destination.size(), dtype.empty() ? nullptr : dtype.data(), dtype.size(), nullptr, nullptr);
 }
 
+/// What a checkpoint is, as JSON, without reading its weights.
+inline std::string inspect(std::string_view source) {
+    qwen2_text *out = nullptr;
+    detail::call(qwen2_inspect, source.data(), source.size(), &out);
+    return detail::text(out);
+}
+
+/// What a LoRA adapter is, as JSON.
+inline std::string inspect_adapter(std::string_view directory) {
+    qwen2_text *out = nullptr;
+    detail::call(qwen2_inspect_adapter, directory.data(), directory.size(), &out);
+    return detail::text(out);
+}
+
 /// A loaded model; copies share the weights.
 class Model {
 public:
@@ -344,6 +359,19 @@ public:
         detail::call(qwen2_model_with_draft, raw_.get(), draft.raw_.get(), &out);
         return Model(out);
     }
+    /// This model with a LoRA adapter, as PEFT saves it, beside its weights, which both share.
+    Model with_adapter(std::string_view directory) const {
+        qwen2_model *out = nullptr;
+        detail::call(qwen2_model_with_adapter, raw_.get(), directory.data(), directory.size(), &out);
+        return Model(out);
+    }
+    /// The directories of its adapters, in the order they were added.
+    std::vector<std::string> adapters() const {
+        std::vector<std::string> found;
+        for (std::size_t i = 0; i < qwen2_model_n_adapters(raw_.get()); i++)
+            found.emplace_back(qwen2_model_adapter(raw_.get(), i));
+        return found;
+    }
     Tokenizer tokenizer() const { return Tokenizer(qwen2_model_tokenizer(raw_.get())); }
     std::string name() const { return qwen2_model_name(raw_.get()); }
     std::string device() const { return qwen2_model_device(raw_.get()); }
@@ -355,6 +383,95 @@ private:
         return static_cast<const LoadOptions *>(options)->progress(done, total) ? 0 : 1;
     }
     detail::Handle<qwen2_model, qwen2_model_free> raw_;
+};
+
+/// A request to an engine; freeing it stops it.
+class Request {
+public:
+    explicit Request(qwen2_request *raw) : raw_(raw) {}
+    /// What poll finds: a piece, nothing yet, or the end.
+    struct Polled {
+        qwen2_status status;                                         ///< QWEN2_OK, QWEN2_PENDING or QWEN2_DONE
+        std::string_view piece;                                      ///< valid until the next call
+    };
+    /// Never waits.
+    Polled poll() {
+        const char *data = nullptr;
+        std::size_t len = 0;
+        const qwen2_status status = detail::call(qwen2_request_poll, raw_.get(), &data, &len);
+        return {status, data ? std::string_view(data, len) : std::string_view()};
+    }
+    /// Waits for the next piece, valid until the next call; nothing when it has ended.
+    std::optional<std::string_view> next() {
+        const char *data = nullptr;
+        std::size_t len = 0;
+        if (detail::call(qwen2_request_next, raw_.get(), &data, &len) == QWEN2_DONE) return std::nullopt;
+        return std::string_view(data, len);
+    }
+    std::uint32_t token() const { return qwen2_request_token(raw_.get()); }
+    Cancel cancel() const { return Cancel(qwen2_request_cancel(raw_.get())); }
+    Generation finish() {
+        qwen2_generation *out = nullptr;
+        detail::call(qwen2_request_finish, raw_.get(), &out);
+        return Generation(out);
+    }
+private:
+    detail::Handle<qwen2_request, qwen2_request_free> raw_;
+};
+
+/// How to set up an engine; what is not set has its default.
+struct EngineOptions {
+    std::optional<std::size_t> max_sequences, prefill_chunk, queue_limit;
+    std::optional<std::uint64_t> cache_bytes;
+    bool wait_when_full = false;                                     ///< instead of throwing
+    bool prefix_cache = true;                                        ///< compute common beginnings once
+    bool deterministic = false;                                      ///< the same bits alone and among others
+};
+
+/// Many requests on one model, computed together; any number of threads may submit.
+class Engine {
+public:
+    explicit Engine(const Model &model, const EngineOptions &options = {}) {
+        const detail::Handle<qwen2_engine_options, qwen2_engine_options_free> raw(qwen2_engine_options_new());
+        qwen2_engine_options *set = raw.get();
+        if (options.max_sequences) qwen2_engine_options_set_max_sequences(set, *options.max_sequences);
+        if (options.prefill_chunk) qwen2_engine_options_set_prefill_chunk(set, *options.prefill_chunk);
+        if (options.queue_limit) qwen2_engine_options_set_queue_limit(set, *options.queue_limit);
+        if (options.cache_bytes) qwen2_engine_options_set_cache_bytes(set, *options.cache_bytes);
+        const std::int32_t when_full = options.wait_when_full ? QWEN2_WHEN_FULL_WAIT : QWEN2_WHEN_FULL_REFUSE;
+        detail::call(qwen2_engine_options_set_when_full, set, when_full);
+        qwen2_engine_options_set_prefix_cache(set, options.prefix_cache);
+        qwen2_engine_options_set_deterministic(set, options.deterministic);
+        qwen2_engine *out = nullptr;
+        detail::call(qwen2_engine_new, model.get(), set, &out);
+        raw_.reset(out);
+    }
+    /// `model`: the engine's own, or one made of it by with_adapter.
+    Request submit(const Prompt &prompt, const Options &options = {}, int priority = 0,
+                   const Model *model = nullptr) const {
+        qwen2_request *out = nullptr;
+        detail::call(qwen2_engine_submit, raw_.get(), prompt.get(), options.get(), priority,
+                     model ? model->get() : nullptr, &out);
+        return Request(out);
+    }
+    /// `callback` hears the pieces and the end, see qwen2_request_fn; it must not throw. `user_data` is borrowed
+    /// until then, or until the request goes.
+    Request submit(const Prompt &prompt, const Options &options, qwen2_request_fn callback, void *user_data,
+                   int priority = 0, const Model *model = nullptr) const {
+        qwen2_request *out = nullptr;
+        detail::call(qwen2_engine_submit_callback, raw_.get(), prompt.get(), options.get(), priority,
+                     model ? model->get() : nullptr, callback, user_data, &out);
+        return Request(out);
+    }
+    /// Its numbers; their places are QWEN2_STATS_*.
+    std::array<std::uint64_t, QWEN2_N_STATS> stats() const {
+        std::array<std::uint64_t, QWEN2_N_STATS> numbers{};
+        qwen2_engine_stats(raw_.get(), numbers.data(), numbers.size());
+        return numbers;
+    }
+    const qwen2_engine *get() const noexcept { return raw_.get(); }
+private:
+    detail::Handle<qwen2_engine, qwen2_engine_free> raw_;
 };
 
 } // namespace qwen2

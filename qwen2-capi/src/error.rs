@@ -10,13 +10,15 @@ use qwen2_core::ErrorKind;
 use crate::fence;
 use crate::values::{c_string, pointer};
 
-/// `QWEN2_OK`, `QWEN2_DONE` or one of `QWEN2_ERROR_*`. Values only get added.
+/// `QWEN2_OK`, `QWEN2_DONE`, `QWEN2_PENDING` or one of `QWEN2_ERROR_*`. Values only get added.
 pub type qwen2_status = i32;
 
 /// Success.
 pub const QWEN2_OK: qwen2_status = 0;
-/// A stream has ended; not an error.
+/// A stream or a request has ended; not an error.
 pub const QWEN2_DONE: qwen2_status = -1;
+/// A request has no piece yet; not an error.
+pub const QWEN2_PENDING: qwen2_status = -2;
 /// An argument is out of its range or contradicts another one; NULL and freed handles; text that is
 /// not UTF-8.
 pub const QWEN2_ERROR_INVALID_ARGUMENT: qwen2_status = 1;
@@ -50,7 +52,7 @@ pub const QWEN2_ERROR_CANCELLED: qwen2_status = 14;
 pub const QWEN2_ERROR_INTERNAL: qwen2_status = 99;
 
 /// What went wrong, where, and the way out. Owned by the caller that received it.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct qwen2_error {
     kind: ErrorKind,
     message: CString,
@@ -60,11 +62,22 @@ pub struct qwen2_error {
 }
 
 impl qwen2_error {
-    /// A bad argument found on this side of the border, worded as the core words its errors.
+    /// A bad argument found on this side of the border.
     pub(crate) fn invalid(key: &str, what: &str, why: Option<String>, help: &str) -> Box<Self> {
+        Self::new(ErrorKind::InvalidArgument, key, what, why, help)
+    }
+
+    /// A failure of this side of the border, worded as the core words its errors.
+    pub(crate) fn new(
+        kind: ErrorKind,
+        key: &str,
+        what: &str,
+        why: Option<String>,
+        help: &str,
+    ) -> Box<Self> {
         let why = why.map(|why| format!(": {why}")).unwrap_or_default();
         Box::new(Self {
-            kind: ErrorKind::InvalidArgument,
+            kind,
             message: c_string(&format!("{what}: {key}{why}")),
             help: Some(c_string(help)),
             path: None,
@@ -155,6 +168,7 @@ pub extern "C" fn qwen2_status_name(status: qwen2_status) -> *const c_char {
     match status {
         QWEN2_OK => c"ok".as_ptr(),
         QWEN2_DONE => c"done".as_ptr(),
+        QWEN2_PENDING => c"pending".as_ptr(),
         code => {
             let rows = || {
                 ErrorKind::ALL

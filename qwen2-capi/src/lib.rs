@@ -14,10 +14,14 @@
 )]
 #![allow(non_camel_case_types, reason = "these are C's names")]
 
+mod adapter;
+mod courier;
 mod embed;
+mod engine;
 mod error;
 mod fence;
 mod generation;
+mod inspect;
 mod load;
 mod log;
 mod logprobs;
@@ -25,6 +29,7 @@ mod model;
 mod options;
 mod processor;
 mod prompt;
+mod request;
 mod session;
 mod stream;
 mod tokenizer;
@@ -32,9 +37,12 @@ mod tools;
 mod values;
 mod version;
 
+pub use adapter::*;
 pub use embed::*;
+pub use engine::*;
 pub use error::*;
 pub use generation::*;
+pub use inspect::*;
 pub use load::*;
 pub use log::*;
 pub use logprobs::*;
@@ -42,6 +50,7 @@ pub use model::*;
 pub use options::*;
 pub use processor::*;
 pub use prompt::*;
+pub use request::*;
 pub use session::*;
 pub use stream::*;
 pub use tokenizer::*;

@@ -4,6 +4,7 @@ use qwen2_core::Logprobs;
 
 use crate::fence;
 use crate::generation::qwen2_generation;
+use crate::request::qwen2_request;
 use crate::stream::qwen2_stream;
 use crate::values::show;
 
@@ -128,6 +129,28 @@ pub unsafe extern "C" fn qwen2_stream_top_logprobs(
 ) -> usize {
     fence::read(stream, 0, |stream| {
         let shown = stream.with_logprobs(|last| last.show_top(0, tokens, logprobs));
+        shown.unwrap_or(0)
+    })
+}
+
+/// As `qwen2_stream_logprob`, of a request to an engine.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn qwen2_request_logprob(request: *const qwen2_request) -> f32 {
+    fence::read(request, f32::NAN, |request| {
+        let found = request.with_logprobs(|logprobs| logprobs.chosen.first().copied());
+        found.flatten().unwrap_or(f32::NAN)
+    })
+}
+
+/// As `qwen2_stream_top_logprobs`, of a request to an engine; inside its callback valid during the call.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn qwen2_request_top_logprobs(
+    request: *const qwen2_request,
+    tokens: *mut *const u32,
+    logprobs: *mut *const f32,
+) -> usize {
+    fence::read(request, 0, |request| {
+        let shown = request.with_logprobs(|last| last.show_top(0, tokens, logprobs));
         shown.unwrap_or(0)
     })
 }

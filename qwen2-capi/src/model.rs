@@ -22,6 +22,7 @@ pub struct qwen2_model {
     name: CString,
     device: CString,
     dtype: CString,
+    pub(crate) adapters: Vec<CString>,
     config: OnceLock<CString>,
     generation_config: OnceLock<CString>,
 }
@@ -43,6 +44,11 @@ impl From<Model> for qwen2_model {
             name: c_string(model.name()),
             device: c_string(&model.device().to_string()),
             dtype: c_string(model.dtype().name()),
+            adapters: model
+                .adapters()
+                .iter()
+                .map(|directory| c_string(&directory.to_string_lossy()))
+                .collect(),
             config: OnceLock::new(),
             generation_config: OnceLock::new(),
             model,

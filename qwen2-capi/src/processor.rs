@@ -11,8 +11,9 @@ use crate::options::qwen2_options;
 /// that generates: `tokens` are those of the prompt and of the output so far, `logits` one number for each
 /// id of the vocabulary, to be changed in place; `-INFINITY` forbids a token. Both are valid during the
 /// call only. Returns 0 to go on; anything else ends the generation, which then fails with
-/// `QWEN2_ERROR_CANCELLED`. It must not use the stream or the session that calls it, which fails, and it
-/// must return: no `longjmp`, no C++ exception.
+/// `QWEN2_ERROR_CANCELLED`. It must not use the stream or the session that calls it, which fails; on an
+/// engine's thread it must neither wait for a request of the engine nor free the engine. It must return: no
+/// `longjmp`, no C++ exception.
 pub type qwen2_logits_processor_fn = Option<
     unsafe extern "C" fn(
         tokens: *const u32,
@@ -29,7 +30,8 @@ pub(crate) struct Processor {
     user_data: *mut c_void,
 }
 
-// SAFETY: the core calls it on the thread that asks for a piece or a generation, and the header says so.
+// SAFETY: the core calls it on the thread that asks for a piece or a generation, or on an engine's, and the
+// header says so.
 unsafe impl Send for Processor {}
 
 impl LogitsProcessor for Processor {
@@ -54,7 +56,7 @@ impl LogitsProcessor for Processor {
 }
 
 /// Who changes the logits before each choice; NULL: nobody, the default. `user_data` is borrowed until
-/// every generation with these settings has ended and every stream with them was freed.
+/// every generation with these settings has ended and every stream and request with them was freed.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn qwen2_options_set_logits_processor(
     options: *mut qwen2_options,

@@ -9,11 +9,12 @@ use std::process::Command;
 use common::{Workshop, fixture, root, run, text};
 
 /// Each with what it says on the demo model, among other things.
-const EXAMPLES: [(&str, &str); 5] = [
+const EXAMPLES: [(&str, &str); 6] = [
     ("hello.c", "5"),
     ("chat.c", "Tuesday"),
     ("stream.c", "9"),
     ("session.c", "5"),
+    ("engine.c", "tokens in"),
     ("chat.cpp", "Tuesday"),
 ];
 

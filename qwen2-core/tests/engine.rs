@@ -334,6 +334,21 @@ fn a_full_queue_refuses_or_waits() {
     let engine = build(WhenFull::Wait);
     let streams = (0..5).map(|n| submit(&engine, n).unwrap()).collect();
     assert_eq!(answers(streams).len(), 5);
+    // A request may want it otherwise than its engine.
+    let mut streams = vec![submit(&engine, 1).unwrap(), submit(&engine, 2).unwrap()];
+    let hasty = || {
+        let request = Request::new(Prompt::Tokens(tokens(10, 3)), &greedy(60));
+        engine.submit_request(request.when_full(WhenFull::Refuse))
+    };
+    // At once, or when the first has gone from the queue to be computed.
+    let refused = loop {
+        match hasty() {
+            Ok(stream) => streams.push(stream),
+            Err(error) => break error,
+        }
+    };
+    assert_eq!(refused.key(), Some("queue_limit"));
+    answers(streams);
 }
 
 #[test]

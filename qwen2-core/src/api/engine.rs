@@ -52,6 +52,7 @@ pub struct Request {
     priority: i8,
     model: Option<Model>,
     processor: Option<Box<dyn LogitsProcessor>>,
+    when_full: Option<WhenFull>,
 }
 
 impl Model {
@@ -165,6 +166,7 @@ impl Request {
             priority: 0,
             model: None,
             processor: None,
+            when_full: None,
         }
     }
 
@@ -184,6 +186,12 @@ impl Request {
     /// Changes the logits before each choice.
     pub fn processor(mut self, processor: impl LogitsProcessor + 'static) -> Self {
         self.processor = Some(Box::new(processor));
+        self
+    }
+
+    /// What becomes of it when the queue is full; default: as the engine was built.
+    pub fn when_full(mut self, when_full: WhenFull) -> Self {
+        self.when_full = Some(when_full);
         self
     }
 }
@@ -235,6 +243,7 @@ impl Engine {
             )?,
             cache,
             priority: request.priority,
+            when_full: request.when_full,
         })
     }
 

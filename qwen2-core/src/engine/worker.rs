@@ -23,6 +23,8 @@ pub(crate) struct Job {
     /// Empty.
     pub(crate) cache: Cache,
     pub(crate) priority: i8,
+    /// Where it differs from the settings.
+    pub(crate) when_full: Option<WhenFull>,
 }
 
 /// A job with the way to its reader.
@@ -146,9 +148,10 @@ impl Worker {
     pub(crate) fn submit(&self, job: Job) -> Result<RequestStream> {
         job.network.check_process()?;
         let (outlet, stream) = outlet(job.sequence.cancel_token(), Wake(self.shared.clone()));
+        let when_full = job.when_full.unwrap_or(self.settings.when_full);
         let mut inbox = self.shared.lock();
         while inbox.queue.len() >= self.settings.queue_limit && !inbox.stop {
-            if self.settings.when_full == WhenFull::Refuse {
+            if when_full == WhenFull::Refuse {
                 return Err(self.full());
             }
             let freed = self.shared.room.wait(inbox);

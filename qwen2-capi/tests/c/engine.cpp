@@ -1,0 +1,79 @@
+// The engine, adapters and inspection through qwen2.hpp: on the demo model in argv[1], the fixture in argv[2]
+// and its adapter in argv[3].
+#include <cstdio>
+#include <string>
+#include <vector>
+
+#include "check.h"
+#include "qwen2.hpp"
+
+static std::int32_t hear(qwen2_request *, qwen2_status status, const char *text, std::size_t len, void *user_data) {
+    auto *heard = static_cast<std::string *>(user_data);
+    heard->append(text, len);
+    return status == QWEN2_OK && heard->size() > 10;
+}
+
+static void requests(const qwen2::Model &model) {
+    qwen2::EngineOptions settings;
+    settings.max_sequences = 3;
+    const qwen2::Engine engine(model, settings);
+    const auto options = std::move(qwen2::Options::greedy().max_new_tokens(24));
+    std::vector<qwen2::Request> running;
+    std::vector<std::string> alone, texts(6);
+    for (int i = 0; i < 6; i++) {
+        const auto prompt = qwen2::Prompt::user("What is " + std::to_string(i) + " plus 3?");
+        alone.emplace_back(model.generate(prompt, options).text());
+        running.push_back(engine.submit(prompt, options, i % 2));
+    }
+    for (std::size_t n_ended = 0; n_ended < running.size();) {
+        n_ended = 0;
+        for (std::size_t i = 0; i < running.size(); i++) {
+            const auto polled = running[i].poll();
+            texts[i].append(polled.piece);
+            n_ended += polled.status == QWEN2_DONE;
+        }
+    }
+    for (std::size_t i = 0; i < running.size(); i++) {
+        CHECK(texts[i] == alone[i] && !running[i].next());
+        CHECK(running[i].finish().text() == alone[i]);
+    }
+    CHECK(engine.stats()[QWEN2_STATS_FINISHED] == 6);
+
+    std::string heard;
+    auto told = engine.submit(qwen2::Prompt::user("Count from 3 to 9."), qwen2::Options::greedy(), hear, &heard);
+    const auto generation = told.finish();
+    CHECK(generation.finish_reason() == QWEN2_FINISH_CANCELLED && heard.size() > 10);
+    CHECK(generation.text().substr(0, heard.size()) == heard);
+    auto cancelled = engine.submit(qwen2::Prompt::user("Hi"), std::move(qwen2::Options().ignore_eos(true)));
+    cancelled.cancel().cancel();
+    CHECK(cancelled.finish().finish_reason() == QWEN2_FINISH_CANCELLED);
+}
+
+static void adapters(const char *fixture, const char *adapter) {
+    const auto model = qwen2::Model::load(fixture);
+    const auto adapted = model.with_adapter(adapter);
+    CHECK(model.adapters().empty() && adapted.adapters() == std::vector<std::string>{adapter});
+    qwen2::EngineOptions settings;
+    settings.deterministic = true;
+    const qwen2::Engine engine(model, settings);
+    const auto options = std::move(qwen2::Options::greedy().max_new_tokens(8).ignore_eos(true));
+    const auto prompt = qwen2::Prompt::user("Hi");
+    const auto tokens = engine.submit(prompt, options, 0, &adapted).finish().tokens();
+    CHECK(tokens == adapted.generate(prompt, options).tokens() && tokens != model.generate(prompt, options).tokens());
+    CHECK(qwen2::inspect(fixture).find("\"weight_bytes\":") != std::string::npos);
+    CHECK(qwen2::inspect_adapter(adapter).find("\"ranks\":") != std::string::npos);
+    const auto other = qwen2::Model::load(fixture);
+    try {
+        engine.submit(prompt, options, 0, &other);
+        CHECK(false);
+    } catch (const qwen2::Error &error) {
+        CHECK(error.code() == QWEN2_ERROR_INVALID_ARGUMENT && !error.help().empty());
+    }
+}
+
+int main(int argc, char **argv) {
+    CHECK(argc == 4);
+    requests(qwen2::Model::load(argv[1]));
+    adapters(argv[2], argv[3]);
+    std::puts("engine: all well");
+}
