@@ -8,6 +8,8 @@ pub(crate) mod packed;
 #[path = "../../../../qwen2-core/src/ops/visible.rs"]
 mod visible;
 pub(crate) use visible::Visible;
+#[path = "../../../../qwen2-core/src/ops/watch.rs"]
+pub(crate) mod watch;
 
 /// As `ops/key_values.rs` has it.
 pub(crate) const PAGE: usize = 512;
