@@ -3,6 +3,8 @@
 #[path = "../../../../qwen2-core/src/ops/codes.rs"]
 pub(crate) mod codes;
 pub(crate) mod cpu;
+#[path = "../../../../qwen2-core/src/ops/fit.rs"]
+pub(crate) mod fit;
 #[path = "../../../../qwen2-core/src/ops/packed.rs"]
 pub(crate) mod packed;
 #[path = "../../../../qwen2-core/src/ops/visible.rs"]
