@@ -96,6 +96,11 @@ impl Device {
         self.backend == Backend::Cpu
     }
 
+    /// Whether this is an NVIDIA GPU through CUDA, which has every precision.
+    pub(crate) fn is_cuda(&self) -> bool {
+        self.backend == Backend::Cuda
+    }
+
     /// Opens the device; `auto` becomes the one that was found.
     ///
     /// # Errors

@@ -249,7 +249,7 @@ impl ModelBuilder {
         let expected = names::expected(&checkpoint.config, tied);
         let adapter = self.open_adapter(&checkpoint, &expected)?;
         let shapes: HashMap<_, _> = expected.into_iter().collect();
-        let kept = self.dtype.filter(|_| !device.is_gpu());
+        let kept = self.dtype.filter(|_| !device.is_gpu() || device.is_cuda());
         let stored = match checkpoint.config.packed {
             true => checkpoint.config.dtype, // of what it was packed from
             false => checkpoint.dtype(),
@@ -324,9 +324,9 @@ impl ModelBuilder {
         )
     }
 
-    /// The precision of matrices on the device: burn's GPU backends do not all take bf16.
+    /// The precision of matrices on the device: what runs on wgpu does not all take bf16.
     fn kept_dtype(&self, device: &Device) -> Option<DType> {
-        if device.is_cpu() {
+        if device.is_cpu() || device.is_cuda() {
             self.dtype
         } else {
             self.dtype.or(Some(DType::F32))
@@ -344,7 +344,7 @@ impl ModelBuilder {
 
     fn kv_cache_type(&self, device: &Device, weights: DType, packed: bool) -> KvCacheType {
         self.kv_cache.unwrap_or(match packed {
-            _ if !device.is_cpu() => KvCacheType::F32,
+            _ if !device.is_cpu() && !device.is_cuda() => KvCacheType::F32,
             true => KvCacheType::F16,
             false => weights.default_kv_cache(),
         })
@@ -392,8 +392,8 @@ impl ModelBuilder {
                 }
                 weights.count(name, &data);
                 match data {
-                    Kept::Dense(_) => copy(name, data, &threads, &mut arena), // as preloaded
-                    Kept::Packed(..) => Ok(data),
+                    Kept::Dense(_) if device.is_cpu() => copy(name, data, &threads, &mut arena), // as preloaded
+                    data => Ok(data),
                 }
             },
         )?;
@@ -650,18 +650,26 @@ fn random_tensor(name: &str, shape: &[usize], dtype: DType, seed: u64) -> Tensor
         (unit - 0.5) * (0.02 * 3.464_101_6)
     };
     match dtype {
-        DType::F32 => TensorData::new((0..n).map(|_| next()).collect::<Vec<_>>(), shape.to_vec()),
-        DType::BF16 => TensorData::new(
-            (0..n)
-                .map(|_| half::bf16::from_f32(next()))
-                .collect::<Vec<_>>(),
-            shape.to_vec(),
-        ),
-        DType::F16 => TensorData::new(
-            (0..n)
-                .map(|_| half::f16::from_f32(next()))
-                .collect::<Vec<_>>(),
-            shape.to_vec(),
-        ),
+        DType::F32 => TensorData::new(repeated(n, next), shape.to_vec()),
+        DType::BF16 => {
+            let numbers = repeated(n, || half::bf16::from_f32(next()));
+            TensorData::new(numbers, shape.to_vec())
+        }
+        DType::F16 => {
+            let numbers = repeated(n, || half::f16::from_f32(next()));
+            TensorData::new(numbers, shape.to_vec())
+        }
     }
+}
+
+/// `n` numbers, of which the first million are drawn: the largest networks have a thousand times more.
+fn repeated<T: Copy>(n: usize, mut next: impl FnMut() -> T) -> Vec<T> {
+    const DRAWN: usize = (1 << 20) + 7;
+    let mut numbers = Vec::with_capacity(n);
+    numbers.extend((0..n.min(DRAWN)).map(|_| next()));
+    while numbers.len() < n {
+        let more = numbers.len().min(n - numbers.len());
+        numbers.extend_from_within(..more);
+    }
+    numbers
 }

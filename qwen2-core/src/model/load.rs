@@ -143,10 +143,15 @@ impl Source<'_> {
                 Weight::Dense(Tensor::from_data(data, (self.device, dtype)))
             }
             Kept::Packed(shape, bytes) => {
-                let data = TensorData::from_bytes(bytes, [shape.bytes()], DType::U8);
+                // Not every GPU knows bytes.
+                let (dtype, size) = match *self.device == Device::flex() {
+                    true => (DType::U8, 1),
+                    false => (DType::U32, 4),
+                };
+                let data = TensorData::from_bytes(bytes, [shape.bytes() / size], dtype);
                 Weight::Packed {
                     shape,
-                    bytes: Tensor::from_data(data, (self.device, DType::U8)),
+                    bytes: Tensor::from_data(data, (self.device, dtype)),
                 }
             }
         })

@@ -6,6 +6,8 @@ pub(crate) mod codes;
 #[cfg(feature = "cpu")]
 pub(crate) mod cpu;
 pub(crate) mod fit;
+#[cfg(feature = "gpu")]
+mod gpu;
 mod key_values;
 mod linear;
 mod low_rank;
@@ -63,11 +65,19 @@ fn base_project<const N: usize>(
     if cpu::takes(x) {
         return cpu::project(x, norm, matrices);
     }
+    #[cfg(feature = "gpu")]
+    if gpu::takes(x) {
+        return gpu::project(x, norm, matrices);
+    }
     portable::project(x, norm, matrices)
 }
 
 /// The norm alone, `[n, hidden]`, once for a forward.
 pub(crate) fn norm(x: Tensor<2>, norm: &RmsNorm) -> Tensor<2> {
+    #[cfg(feature = "gpu")]
+    if gpu::takes(&x) {
+        return gpu::normed(&x, norm);
+    }
     portable::rms_norm(x, norm)
 }
 
@@ -105,6 +115,10 @@ fn base_add_project(h: Tensor<2>, x: Tensor<2>, matrix: &Linear) -> Tensor<2> {
     if cpu::takes(&x) {
         return cpu::add_project(h, x, matrix);
     }
+    #[cfg(feature = "gpu")]
+    if gpu::takes(&x) {
+        return gpu::add_project(h, &x, matrix);
+    }
     portable::add_project(h, x, matrix)
 }
 
@@ -119,6 +133,8 @@ pub(crate) fn mlp(h: Tensor<2>, norm: &RmsNorm, matrices: [&Linear; 3]) -> Tenso
     let [gate, up, down] = matrices;
     // [n, intermediate]
     let gated = part("norm, gate up", || match is_plain {
+        #[cfg(feature = "gpu")]
+        true if gpu::takes(&h) => gpu::swiglu(&h, norm, gate, up),
         true => portable::swiglu(&h, norm, gate, up),
         false => low_rank::gated(project(&h, norm, [gate, up])),
     });
@@ -156,6 +172,10 @@ pub(crate) fn experts(h: Tensor<2>, norm: &RmsNorm, visits: Vec<Visit<'_>>) -> T
     if cpu::takes(&h) {
         return cpu::experts(h, norm, visits);
     }
+    #[cfg(feature = "gpu")]
+    if gpu::takes(&h) {
+        return gpu::experts(h, norm, visits);
+    }
     portable::experts(h, norm, visits)
 }
 
@@ -173,6 +193,10 @@ pub(crate) fn append(
     if cpu::takes(&qkv) {
         return cpu::append(qkv, tables, pages, start);
     }
+    #[cfg(feature = "gpu")]
+    if gpu::takes(&qkv) {
+        return gpu::append(qkv, tables, pages, start);
+    }
     portable::append(qkv, tables, pages, start)
 }
 
@@ -184,11 +208,19 @@ pub(crate) fn attention(q: Tensor<3>, pages: &[KeyValues], visible: Visible) -> 
     if cpu::takes(&q) {
         return cpu::attention(q, pages, visible);
     }
+    #[cfg(feature = "gpu")]
+    if gpu::takes(&q) {
+        return gpu::attention(q, pages, visible);
+    }
     portable::attention(q, pages, visible)
 }
 
 /// Rows `tokens` of a matrix as f32, `[n, in_features]`: the matrix as an embedding table.
 pub(crate) fn embed(table: &Weight, tokens: &[u32]) -> Tensor<2> {
+    #[cfg(feature = "gpu")]
+    if gpu::holds(table) {
+        return gpu::embed(table, tokens);
+    }
     match table {
         Weight::Dense(table) => portable::embed(table, tokens),
         #[cfg(feature = "cpu")]

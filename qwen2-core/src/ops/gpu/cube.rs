@@ -1,0 +1,244 @@
+//! Tensors as buffers of kernels, and the kernels of norm, rope, cache and attention on tensors.
+
+use burn::backend::{BackendTensor, DispatchAutodiffContext, DispatchTensor, DispatchTensorKind};
+use burn::tensor::{DType, Shape, Tensor};
+use burn_cubecl::cubecl::calculate_cube_count_elemwise;
+use burn_cubecl::cubecl::prelude::*;
+use burn_cubecl::kernel::into_contiguous;
+use burn_cubecl::ops::numeric::empty_device_contiguous_dtype;
+use burn_cubecl::tensor::CubeTensor;
+
+use super::attention::{self, AttentionPlan, SpanLaunch, TILE};
+use super::reduce::{UNITS, has_planes};
+use super::{cache, norm};
+use crate::ops::{Angles, RmsNorm, Visible};
+
+/// Whether the tensor lives where these kernels run.
+pub(crate) fn takes<const D: usize>(x: &Tensor<D>) -> bool {
+    is_here(x.clone().into_dispatch())
+}
+
+pub(super) fn is_here(tensor: DispatchTensor) -> bool {
+    matches!(tensor.kind, DispatchTensorKind::Cube(_))
+}
+
+/// The tensor's buffer, its elements in order.
+pub(super) fn cube(x: impl IntoDispatch) -> CubeTensor {
+    let DispatchTensorKind::Cube(tensor) = x.into_dispatch_tensor().kind else {
+        unreachable!("operations ask `takes` first");
+    };
+    match tensor {
+        BackendTensor::Float(tensor) | BackendTensor::Int(tensor) => into_contiguous(tensor),
+        _ => unreachable!("floats and integers are all there is"),
+    }
+}
+
+/// Float and integer tensors.
+pub(super) trait IntoDispatch {
+    fn into_dispatch_tensor(self) -> DispatchTensor;
+}
+
+impl<const D: usize> IntoDispatch for Tensor<D> {
+    fn into_dispatch_tensor(self) -> DispatchTensor {
+        self.into_dispatch()
+    }
+}
+
+impl<const D: usize> IntoDispatch for Tensor<D, burn::tensor::Int> {
+    fn into_dispatch_tensor(self) -> DispatchTensor {
+        self.into_dispatch()
+    }
+}
+
+/// A float tensor of the buffer.
+pub(super) fn tensor<const D: usize>(cube: CubeTensor) -> Tensor<D> {
+    Tensor::from_dispatch(DispatchTensor {
+        kind: DispatchTensorKind::Cube(BackendTensor::Float(cube)),
+        autodiff: DispatchAutodiffContext::Disabled,
+    })
+}
+
+/// A buffer beside `like`, not yet written.
+pub(super) fn empty(like: &CubeTensor, shape: impl Into<Shape>, dtype: DType) -> CubeTensor {
+    empty_device_contiguous_dtype(
+        like.client.clone(),
+        like.device.clone(),
+        shape.into(),
+        dtype,
+    )
+}
+
+/// The tensor in a buffer that nobody else reads.
+pub(super) fn own(tensor: CubeTensor) -> CubeTensor {
+    match tensor.can_mut() {
+        true => tensor,
+        false => tensor.copy(),
+    }
+}
+
+/// The element as cubecl names it.
+pub(super) fn elem(dtype: DType) -> burn_cubecl::cubecl::ir::ElemType {
+    burn::backend::cubecl::dtype_to_storage_type(dtype)
+}
+
+pub(super) fn rms_norm(x: &Tensor<2>, norm: &RmsNorm) -> Tensor<2> {
+    let [n, cols] = x.dims();
+    let x = cube(x.clone());
+    let weight = cube(norm.weight.clone());
+    let out = empty(&x, [n, cols], DType::F32);
+    let client = x.client.clone();
+    // SAFETY: a cube writes one row of `out`, and reads the same of `x` and all of the weight.
+    unsafe {
+        norm::rms_norm::launch_unchecked(
+            &client,
+            CubeCount::Static(n as u32, 1, 1),
+            CubeDim::new_1d(UNITS as u32),
+            x.into_buffer_arg(),
+            weight.into_buffer_arg(),
+            out.clone().into_buffer_arg(),
+            cols as u32,
+            norm.eps as f32,
+            has_planes(&client),
+            elem(DType::F32),
+        );
+    }
+    tensor(out)
+}
+
+/// `silu(gate) · up`, element by element.
+pub(super) fn silu_times(gate: Tensor<2>, up: Tensor<2>) -> Tensor<2> {
+    let shape = gate.dims();
+    let (gate, up) = (cube(gate), cube(up));
+    let out = empty(&gate, shape, gate.dtype);
+    let total = shape[0] * shape[1];
+    let client = gate.client.clone();
+    let dim = CubeDim::new_1d(UNITS as u32);
+    // SAFETY: a unit reads and writes the element of its place, below `total`, which all three have.
+    unsafe {
+        norm::silu_times::launch_unchecked(
+            &client,
+            calculate_cube_count_elemwise(&client, total, dim),
+            dim,
+            gate.into_buffer_arg(),
+            up.into_buffer_arg(),
+            out.clone().into_buffer_arg(),
+            total as u32,
+            elem(out.dtype),
+        );
+    }
+    tensor(out)
+}
+
+/// Rotated queries `[n, heads, head_dim]`, and the caches with the new keys and values.
+pub(super) fn rope_append(
+    qkv: Tensor<2>,
+    angles: &Angles,
+    keys: Tensor<3>,
+    values: Tensor<3>,
+    start: usize,
+) -> (Tensor<3>, Tensor<3>, Tensor<3>) {
+    let [kv_heads, capacity, head_dim] = keys.dims();
+    let [n, width] = qkv.dims();
+    let heads = width / head_dim - 2 * kv_heads;
+    let qkv = cube(qkv);
+    let (cos, sin) = (cube(angles.cos.clone()), cube(angles.sin.clone()));
+    let (keys, values) = (own(cube(keys)), own(cube(values)));
+    let q = empty(&qkv, [n, heads, head_dim], DType::F32);
+    let total = n * (heads + 2 * kv_heads) * head_dim / 2;
+    let client = qkv.client.clone();
+    let dim = CubeDim::new_1d(UNITS as u32);
+    // SAFETY: a unit below `total` has two elements of a head of `qkv` to itself, and writes them to `q`
+    // or to position `start + t` of a cache; the caller made room for `n` positions from `start` on.
+    unsafe {
+        cache::rope_append::launch_unchecked(
+            &client,
+            calculate_cube_count_elemwise(&client, total, dim),
+            dim,
+            qkv.into_buffer_arg(),
+            cos.into_buffer_arg(),
+            sin.into_buffer_arg(),
+            q.clone().into_buffer_arg(),
+            keys.clone().into_buffer_arg(),
+            values.clone().into_buffer_arg(),
+            heads as u32,
+            kv_heads as u32,
+            head_dim as u32 / 2,
+            capacity as u32,
+            start as u32,
+            total as u32,
+            elem(keys.dtype),
+        );
+    }
+    (tensor(q), tensor(keys), tensor(values))
+}
+
+/// Cubes that fill a large device.
+const MANY_CUBES: usize = 512;
+
+/// `q` `[n, heads, head_dim]` over the positions up to each; the result is `[n, heads · head_dim]`.
+pub(super) fn attend(
+    q: Tensor<3>,
+    keys: &Tensor<3>,
+    values: &Tensor<3>,
+    visible: Visible,
+) -> Tensor<2> {
+    let [n, heads, head_dim] = q.dims();
+    let [kv_heads, capacity, _] = keys.dims();
+    let q = cube(q);
+    let (keys, values) = (cube(keys.clone()), cube(values.clone()));
+    let client = q.client.clone();
+    let seen = (visible.n_past + n).min(visible.window.unwrap_or(usize::MAX));
+    let splits = (MANY_CUBES / (n * kv_heads)).clamp(1, seen.div_ceil(TILE));
+    let length = seen.div_ceil(splits).next_multiple_of(TILE);
+    let splits = seen.div_ceil(length);
+    let plan = AttentionPlan {
+        group: heads / kv_heads,
+        head_dim,
+        split: splits > 1,
+        planes: has_planes(&client),
+    };
+    let out = empty(&q, [n, heads * head_dim], DType::F32);
+    let (parts, stats) = match splits {
+        1 => (out.clone(), empty(&q, [1], DType::F32)),
+        _ => (
+            empty(&q, [n * heads * splits, head_dim], DType::F32),
+            empty(&q, [n * heads * splits, 2], DType::F32),
+        ),
+    };
+    // SAFETY: cube (split, head, query) writes the `group` heads of its query at its split, which `parts`
+    // and `stats` have room for; it reads positions below `n_past + n`, which the caches hold.
+    unsafe {
+        attention::attend::launch_unchecked(
+            &client,
+            CubeCount::Static(splits as u32, kv_heads as u32, n as u32),
+            CubeDim::new_1d(UNITS as u32),
+            q.into_buffer_arg(),
+            keys.clone().into_buffer_arg(),
+            values.into_buffer_arg(),
+            parts.clone().into_buffer_arg(),
+            stats.clone().into_buffer_arg(),
+            SpanLaunch::new(
+                visible.n_past as u32,
+                visible.window.unwrap_or(u32::MAX as usize) as u32,
+                capacity as u32,
+                length as u32,
+                1.0 / (head_dim as f32).sqrt(),
+            ),
+            plan,
+            elem(keys.dtype),
+        );
+        if splits > 1 {
+            attention::join::launch_unchecked(
+                &client,
+                CubeCount::Static((n * heads) as u32, 1, 1),
+                CubeDim::new_1d(head_dim.next_power_of_two().min(UNITS) as u32),
+                parts.into_buffer_arg(),
+                stats.into_buffer_arg(),
+                out.clone().into_buffer_arg(),
+                splits as u32,
+                head_dim as u32,
+            );
+        }
+    }
+    tensor(out)
+}

@@ -1,0 +1,146 @@
+//! GPUs: our operations as `#[cube]` kernels, one source for CUDA, Vulkan, Metal and WebGPU.
+//!
+//! Few rows, a decode step, go through kernels that read each weight once; many rows, a prompt, through
+//! burn's matrix product, packed weights as numbers first. What no kernel takes, the portable default does.
+#![allow(unsafe_code)]
+
+mod attention;
+mod cache;
+mod cube;
+mod dense;
+mod norm;
+mod packed;
+mod product;
+mod reduce;
+#[cfg(test)]
+mod tests;
+mod words;
+
+use burn::tensor::{DType, IndexingUpdateOp, Tensor, TensorData};
+
+use super::{KeyValues, Linear, RmsNorm, RopeTables, Visible, Visit, Weight, portable};
+pub(crate) use cube::takes;
+use product::{Input, few, linear, unpacked};
+
+/// As [`super::project`].
+pub(crate) fn project<const N: usize>(
+    x: &Tensor<2>,
+    norm: &RmsNorm,
+    matrices: [&Linear; N],
+) -> Tensor<2> {
+    if let Some(y) = few(Input::Normed(x, norm), &matrices) {
+        return y;
+    }
+    let x = normed(x, norm);
+    let parts = matrices.map(|matrix| linear(&x, matrix));
+    match N {
+        1 => parts.into_iter().next().expect("one"),
+        _ => Tensor::cat(parts.into(), 1),
+    }
+}
+
+/// The norm alone, as f32.
+pub(crate) fn normed(x: &Tensor<2>, norm: &RmsNorm) -> Tensor<2> {
+    cube::rms_norm(x, norm)
+}
+
+/// As [`super::add_project`].
+pub(crate) fn add_project(h: Tensor<2>, x: &Tensor<2>, matrix: &Linear) -> Tensor<2> {
+    match product::add_few(h, x, matrix, 1.0) {
+        Ok(h) => h,
+        Err(h) => h + linear(x, matrix),
+    }
+}
+
+/// `silu(gate(x)) · up(x)` of `x` after the norm.
+pub(crate) fn swiglu(h: &Tensor<2>, norm: &RmsNorm, gate: &Linear, up: &Linear) -> Tensor<2> {
+    product::gated_few(Input::Normed(h, norm), gate, up).unwrap_or_else(|| {
+        let x = normed(h, norm);
+        cube::silu_times(linear(&x, gate), linear(&x, up))
+    })
+}
+
+/// As [`super::experts`].
+pub(crate) fn experts(h: Tensor<2>, norm: &RmsNorm, visits: Vec<Visit<'_>>) -> Tensor<2> {
+    let device = h.device();
+    let [n, _] = h.dims();
+    let x = normed(&h, norm);
+    visits.into_iter().fold(h, |h, visit| {
+        let (tokens, weights) = (visit.route.tokens, visit.route.weights);
+        let is_alone = n == 1;
+        let rows = match is_alone {
+            true => x.clone(),
+            false => x.clone().select(0, portable::ids(&tokens, &device)),
+        };
+        let gated =
+            product::gated_few(Input::Plain(&rows), visit.gate, visit.up).unwrap_or_else(|| {
+                cube::silu_times(linear(&rows, visit.gate), linear(&rows, visit.up))
+            });
+        let h = match is_alone {
+            true => match product::add_few(h, &gated, visit.down, weights[0]) {
+                Ok(h) => return h,
+                Err(h) => h,
+            },
+            false => h,
+        };
+        let weights = TensorData::new(weights, [tokens.len(), 1]);
+        let y = linear(&gated, visit.down) * Tensor::from_data(weights, &device);
+        h.select_assign(0, portable::ids(&tokens, &device), y, IndexingUpdateOp::Add)
+    })
+}
+
+/// As [`super::append`]; codes and several rotations go the portable way.
+pub(crate) fn append(
+    qkv: Tensor<2>,
+    tables: &RopeTables,
+    mut pages: Vec<KeyValues>,
+    start: usize,
+) -> (Tensor<3>, Vec<KeyValues>) {
+    let takes = match &pages[..] {
+        [KeyValues::Floats { .. }] => tables.chunk.is_none(),
+        _ => false,
+    };
+    if !takes {
+        return portable::append(qkv, tables, pages, start);
+    }
+    let Some(KeyValues::Floats { keys, values }) = pages.pop() else {
+        unreachable!("matched above");
+    };
+    let (q, keys, values) = cube::rope_append(qkv, &tables.keys, keys, values, start);
+    (q, vec![KeyValues::Floats { keys, values }])
+}
+
+/// As [`super::attention`]; what its kernel does not take goes the portable way.
+pub(crate) fn attention(q: Tensor<3>, pages: &[KeyValues], visible: Visible) -> Tensor<2> {
+    let [_, heads, head_dim] = q.dims();
+    match pages {
+        [KeyValues::Floats { keys, values }]
+            if visible.chunk.is_none()
+                && head_dim.is_multiple_of(4)
+                && head_dim <= 4 * reduce::UNITS
+                && heads / keys.dims()[0] <= attention::MAX_GROUP =>
+        {
+            cube::attend(q, keys, values, visible)
+        }
+        _ => portable::attention(q, pages, visible),
+    }
+}
+
+/// Whether the matrix lies where these kernels run.
+pub(crate) fn holds(weight: &Weight) -> bool {
+    match weight {
+        Weight::Dense(weight) => takes(weight),
+        Weight::Packed { bytes, .. } => cube::is_here(bytes.clone().into_dispatch()),
+    }
+}
+
+/// As [`super::embed`].
+pub(crate) fn embed(table: &Weight, tokens: &[u32]) -> Tensor<2> {
+    match table {
+        Weight::Dense(table) => portable::embed(table, tokens),
+        Weight::Packed { shape, bytes } => match shape.cols.is_multiple_of(4) {
+            true => unpacked(*shape, bytes, Some(tokens), DType::F32),
+            false => portable::packed_embed(*shape, bytes, tokens),
+        },
+    }
+}

@@ -1,0 +1,350 @@
+//! Few rows times packed matrices (`ops/packed.rs`), and packed rows as numbers: a cube takes a panel.
+
+use burn_cubecl::cubecl::{self, prelude::*};
+
+use super::dense::{Sizes, bias};
+use super::reduce::{UNITS, group_sum};
+use super::words::{Four, Words, byte, from_f16, nibble};
+use crate::ops::packed::{Format, ROWS};
+
+/// Units that read one panel side by side.
+const SIDE: usize = 32;
+/// Groups of units of a cube, each with its own columns.
+const SIDES: usize = UNITS / SIDE;
+
+/// What a kernel is compiled for; as [`super::dense::Plan`] has it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(super) struct PackedPlan {
+    pub(super) eight_bits: bool,
+    pub(super) n: usize,
+    pub(super) matrices: usize,
+    pub(super) gated: bool,
+    pub(super) normed: bool,
+    pub(super) biased: bool,
+    pub(super) adds: bool,
+    pub(super) planes: bool,
+}
+
+/// Vectors of two blocks of a panel.
+const fn pair_vectors(eight_bits: bool) -> usize {
+    match eight_bits {
+        true => Format::Q8.pair_bytes() / 16,
+        false => Format::Q4.pair_bytes() / 16,
+    }
+}
+
+/// Four scales of a panel: of rows `rows · 4` on, from the vector that holds them.
+#[cube]
+fn four_scales(words: Words, odd: bool) -> Four {
+    let low = select(odd, words.extract(2usize), words.extract(0usize));
+    let high = select(odd, words.extract(3usize), words.extract(1usize));
+    let mut scales = Four::new(0.0f32);
+    scales.insert(0usize, from_f16(low & 0xffff));
+    scales.insert(1usize, from_f16(low >> 16));
+    scales.insert(2usize, from_f16(high & 0xffff));
+    scales.insert(3usize, from_f16(high >> 16));
+    scales
+}
+
+/// Four columns of `x` times the norm's; zeros behind the last column.
+#[cube]
+fn columns(
+    x: &[Four],
+    norm: &[Four],
+    t: usize,
+    place: usize,
+    fours: usize,
+    #[comptime] normed: bool,
+) -> Four {
+    let mut four = Four::new(0.0f32);
+    if place < fours {
+        four = x[t * fours + place];
+        if comptime!(normed) {
+            four = four * norm[place];
+        }
+    }
+    four
+}
+
+/// Adds the products of four columns of four rows in eight bits.
+#[cube]
+fn eight_bit_sums(
+    x: &[Four],
+    norm: &[Four],
+    words: Words,
+    scales: Four,
+    sums: &mut Array<f32>,
+    place: usize,
+    fours: usize,
+    #[comptime] at: usize,
+    #[comptime] dots: usize,
+    #[comptime] plan: PackedPlan,
+) {
+    #[unroll]
+    for t in 0..comptime!(plan.n) {
+        let four = columns(x, norm, t, place, fours, plan.normed);
+        #[unroll]
+        for r in 0..4usize {
+            let word = words.extract(r);
+            let mut dot = byte(word, 0usize, 128u32) * four.extract(0usize);
+            #[unroll]
+            for i in 1..4usize {
+                dot = fma(byte(word, i, 128u32), four.extract(i), dot);
+            }
+            let place = comptime!((t * dots + at) * 4 + r);
+            sums[place] = fma(scales.extract(r), dot, sums[place]);
+        }
+    }
+}
+
+/// Adds the products of one panel, four rows a unit, to `sums` `[n, 4]`.
+#[cube]
+fn panel_sums(
+    x: &[Four],
+    norm: &[Four],
+    weights: &[Words],
+    panel: usize,
+    sums: &mut Array<f32>,
+    fours: usize,
+    #[comptime] at: usize,
+    #[comptime] dots: usize,
+    #[comptime] plan: PackedPlan,
+) {
+    let pair_size = comptime!(pair_vectors(plan.eight_bits));
+    let n = comptime!(plan.n);
+    let unit = UNIT_POS as usize;
+    let lane = unit % SIDE;
+    let rows = lane % 4;
+    let odd = rows % 2 == 1;
+    let pairs = (fours + 15) / 16;
+    let mut pair = unit / SIDE;
+    while pair < pairs {
+        let base = (panel * pairs + pair) * pair_size;
+        if comptime!(plan.eight_bits) {
+            let group = lane / 4;
+            let first = weights[base + 4 + lane];
+            let second = weights[base + 4 + SIDE + lane];
+            let scales = four_scales(weights[base + rows / 2], odd);
+            let place = pair * 16 + group;
+            eight_bit_sums(x, norm, first, scales, sums, place, fours, at, dots, plan);
+            let scales = four_scales(weights[base + 2 + rows / 2], odd);
+            eight_bit_sums(
+                x,
+                norm,
+                second,
+                scales,
+                sums,
+                place + 8,
+                fours,
+                at,
+                dots,
+                plan,
+            );
+        } else {
+            let block = lane / 16;
+            let group = lane % 16 / 4;
+            let words = weights[base + 4 + lane];
+            let scales = four_scales(weights[base + block * 2 + rows / 2], odd);
+            #[unroll]
+            for t in 0..n {
+                let place = pair * 16 + block * 8 + group;
+                let low = columns(x, norm, t, place, fours, plan.normed);
+                let high = columns(x, norm, t, place + 4, fours, plan.normed);
+                #[unroll]
+                for r in 0..4usize {
+                    let word = words.extract(r);
+                    let mut dot = nibble(word, 0usize, false) * low.extract(0usize);
+                    dot = fma(nibble(word, 0usize, true), high.extract(0usize), dot);
+                    #[unroll]
+                    for i in 1..4usize {
+                        dot = fma(nibble(word, i, false), low.extract(i), dot);
+                        dot = fma(nibble(word, i, true), high.extract(i), dot);
+                    }
+                    let place = comptime!((t * dots + at) * 4 + r);
+                    sums[place] = fma(scales.extract(r), dot, sums[place]);
+                }
+            }
+        }
+        pair += SIDES;
+    }
+}
+
+/// The sum of each of the 16 rows of a panel over all units, for the first 16 units.
+#[cube]
+fn row_sums(sums: &Array<f32>, shared: &mut [f32], #[comptime] at: usize) -> f32 {
+    let unit = UNIT_POS as usize;
+    #[unroll]
+    for r in 0..4usize {
+        shared[(unit % 4 * 4 + r) * 64 + unit / 4] = sums[comptime!(at * 4 + r)];
+    }
+    sync_cube();
+    // Sixteen units a row, four numbers each.
+    let from = unit / 16 * 64 + unit % 16;
+    let part = (shared[from] + shared[from + 16]) + (shared[from + 32] + shared[from + 48]);
+    sync_cube();
+    shared[unit] = part;
+    sync_cube();
+    let mut sum = 0.0f32;
+    if unit < ROWS {
+        #[unroll]
+        for i in 0..16 {
+            sum += shared[unit * 16 + i];
+        }
+    }
+    sync_cube();
+    sum
+}
+
+/// `out` `[n, rows]` from `x` `[n, cols]`; `vectors` of the sizes counts those of `x`.
+#[cube(launch_unchecked)]
+pub(super) fn packed_product(
+    x: &[Four],
+    norm: &[Four],
+    w0: &[Words],
+    w1: &[Words],
+    w2: &[Words],
+    b0: &[f32],
+    b1: &[f32],
+    b2: &[f32],
+    out: &mut [f32],
+    sizes: Sizes,
+    #[comptime] plan: PackedPlan,
+) {
+    let n = comptime!(plan.n);
+    let dots = comptime!(if plan.gated { 2 } else { 1 });
+    let unit = UNIT_POS as usize;
+    let fours = sizes.vectors as usize;
+    let end0 = sizes.end0 as usize;
+    let end1 = sizes.end1 as usize;
+    let total = sizes.end2 as usize;
+    let mut sums = Array::<f32>::new(comptime!(n * dots * 4));
+    #[unroll]
+    for i in 0..comptime!(n * dots * 4) {
+        sums[i] = 0.0f32;
+    }
+    // The matrices' panels follow each other.
+    let panels0 = (end0 + 15) / 16;
+    let panels1 = panels0 + (end1 - end0 + 15) / 16;
+    let panel = CUBE_POS;
+    let mut row = panel * ROWS + unit;
+    let mut end = total;
+    if comptime!(plan.gated) {
+        panel_sums(x, norm, w0, panel, &mut sums, fours, 0usize, dots, plan);
+        panel_sums(x, norm, w1, panel, &mut sums, fours, 1usize, dots, plan);
+    } else if comptime!(plan.matrices == 1) {
+        panel_sums(x, norm, w0, panel, &mut sums, fours, 0usize, dots, plan);
+    } else if panel < panels0 {
+        panel_sums(x, norm, w0, panel, &mut sums, fours, 0usize, dots, plan);
+        end = end0;
+    } else if panel < panels1 {
+        panel_sums(
+            x,
+            norm,
+            w1,
+            panel - panels0,
+            &mut sums,
+            fours,
+            0usize,
+            dots,
+            plan,
+        );
+        row = end0 + (panel - panels0) * ROWS + unit;
+        end = end1;
+    } else {
+        panel_sums(
+            x,
+            norm,
+            w2,
+            panel - panels1,
+            &mut sums,
+            fours,
+            0usize,
+            dots,
+            plan,
+        );
+        row = end1 + (panel - panels1) * ROWS + unit;
+    }
+
+    let mut shared = Shared::<[f32]>::new_slice(UNITS * 4);
+    #[unroll]
+    for t in 0..n {
+        let scale = if comptime!(plan.normed) {
+            let mut square = 0.0f32;
+            let mut place = unit;
+            while place < fours {
+                let four = x[t * fours + place];
+                let squares = four * four;
+                square += (squares.extract(0usize) + squares.extract(1usize))
+                    + (squares.extract(2usize) + squares.extract(3usize));
+                place += UNITS;
+            }
+            let square = group_sum(square, &mut shared, UNITS, plan.planes);
+            1.0 / f32::sqrt(square / f32::cast_from(fours as u32 * 4) + sizes.eps)
+        } else {
+            1.0f32.runtime()
+        };
+        let first = row_sums(&sums, &mut shared, comptime!(t * dots)) * scale;
+        if comptime!(plan.gated) {
+            let up = row_sums(&sums, &mut shared, comptime!(t * dots + 1)) * scale;
+            if unit < ROWS && row < end {
+                out[t * total + row] = first / (1.0 + f32::exp(-first)) * up;
+            }
+        } else if unit < ROWS && row < end {
+            let mut y = first;
+            if comptime!(plan.biased) {
+                y += bias(b0, b1, b2, row, &sizes, plan.matrices);
+            }
+            if comptime!(plan.adds) {
+                y = fma(y, sizes.factor, out[t * total + row]);
+            }
+            out[t * total + row] = y;
+        }
+    }
+}
+
+/// Rows of a packed matrix as numbers, `out` `[tokens, cols]`: a unit writes four columns of a row.
+#[cube(launch_unchecked)]
+pub(super) fn unpack<F: Float>(
+    weights: &[Words],
+    tokens: &[u32],
+    out: &mut [F],
+    fours: u32,
+    n: u32,
+    #[comptime] all: bool,
+    #[comptime] eight_bits: bool,
+    #[define(F)] _dtype: ElemType,
+) {
+    let pair_size = comptime!(pair_vectors(eight_bits));
+    let fours = fours as usize;
+    if ABSOLUTE_POS < fours * n as usize {
+        let index = ABSOLUTE_POS / fours;
+        let place = ABSOLUTE_POS % fours;
+        let row = if comptime!(all) {
+            index
+        } else {
+            tokens[index] as usize
+        };
+        let pairs = (fours + 15) / 16;
+        let base = (row / ROWS * pairs + place / 16) * pair_size;
+        let block = place % 16 / 8;
+        let group = place % 8;
+        let r = row % ROWS;
+        let scales = weights[base + block * 2 + r / 8].extract_dynamic(r % 8 / 2);
+        let scale = from_f16(select(r % 2 == 1, scales >> 16, scales & 0xffff));
+        if comptime!(eight_bits) {
+            let word = weights[base + 4 + block * 32 + group * 4 + r / 4].extract_dynamic(r % 4);
+            #[unroll]
+            for i in 0..4usize {
+                out[ABSOLUTE_POS * 4 + i] = F::cast_from(byte(word, i, 128u32) * scale);
+            }
+        } else {
+            let word =
+                weights[base + 4 + block * 16 + group % 4 * 4 + r / 4].extract_dynamic(r % 4);
+            let shifted = select(group / 4 == 1, word >> 4, word);
+            #[unroll]
+            for i in 0..4usize {
+                out[ABSOLUTE_POS * 4 + i] = F::cast_from(nibble(shifted, i, false) * scale);
+            }
+        }
+    }
+}
