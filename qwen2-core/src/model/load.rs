@@ -10,7 +10,7 @@ use super::rope::Rope;
 use super::{DecoderLayer, FeedForward, Qwen2};
 use crate::config::{ModelConfig, MoeConfig};
 use crate::error::{Error, ErrorKind, Result};
-use crate::ops::{CacheFormat, Linear, RmsNorm, Weight, packed};
+use crate::ops::{self, CacheFormat, Linear, RmsNorm, Weight, packed};
 
 /// The head in few bits, made of the head when that was loaded.
 pub(crate) const SCREEN: &str = "lm_head.screen";
@@ -140,7 +140,7 @@ impl Source<'_> {
         Ok(match (self.get)(name)? {
             Kept::Dense(data) => {
                 let dtype = data.dtype();
-                Weight::Dense(Tensor::from_data(data, (self.device, dtype)))
+                Weight::Dense(ops::settled(Tensor::from_data(data, (self.device, dtype))))
             }
             Kept::Packed(shape, bytes) => {
                 // Not every GPU knows bytes.

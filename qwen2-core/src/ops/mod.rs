@@ -215,6 +215,15 @@ pub(crate) fn attention(q: Tensor<3>, pages: &[KeyValues], visible: Visible) -> 
     portable::attention(q, pages, visible)
 }
 
+/// A matrix as the kernels want it for good: burn pads the rows of some on GPUs.
+pub(crate) fn settled(matrix: Tensor<2>) -> Tensor<2> {
+    #[cfg(feature = "gpu")]
+    if gpu::takes(&matrix) {
+        return gpu::settled(matrix);
+    }
+    matrix
+}
+
 /// Rows `tokens` of a matrix as f32, `[n, in_features]`: the matrix as an embedding table.
 pub(crate) fn embed(table: &Weight, tokens: &[u32]) -> Tensor<2> {
     #[cfg(feature = "gpu")]

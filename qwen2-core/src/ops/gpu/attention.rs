@@ -211,27 +211,66 @@ pub(super) fn attend<F: Float>(
     }
 }
 
-/// Joins the splits of a head: a cube a head, a unit an element.
+/// The most splits that [`join`] takes.
+pub(super) const MAX_SPLITS: usize = UNITS;
+
+/// Joins the splits of a head: a cube a head.
 #[cube(launch_unchecked)]
-pub(super) fn join(parts: &[f32], stats: &[f32], out: &mut [f32], splits: u32, head_dim: u32) {
+pub(super) fn join(
+    parts: &[Four],
+    stats: &[f32],
+    out: &mut [Four],
+    splits: u32,
+    #[comptime] head_dim: usize,
+    #[comptime] planes: bool,
+) {
+    let fours = comptime!(head_dim / 4);
+    let slices = comptime!(UNITS / (head_dim / 4));
     let splits = splits as usize;
-    let head_dim = head_dim as usize;
-    let head = CUBE_POS;
-    let mut greatest = LEAST.runtime();
-    for split in 0..splits {
-        greatest = f32::max(greatest, stats[(head * splits + split) * 2]);
+    let unit = UNIT_POS as usize;
+    let first = CUBE_POS * splits;
+    let mut factors = Shared::<[f32]>::new_slice(UNITS);
+    let mut shared = Shared::<[f32]>::new_slice(UNITS);
+    // A unit a split.
+    let at = clamp_max(unit, splits - 1);
+    let mine = stats[(first + at) * 2];
+    factors[unit] = plane_wide_max(mine, &mut shared, planes);
+    sync_cube();
+    let mut greatest = factors[0];
+    #[unroll]
+    for side in 1..comptime!(UNITS / SIDE) {
+        greatest = f32::max(greatest, factors[side * SIDE]);
     }
-    let mut d = UNIT_POS as usize;
-    while d < head_dim {
-        let mut sum = 0.0f32;
-        let mut total = 0.0f32;
-        for split in 0..splits {
-            let place = head * splits + split;
-            let factor = f32::exp(stats[place * 2] - greatest);
-            sum = fma(stats[place * 2 + 1], factor, sum);
-            total = fma(parts[place * head_dim + d], factor, total);
+    sync_cube();
+    let factor = select(unit < splits, f32::exp(mine - greatest), 0.0f32);
+    factors[unit] = factor;
+    let sum = group_sum(
+        factor * stats[(first + at) * 2 + 1],
+        &mut shared,
+        UNITS,
+        planes,
+    );
+    sync_cube();
+    // A slice of the splits, four elements a unit.
+    let column = unit % fours;
+    let slice = unit / fours;
+    let mut total = Four::new(0.0f32);
+    if slice < slices {
+        let mut split = slice;
+        while split < splits {
+            total = total + parts[(first + split) * fours + column] * Four::new(factors[split]);
+            split += slices;
         }
-        out[head * head_dim + d] = total / sum;
-        d += CUBE_DIM as usize;
+    }
+    let mut joined = Shared::<[Four]>::new_slice(UNITS);
+    joined[unit] = total;
+    sync_cube();
+    if unit < fours {
+        let mut all = Four::new(0.0f32);
+        #[unroll]
+        for s in 0..slices {
+            all = all + joined[s * fours + unit];
+        }
+        out[CUBE_POS * fours + unit] = all * Four::new(1.0 / sum);
     }
 }

@@ -8,7 +8,7 @@ use burn_cubecl::kernel::into_contiguous;
 use burn_cubecl::ops::numeric::empty_device_contiguous_dtype;
 use burn_cubecl::tensor::CubeTensor;
 
-use super::attention::{self, AttentionPlan, SpanLaunch, TILE};
+use super::attention::{self, AttentionPlan, MAX_SPLITS, SpanLaunch, TILE};
 use super::reduce::{UNITS, has_planes};
 use super::{cache, norm};
 use crate::ops::{Angles, RmsNorm, Visible};
@@ -188,7 +188,7 @@ pub(super) fn attend(
     let (keys, values) = (cube(keys.clone()), cube(values.clone()));
     let client = q.client.clone();
     let seen = (visible.n_past + n).min(visible.window.unwrap_or(usize::MAX));
-    let splits = (MANY_CUBES / (n * kv_heads)).clamp(1, seen.div_ceil(TILE));
+    let splits = (MANY_CUBES / (n * kv_heads)).clamp(1, seen.div_ceil(TILE).min(MAX_SPLITS));
     let length = seen.div_ceil(splits).next_multiple_of(TILE);
     let splits = seen.div_ceil(length);
     let plan = AttentionPlan {
@@ -231,12 +231,13 @@ pub(super) fn attend(
             attention::join::launch_unchecked(
                 &client,
                 CubeCount::Static((n * heads) as u32, 1, 1),
-                CubeDim::new_1d(head_dim.next_power_of_two().min(UNITS) as u32),
+                CubeDim::new_1d(UNITS as u32),
                 parts.into_buffer_arg(),
                 stats.into_buffer_arg(),
                 out.clone().into_buffer_arg(),
                 splits as u32,
-                head_dim as u32,
+                head_dim,
+                plan.planes,
             );
         }
     }

@@ -9,7 +9,7 @@ use super::words::{Four, Numbers, Words, number};
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) struct Plan {
     pub(super) numbers: Numbers,
-    /// Rows of `x`.
+    /// Rows of `x`, or more: those past the last are the last once more, and come to nothing.
     pub(super) n: usize,
     /// Units that share a row of the weights.
     pub(super) group: usize,
@@ -36,6 +36,8 @@ pub(super) struct Sizes {
     pub(super) end1: u32,
     pub(super) end2: u32,
     pub(super) vectors: u32,
+    /// Rows of `x`.
+    pub(super) n: u32,
     pub(super) eps: f32,
     /// What the product counts, where it is added.
     pub(super) factor: f32,
@@ -102,6 +104,7 @@ pub(super) fn dense_product(
     let lane = unit % group;
     let total = sizes.end2 as usize;
     let vectors = sizes.vectors as usize;
+    let filled = sizes.n as usize;
     let first = (CUBE_POS * comptime!(UNITS / plan.group) + unit / group) * per_group;
 
     let mut sums = Array::<f32>::new(comptime!(dots * n));
@@ -118,7 +121,8 @@ pub(super) fn dense_product(
     let mut words = Array::<Words>::new(comptime!(dots * ahead));
     let mut v = lane;
     while v < vectors {
-        // All loads first, those past the end of the row from its last vector.
+        // All loads first and no branch, so that they are under way together; what lies past the end of
+        // a row is read from its last vector and counts nothing.
         #[unroll]
         for a in 0..ahead {
             let at = clamp_max(v + a * group, vectors - 1);
@@ -142,34 +146,31 @@ pub(super) fn dense_product(
             }
         }
         #[unroll]
-        for a in 0..ahead {
-            let at = v + a * group;
-            if at < vectors {
+        for t in 0..n {
+            let row = clamp_max(t, filled - 1) * vectors * fours;
+            #[unroll]
+            for a in 0..ahead {
+                let at = v + a * group;
+                let inside = at < vectors;
                 #[unroll]
-                for t in 0..n {
+                for f in 0..fours {
+                    let place = clamp_max(at, vectors - 1) * fours + f;
+                    let four = select(inside, x[row + place], Four::new(0.0f32));
+                    let mut scaled = four;
+                    if comptime!(plan.normed) {
+                        scaled = four * norm[place];
+                        let square = four * four;
+                        squares[t] = squares[t]
+                            + (square.extract(0usize) + square.extract(1usize))
+                            + (square.extract(2usize) + square.extract(3usize));
+                    }
                     #[unroll]
-                    for f in 0..fours {
-                        let place = at * fours + f;
-                        let four = x[t * vectors * fours + place];
-                        let scaled = if comptime!(plan.normed) {
-                            four * norm[place]
-                        } else {
-                            four
-                        };
-                        if comptime!(plan.normed) {
-                            let square = four * four;
-                            squares[t] = squares[t]
-                                + (square.extract(0usize) + square.extract(1usize))
-                                + (square.extract(2usize) + square.extract(3usize));
-                        }
+                    for r in 0..dots {
+                        let word = words[a * dots + r];
                         #[unroll]
-                        for r in 0..dots {
-                            let word = words[a * dots + r];
-                            #[unroll]
-                            for i in 0..4usize {
-                                let w = number(word, comptime!(f * 4 + i), plan.numbers);
-                                sums[t * dots + r] = fma(w, scaled.extract(i), sums[t * dots + r]);
-                            }
+                        for i in 0..4usize {
+                            let w = number(word, comptime!(f * 4 + i), plan.numbers);
+                            sums[t * dots + r] = fma(w, scaled.extract(i), sums[t * dots + r]);
                         }
                     }
                 }
@@ -194,7 +195,7 @@ pub(super) fn dense_product(
                 group_sum(sums[t * dots + r], &mut shared, group, plan.planes) * scale;
         }
         if comptime!(plan.gated) {
-            if lane == 0 && first < total {
+            if lane == 0 && first < total && t < filled {
                 let gate = sums[t * dots];
                 out[t * total + first] = gate / (1.0 + f32::exp(-gate)) * sums[t * dots + 1];
             }
@@ -202,7 +203,7 @@ pub(super) fn dense_product(
             #[unroll]
             for r in 0..dots {
                 let row = first + r;
-                if lane == 0 && row < total {
+                if lane == 0 && row < total && t < filled {
                     let mut y = sums[t * dots + r];
                     if comptime!(plan.biased) {
                         y += bias(b0, b1, b2, row, &sizes, plan.matrices);

@@ -134,6 +134,11 @@ pub(crate) fn holds(weight: &Weight) -> bool {
     }
 }
 
+/// As [`super::settled`].
+pub(crate) fn settled(matrix: Tensor<2>) -> Tensor<2> {
+    cube::tensor(cube::cube(matrix))
+}
+
 /// As [`super::embed`].
 pub(crate) fn embed(table: &Weight, tokens: &[u32]) -> Tensor<2> {
     match table {

@@ -4,7 +4,7 @@ use burn_cubecl::cubecl::{self, prelude::*};
 
 use super::dense::{Sizes, bias};
 use super::reduce::{UNITS, group_sum};
-use super::words::{Four, Words, byte, from_f16, nibble};
+use super::words::{Four, Words, byte, from_f16, nibble, raised_nibble, two_f16};
 use crate::ops::packed::{Format, ROWS};
 
 /// Units that read one panel side by side.
@@ -23,6 +23,8 @@ pub(super) struct PackedPlan {
     pub(super) biased: bool,
     pub(super) adds: bool,
     pub(super) planes: bool,
+    /// The device converts f16 itself.
+    pub(super) halves: bool,
 }
 
 /// Vectors of two blocks of a panel.
@@ -35,35 +37,38 @@ const fn pair_vectors(eight_bits: bool) -> usize {
 
 /// Four scales of a panel: of rows `rows · 4` on, from the vector that holds them.
 #[cube]
-fn four_scales(words: Words, odd: bool) -> Four {
+fn four_scales(words: Words, odd: bool, #[comptime] halves: bool) -> Four {
     let low = select(odd, words.extract(2usize), words.extract(0usize));
     let high = select(odd, words.extract(3usize), words.extract(1usize));
+    let (first, second) = two_f16(low, halves);
+    let (third, fourth) = two_f16(high, halves);
     let mut scales = Four::new(0.0f32);
-    scales.insert(0usize, from_f16(low & 0xffff));
-    scales.insert(1usize, from_f16(low >> 16));
-    scales.insert(2usize, from_f16(high & 0xffff));
-    scales.insert(3usize, from_f16(high >> 16));
+    scales.insert(0usize, first);
+    scales.insert(1usize, second);
+    scales.insert(2usize, third);
+    scales.insert(3usize, fourth);
     scales
 }
 
-/// Four columns of `x` times the norm's; zeros behind the last column.
+/// Four columns of row `t` of `x` times the norm's; zeros behind the last column.
 #[cube]
 fn columns(
     x: &[Four],
     norm: &[Four],
     t: usize,
     place: usize,
-    fours: usize,
+    sizes: &Sizes,
     #[comptime] normed: bool,
 ) -> Four {
-    let mut four = Four::new(0.0f32);
-    if place < fours {
-        four = x[t * fours + place];
-        if comptime!(normed) {
-            four = four * norm[place];
-        }
+    let fours = sizes.vectors as usize;
+    let inside = place < fours;
+    let place = clamp_max(place, fours - 1);
+    let row = clamp_max(t, sizes.n as usize - 1);
+    let mut four = x[row * fours + place];
+    if comptime!(normed) {
+        four = four * norm[place];
     }
-    four
+    select(inside, four, Four::new(0.0f32))
 }
 
 /// Adds the products of four columns of four rows in eight bits.
@@ -75,14 +80,14 @@ fn eight_bit_sums(
     scales: Four,
     sums: &mut Array<f32>,
     place: usize,
-    fours: usize,
+    sizes: &Sizes,
     #[comptime] at: usize,
     #[comptime] dots: usize,
     #[comptime] plan: PackedPlan,
 ) {
     #[unroll]
     for t in 0..comptime!(plan.n) {
-        let four = columns(x, norm, t, place, fours, plan.normed);
+        let four = columns(x, norm, t, place, sizes, plan.normed);
         #[unroll]
         for r in 0..4usize {
             let word = words.extract(r);
@@ -97,7 +102,55 @@ fn eight_bit_sums(
     }
 }
 
-/// Adds the products of one panel, four rows a unit, to `sums` `[n, 4]`.
+/// Adds the products of eight columns, 16 apart in fours, of four rows in four bits. The bits stay where
+/// they are in the word; the columns are divided by what that makes of them, a power of two.
+#[cube]
+fn four_bit_sums(
+    x: &[Four],
+    norm: &[Four],
+    words: Words,
+    scales: Four,
+    sums: &mut Array<f32>,
+    place: usize,
+    sizes: &Sizes,
+    #[comptime] at: usize,
+    #[comptime] dots: usize,
+    #[comptime] plan: PackedPlan,
+) {
+    #[unroll]
+    for t in 0..comptime!(plan.n) {
+        let low = columns(x, norm, t, place, sizes, plan.normed);
+        let high = columns(x, norm, t, place + 4, sizes, plan.normed);
+        let low1 = low.extract(1usize) * 0.003_906_25;
+        let low2 = low.extract(2usize) * 0.000_015_258_789;
+        let high0 = high.extract(0usize) * 0.0625;
+        let high1 = high.extract(1usize) * 0.000_244_140_63;
+        let low3 = low.extract(3usize) * 0.003_906_25;
+        let high3 = high.extract(3usize) * 0.000_244_140_63;
+        #[unroll]
+        for r in 0..4usize {
+            let word = words.extract(r);
+            // Nibbles 0 to 4, then 5, 6 and 7 as 1, 2 and 3.
+            let rest = word >> 16;
+            let mut dot = raised_nibble(word, 0u32) * low.extract(0usize);
+            dot = fma(raised_nibble(word, 1u32), high0, dot);
+            dot = fma(raised_nibble(word, 2u32), low1, dot);
+            dot = fma(raised_nibble(word, 3u32), high1, dot);
+            dot = fma(raised_nibble(word, 4u32), low2, dot);
+            dot = fma(
+                raised_nibble(rest, 1u32),
+                high.extract(2usize) * 0.0625,
+                dot,
+            );
+            dot = fma(raised_nibble(rest, 2u32), low3, dot);
+            dot = fma(raised_nibble(rest, 3u32), high3, dot);
+            let place = comptime!((t * dots + at) * 4 + r);
+            sums[place] = fma(scales.extract(r), dot, sums[place]);
+        }
+    }
+}
+
+/// Adds the products of one panel, four rows a unit, to `sums` `[n, dots, 4]`.
 #[cube]
 fn panel_sums(
     x: &[Four],
@@ -105,93 +158,126 @@ fn panel_sums(
     weights: &[Words],
     panel: usize,
     sums: &mut Array<f32>,
-    fours: usize,
+    sizes: &Sizes,
     #[comptime] at: usize,
     #[comptime] dots: usize,
     #[comptime] plan: PackedPlan,
 ) {
     let pair_size = comptime!(pair_vectors(plan.eight_bits));
-    let n = comptime!(plan.n);
+    let halves = comptime!(plan.halves);
     let unit = UNIT_POS as usize;
     let lane = unit % SIDE;
     let rows = lane % 4;
     let odd = rows % 2 == 1;
-    let pairs = (fours + 15) / 16;
+    let pairs = (sizes.vectors as usize + 15) / 16;
     let mut pair = unit / SIDE;
     while pair < pairs {
+        // Two at a time: a pair past the last is read from the last, and meets columns that are zero.
+        let next = pair + SIDES;
         let base = (panel * pairs + pair) * pair_size;
+        let base_next = (panel * pairs + clamp_max(next, pairs - 1)) * pair_size;
         if comptime!(plan.eight_bits) {
             let group = lane / 4;
-            let first = weights[base + 4 + lane];
-            let second = weights[base + 4 + SIDE + lane];
-            let scales = four_scales(weights[base + rows / 2], odd);
+            let w0 = weights[base + 4 + lane];
+            let w1 = weights[base + 4 + SIDE + lane];
+            let w2 = weights[base_next + 4 + lane];
+            let w3 = weights[base_next + 4 + SIDE + lane];
+            let s0 = four_scales(weights[base + rows / 2], odd, halves);
+            let s1 = four_scales(weights[base + 2 + rows / 2], odd, halves);
+            let s2 = four_scales(weights[base_next + rows / 2], odd, halves);
+            let s3 = four_scales(weights[base_next + 2 + rows / 2], odd, halves);
             let place = pair * 16 + group;
-            eight_bit_sums(x, norm, first, scales, sums, place, fours, at, dots, plan);
-            let scales = four_scales(weights[base + 2 + rows / 2], odd);
-            eight_bit_sums(
+            let after = next * 16 + group;
+            eight_bit_sums(x, norm, w0, s0, sums, place, sizes, at, dots, plan);
+            eight_bit_sums(x, norm, w1, s1, sums, place + 8, sizes, at, dots, plan);
+            eight_bit_sums(x, norm, w2, s2, sums, after, sizes, at, dots, plan);
+            eight_bit_sums(x, norm, w3, s3, sums, after + 8, sizes, at, dots, plan);
+        } else {
+            let block = lane / 16;
+            let within = block * 8 + lane % 16 / 4;
+            let w0 = weights[base + 4 + lane];
+            let w1 = weights[base_next + 4 + lane];
+            let s0 = four_scales(weights[base + block * 2 + rows / 2], odd, halves);
+            let s1 = four_scales(weights[base_next + block * 2 + rows / 2], odd, halves);
+            four_bit_sums(
                 x,
                 norm,
-                second,
-                scales,
+                w0,
+                s0,
                 sums,
-                place + 8,
-                fours,
+                pair * 16 + within,
+                sizes,
                 at,
                 dots,
                 plan,
             );
-        } else {
-            let block = lane / 16;
-            let group = lane % 16 / 4;
-            let words = weights[base + 4 + lane];
-            let scales = four_scales(weights[base + block * 2 + rows / 2], odd);
-            #[unroll]
-            for t in 0..n {
-                let place = pair * 16 + block * 8 + group;
-                let low = columns(x, norm, t, place, fours, plan.normed);
-                let high = columns(x, norm, t, place + 4, fours, plan.normed);
-                #[unroll]
-                for r in 0..4usize {
-                    let word = words.extract(r);
-                    let mut dot = nibble(word, 0usize, false) * low.extract(0usize);
-                    dot = fma(nibble(word, 0usize, true), high.extract(0usize), dot);
-                    #[unroll]
-                    for i in 1..4usize {
-                        dot = fma(nibble(word, i, false), low.extract(i), dot);
-                        dot = fma(nibble(word, i, true), high.extract(i), dot);
-                    }
-                    let place = comptime!((t * dots + at) * 4 + r);
-                    sums[place] = fma(scales.extract(r), dot, sums[place]);
-                }
-            }
+            four_bit_sums(
+                x,
+                norm,
+                w1,
+                s1,
+                sums,
+                next * 16 + within,
+                sizes,
+                at,
+                dots,
+                plan,
+            );
         }
-        pair += SIDES;
+        pair += comptime!(2 * SIDES);
     }
 }
 
 /// The sum of each of the 16 rows of a panel over all units, for the first 16 units.
 #[cube]
-fn row_sums(sums: &Array<f32>, shared: &mut [f32], #[comptime] at: usize) -> f32 {
+fn row_sums(
+    sums: &Array<f32>,
+    shared: &mut [f32],
+    #[comptime] at: usize,
+    #[comptime] planes: bool,
+) -> f32 {
     let unit = UNIT_POS as usize;
-    #[unroll]
-    for r in 0..4usize {
-        shared[(unit % 4 * 4 + r) * 64 + unit / 4] = sums[comptime!(at * 4 + r)];
-    }
-    sync_cube();
-    // Sixteen units a row, four numbers each.
-    let from = unit / 16 * 64 + unit % 16;
-    let part = (shared[from] + shared[from + 16]) + (shared[from + 32] + shared[from + 48]);
-    sync_cube();
-    shared[unit] = part;
-    sync_cube();
     let mut sum = 0.0f32;
-    if unit < ROWS {
+    if comptime!(planes) {
+        let lane = unit % SIDE;
         #[unroll]
-        for i in 0..16 {
-            sum += shared[unit * 16 + i];
+        for r in 0..4usize {
+            let mut part = sums[comptime!(at * 4 + r)];
+            part += plane_shuffle_xor(part, 4u32);
+            part += plane_shuffle_xor(part, 8u32);
+            part += plane_shuffle_xor(part, 16u32);
+            if lane < 4 {
+                shared[unit / SIDE * ROWS + lane * 4 + r] = part;
+            }
         }
+        sync_cube();
+        if unit < ROWS {
+            #[unroll]
+            for side in 0..SIDES {
+                sum += shared[side * ROWS + unit];
+            }
+        }
+        sync_cube();
+    } else {
+        #[unroll]
+        for r in 0..4usize {
+            shared[(unit % 4 * 4 + r) * 64 + unit / 4] = sums[comptime!(at * 4 + r)];
+        }
+        sync_cube();
+        // Sixteen units a row, four numbers each.
+        let from = unit / 16 * 64 + unit % 16;
+        let part = (shared[from] + shared[from + 16]) + (shared[from + 32] + shared[from + 48]);
+        sync_cube();
+        shared[unit] = part;
+        sync_cube();
+        if unit < ROWS {
+            #[unroll]
+            for i in 0..16 {
+                sum += shared[unit * 16 + i];
+            }
+        }
+        sync_cube();
     }
-    sync_cube();
     sum
 }
 
@@ -214,6 +300,7 @@ pub(super) fn packed_product(
     let dots = comptime!(if plan.gated { 2 } else { 1 });
     let unit = UNIT_POS as usize;
     let fours = sizes.vectors as usize;
+    let filled = sizes.n as usize;
     let end0 = sizes.end0 as usize;
     let end1 = sizes.end1 as usize;
     let total = sizes.end2 as usize;
@@ -229,12 +316,12 @@ pub(super) fn packed_product(
     let mut row = panel * ROWS + unit;
     let mut end = total;
     if comptime!(plan.gated) {
-        panel_sums(x, norm, w0, panel, &mut sums, fours, 0usize, dots, plan);
-        panel_sums(x, norm, w1, panel, &mut sums, fours, 1usize, dots, plan);
+        panel_sums(x, norm, w0, panel, &mut sums, &sizes, 0usize, dots, plan);
+        panel_sums(x, norm, w1, panel, &mut sums, &sizes, 1usize, dots, plan);
     } else if comptime!(plan.matrices == 1) {
-        panel_sums(x, norm, w0, panel, &mut sums, fours, 0usize, dots, plan);
+        panel_sums(x, norm, w0, panel, &mut sums, &sizes, 0usize, dots, plan);
     } else if panel < panels0 {
-        panel_sums(x, norm, w0, panel, &mut sums, fours, 0usize, dots, plan);
+        panel_sums(x, norm, w0, panel, &mut sums, &sizes, 0usize, dots, plan);
         end = end0;
     } else if panel < panels1 {
         panel_sums(
@@ -243,7 +330,7 @@ pub(super) fn packed_product(
             w1,
             panel - panels0,
             &mut sums,
-            fours,
+            &sizes,
             0usize,
             dots,
             plan,
@@ -257,7 +344,7 @@ pub(super) fn packed_product(
             w2,
             panel - panels1,
             &mut sums,
-            fours,
+            &sizes,
             0usize,
             dots,
             plan,
@@ -272,7 +359,7 @@ pub(super) fn packed_product(
             let mut square = 0.0f32;
             let mut place = unit;
             while place < fours {
-                let four = x[t * fours + place];
+                let four = x[clamp_max(t, filled - 1) * fours + place];
                 let squares = four * four;
                 square += (squares.extract(0usize) + squares.extract(1usize))
                     + (squares.extract(2usize) + squares.extract(3usize));
@@ -283,13 +370,13 @@ pub(super) fn packed_product(
         } else {
             1.0f32.runtime()
         };
-        let first = row_sums(&sums, &mut shared, comptime!(t * dots)) * scale;
+        let first = row_sums(&sums, &mut shared, comptime!(t * dots), plan.planes) * scale;
         if comptime!(plan.gated) {
-            let up = row_sums(&sums, &mut shared, comptime!(t * dots + 1)) * scale;
-            if unit < ROWS && row < end {
+            let up = row_sums(&sums, &mut shared, comptime!(t * dots + 1), plan.planes) * scale;
+            if unit < ROWS && row < end && t < filled {
                 out[t * total + row] = first / (1.0 + f32::exp(-first)) * up;
             }
-        } else if unit < ROWS && row < end {
+        } else if unit < ROWS && row < end && t < filled {
             let mut y = first;
             if comptime!(plan.biased) {
                 y += bias(b0, b1, b2, row, &sizes, plan.matrices);

@@ -2,6 +2,7 @@
 
 use burn::tensor::{DType, Int, Tensor};
 use burn_cubecl::cubecl::calculate_cube_count_elemwise;
+use burn_cubecl::cubecl::client::Client;
 use burn_cubecl::cubecl::prelude::*;
 use burn_cubecl::tensor::CubeTensor;
 
@@ -165,6 +166,7 @@ fn launch(
             end1 as u32,
             total as u32,
             vectors as u32,
+            n as u32,
             norm.map_or(0.0, |norm| norm.eps as f32),
             factor,
         )
@@ -185,7 +187,7 @@ fn launch(
                 let group = group_units(total.div_ceil(per_group), vectors);
                 let plan = Plan {
                     numbers,
-                    n,
+                    n: n.next_power_of_two(), // few kernels to compile
                     group,
                     rows: per_group,
                     ahead: (vectors / group).clamp(1, 4),
@@ -217,13 +219,14 @@ fn launch(
             Stored::Packed(format) => {
                 let plan = PackedPlan {
                     eight_bits: format == Format::Q8,
-                    n,
+                    n: n.next_power_of_two(), // few kernels to compile
                     matrices: matrices.len(),
                     gated,
                     normed: norm.is_some(),
                     biased,
                     adds,
                     planes,
+                    halves: is_cuda(&client),
                 };
                 let panels = |rows: &usize| rows.div_ceil(ROWS);
                 let cubes: usize = match gated {
@@ -293,7 +296,12 @@ pub(super) fn linear(x: &Tensor<2>, matrix: &Linear) -> Tensor<2> {
 
 /// Whether matrices are multiplied in bf16 here, as transformers does.
 fn takes_bf16(x: &Tensor<2>) -> bool {
-    cfg!(feature = "cuda") && cube(x.clone()).client.name() == "cuda"
+    is_cuda(&cube(x.clone()).client)
+}
+
+/// Whether this is an NVIDIA GPU by CUDA: it has every type that a kernel may ask for.
+fn is_cuda(client: &Client) -> bool {
+    client.name() == "cuda"
 }
 
 /// Rows of a packed matrix, all without `tokens`.

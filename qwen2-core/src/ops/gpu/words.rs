@@ -1,6 +1,7 @@
 //! Weights as words of 32 bits, and what they stand for: no kernel asks a device for 16-bit or 8-bit types.
 
 use burn_cubecl::cubecl::{self, prelude::*};
+use half::f16;
 
 /// Four words, the unit of memory traffic.
 pub(super) type Words = Vector<u32, Const<4>>;
@@ -36,6 +37,17 @@ pub(super) fn from_f16(bits: u32) -> f32 {
     f32::reinterpret(u32::reinterpret(value) | sign)
 }
 
+/// The two f16 of a word; `halves` says that the device converts them itself.
+#[cube]
+pub(super) fn two_f16(word: u32, #[comptime] halves: bool) -> (f32, f32) {
+    if comptime!(halves) {
+        let two = Vector::<f32, Const<2>>::cast_from(Vector::<f16, Const<2>>::reinterpret(word));
+        (two.extract(0usize), two.extract(1usize))
+    } else {
+        (from_f16(word & 0xffff), from_f16(word >> 16))
+    }
+}
+
 /// Number `index` of a vector of words.
 #[cube]
 pub(super) fn number(words: Words, #[comptime] index: usize, #[comptime] numbers: Numbers) -> f32 {
@@ -65,6 +77,13 @@ pub(super) fn number(words: Words, #[comptime] index: usize, #[comptime] numbers
 pub(super) fn byte(word: u32, #[comptime] index: usize, #[comptime] offset: u32) -> f32 {
     let bits = (word >> comptime!(index as u32 * 8)) & 0xff;
     f32::reinterpret(bits | 0x4b00_0000) - comptime!((8_388_608 + offset) as f32)
+}
+
+/// Bits `4 · index` on of a word, less 8, times `16^index`; `index` up to 4.
+#[cube]
+pub(super) fn raised_nibble(word: u32, #[comptime] index: u32) -> f32 {
+    let bits = word & comptime!(0xfu32 << (4 * index));
+    f32::reinterpret(bits | 0x4b00_0000) - comptime!((8_388_608u32 + (8u32 << (4 * index))) as f32)
 }
 
 /// Four bits of a word as a number, less 8; `index` counts in bytes, `high` picks the upper half.
