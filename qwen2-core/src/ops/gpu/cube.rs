@@ -24,11 +24,16 @@ pub(super) fn is_here(tensor: DispatchTensor) -> bool {
 
 /// The tensor's buffer, its elements in order.
 pub(super) fn cube(x: impl IntoDispatch) -> CubeTensor {
+    into_contiguous(raw(x))
+}
+
+/// The tensor's buffer, its elements wherever its strides say.
+pub(super) fn raw(x: impl IntoDispatch) -> CubeTensor {
     let DispatchTensorKind::Cube(tensor) = x.into_dispatch_tensor().kind else {
         unreachable!("operations ask `takes` first");
     };
     match tensor {
-        BackendTensor::Float(tensor) | BackendTensor::Int(tensor) => into_contiguous(tensor),
+        BackendTensor::Float(tensor) | BackendTensor::Int(tensor) => tensor,
         _ => unreachable!("floats and integers are all there is"),
     }
 }

@@ -8,6 +8,7 @@ mod attention;
 mod cache;
 mod cube;
 mod dense;
+mod matmul;
 mod norm;
 mod packed;
 mod product;

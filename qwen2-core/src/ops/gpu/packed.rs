@@ -23,6 +23,8 @@ pub(super) struct PackedPlan {
     pub(super) biased: bool,
     pub(super) adds: bool,
     pub(super) planes: bool,
+    /// Pairs of blocks that a unit has in flight.
+    pub(super) ahead: usize,
     /// The device converts f16 itself.
     pub(super) halves: bool,
 }
@@ -33,6 +35,17 @@ const fn pair_vectors(eight_bits: bool) -> usize {
         true => Format::Q8.pair_bytes() / 16,
         false => Format::Q4.pair_bytes() / 16,
     }
+}
+
+/// Pairs of blocks that a unit should have in flight for rows of so many columns.
+pub(super) fn ahead(cols: usize, eight_bits: bool, gated: bool) -> usize {
+    let pairs = cols.div_ceil(64 * SIDES);
+    let most = match (eight_bits, gated) {
+        (false, false) => 4,
+        (true, true) => 1,
+        _ => 2,
+    };
+    pairs.next_power_of_two().min(most)
 }
 
 /// Four scales of a panel: of rows `rows · 4` on, from the vector that holds them.
@@ -150,81 +163,107 @@ fn four_bit_sums(
     }
 }
 
-/// Adds the products of one panel, four rows a unit, to `sums` `[n, dots, 4]`.
+/// Adds the products of a panel, four rows a unit, to `sums` `[n, dots, 4]`; in a gated plan those of the
+/// same panel of `up` as well.
 #[cube]
 fn panel_sums(
     x: &[Four],
     norm: &[Four],
     weights: &[Words],
+    up: &[Words],
     panel: usize,
     sums: &mut Array<f32>,
     sizes: &Sizes,
-    #[comptime] at: usize,
-    #[comptime] dots: usize,
     #[comptime] plan: PackedPlan,
 ) {
+    let ahead = comptime!(plan.ahead);
+    let dots = comptime!(if plan.gated { 2 } else { 1 });
+    // Vectors of a pair that a unit takes.
+    let blocks = comptime!(if plan.eight_bits { 2 } else { 1 });
     let pair_size = comptime!(pair_vectors(plan.eight_bits));
-    let halves = comptime!(plan.halves);
     let unit = UNIT_POS as usize;
     let lane = unit % SIDE;
     let rows = lane % 4;
     let odd = rows % 2 == 1;
     let pairs = (sizes.vectors as usize + 15) / 16;
+    // Where the unit's columns lie in a pair, in vectors of `x`, and its scales.
+    let block = if comptime!(plan.eight_bits) {
+        0usize.runtime()
+    } else {
+        lane / 16
+    };
+    let within = if comptime!(plan.eight_bits) {
+        lane / 4
+    } else {
+        block * 8 + lane % 16 / 4
+    };
+    let scales_at = block * 2 + rows / 2;
+    let mut words = Array::<Words>::new(comptime!(ahead * dots * blocks));
+    let mut scales = Array::<Words>::new(comptime!(ahead * dots * blocks));
     let mut pair = unit / SIDE;
     while pair < pairs {
-        // Two at a time: a pair past the last is read from the last, and meets columns that are zero.
-        let next = pair + SIDES;
-        let base = (panel * pairs + pair) * pair_size;
-        let base_next = (panel * pairs + clamp_max(next, pairs - 1)) * pair_size;
-        if comptime!(plan.eight_bits) {
-            let group = lane / 4;
-            let w0 = weights[base + 4 + lane];
-            let w1 = weights[base + 4 + SIDE + lane];
-            let w2 = weights[base_next + 4 + lane];
-            let w3 = weights[base_next + 4 + SIDE + lane];
-            let s0 = four_scales(weights[base + rows / 2], odd, halves);
-            let s1 = four_scales(weights[base + 2 + rows / 2], odd, halves);
-            let s2 = four_scales(weights[base_next + rows / 2], odd, halves);
-            let s3 = four_scales(weights[base_next + 2 + rows / 2], odd, halves);
-            let place = pair * 16 + group;
-            let after = next * 16 + group;
-            eight_bit_sums(x, norm, w0, s0, sums, place, sizes, at, dots, plan);
-            eight_bit_sums(x, norm, w1, s1, sums, place + 8, sizes, at, dots, plan);
-            eight_bit_sums(x, norm, w2, s2, sums, after, sizes, at, dots, plan);
-            eight_bit_sums(x, norm, w3, s3, sums, after + 8, sizes, at, dots, plan);
-        } else {
-            let block = lane / 16;
-            let within = block * 8 + lane % 16 / 4;
-            let w0 = weights[base + 4 + lane];
-            let w1 = weights[base_next + 4 + lane];
-            let s0 = four_scales(weights[base + block * 2 + rows / 2], odd, halves);
-            let s1 = four_scales(weights[base_next + block * 2 + rows / 2], odd, halves);
-            four_bit_sums(
-                x,
-                norm,
-                w0,
-                s0,
-                sums,
-                pair * 16 + within,
-                sizes,
-                at,
-                dots,
-                plan,
-            );
-            four_bit_sums(
-                x,
-                norm,
-                w1,
-                s1,
-                sums,
-                next * 16 + within,
-                sizes,
-                at,
-                dots,
-                plan,
-            );
+        // Several at a time: a pair past the last is read from the last, and meets columns that are zero.
+        #[unroll]
+        for a in 0..ahead {
+            let base = (panel * pairs + clamp_max(pair + a * SIDES, pairs - 1)) * pair_size;
+            #[unroll]
+            for d in 0..dots {
+                #[unroll]
+                for b in 0..blocks {
+                    let to = comptime!((a * dots + d) * blocks + b);
+                    let quants = base + 4 + b * SIDE + lane;
+                    let scale = base + b * 2 + scales_at;
+                    if comptime!(d == 0) {
+                        words[to] = weights[quants];
+                        scales[to] = weights[scale];
+                    } else {
+                        words[to] = up[quants];
+                        scales[to] = up[scale];
+                    }
+                }
+            }
         }
-        pair += comptime!(2 * SIDES);
+        #[unroll]
+        for a in 0..ahead {
+            let place = (pair + a * SIDES) * 16 + within;
+            #[unroll]
+            for d in 0..dots {
+                #[unroll]
+                for b in 0..blocks {
+                    let from = comptime!((a * dots + d) * blocks + b);
+                    let four = four_scales(scales[from], odd, plan.halves);
+                    if comptime!(plan.eight_bits) {
+                        let place = place + b * 8;
+                        eight_bit_sums(
+                            x,
+                            norm,
+                            words[from],
+                            four,
+                            sums,
+                            place,
+                            sizes,
+                            d,
+                            dots,
+                            plan,
+                        );
+                    } else {
+                        four_bit_sums(
+                            x,
+                            norm,
+                            words[from],
+                            four,
+                            sums,
+                            place,
+                            sizes,
+                            d,
+                            dots,
+                            plan,
+                        );
+                    }
+                }
+            }
+        }
+        pair += comptime!(plan.ahead * SIDES);
     }
 }
 
@@ -316,39 +355,18 @@ pub(super) fn packed_product(
     let mut row = panel * ROWS + unit;
     let mut end = total;
     if comptime!(plan.gated) {
-        panel_sums(x, norm, w0, panel, &mut sums, &sizes, 0usize, dots, plan);
-        panel_sums(x, norm, w1, panel, &mut sums, &sizes, 1usize, dots, plan);
+        panel_sums(x, norm, w0, w1, panel, &mut sums, &sizes, plan);
     } else if comptime!(plan.matrices == 1) {
-        panel_sums(x, norm, w0, panel, &mut sums, &sizes, 0usize, dots, plan);
+        panel_sums(x, norm, w0, w0, panel, &mut sums, &sizes, plan);
     } else if panel < panels0 {
-        panel_sums(x, norm, w0, panel, &mut sums, &sizes, 0usize, dots, plan);
+        panel_sums(x, norm, w0, w0, panel, &mut sums, &sizes, plan);
         end = end0;
     } else if panel < panels1 {
-        panel_sums(
-            x,
-            norm,
-            w1,
-            panel - panels0,
-            &mut sums,
-            &sizes,
-            0usize,
-            dots,
-            plan,
-        );
+        panel_sums(x, norm, w1, w1, panel - panels0, &mut sums, &sizes, plan);
         row = end0 + (panel - panels0) * ROWS + unit;
         end = end1;
     } else {
-        panel_sums(
-            x,
-            norm,
-            w2,
-            panel - panels1,
-            &mut sums,
-            &sizes,
-            0usize,
-            dots,
-            plan,
-        );
+        panel_sums(x, norm, w2, w2, panel - panels1, &mut sums, &sizes, plan);
         row = end1 + (panel - panels1) * ROWS + unit;
     }
 

@@ -8,6 +8,7 @@ use burn_cubecl::tensor::CubeTensor;
 
 use super::cube::{cube, elem, empty, own, tensor};
 use super::dense::{self, Plan, SizesLaunch};
+use super::matmul;
 use super::packed::{self, PackedPlan};
 use super::reduce::{UNITS, has_planes};
 use super::words::Numbers;
@@ -217,21 +218,22 @@ fn launch(
                 );
             }
             Stored::Packed(format) => {
+                let panels = |rows: &usize| rows.div_ceil(ROWS);
+                let cubes: usize = match gated {
+                    true => panels(&total),
+                    false => rows.iter().map(panels).sum(),
+                };
                 let plan = PackedPlan {
                     eight_bits: format == Format::Q8,
-                    n: n.next_power_of_two(), // few kernels to compile
+                    n: n.next_power_of_two(),
                     matrices: matrices.len(),
                     gated,
                     normed: norm.is_some(),
                     biased,
                     adds,
                     planes,
+                    ahead: packed::ahead(cols, format == Format::Q8, gated),
                     halves: is_cuda(&client),
-                };
-                let panels = |rows: &usize| rows.div_ceil(ROWS);
-                let cubes: usize = match gated {
-                    true => panels(&total),
-                    false => rows.iter().map(panels).sum(),
                 };
                 packed::packed_product::launch_unchecked(
                     &client,
@@ -281,10 +283,7 @@ pub(super) fn linear(x: &Tensor<2>, matrix: &Linear) -> Tensor<2> {
         }
     };
     let y = match weight.dtype() {
-        DType::BF16 if bf16 => {
-            let x = x.clone().cast(DType::BF16);
-            x.matmul(weight.transpose()).cast(DType::F32)
-        }
+        DType::BF16 if bf16 => matmul::bf16(x.clone().cast(DType::BF16), weight),
         // f16 has no room for the outliers of Qwen2's activations.
         _ => x.clone().matmul(weight.cast(DType::F32).transpose()),
     };
