@@ -25,6 +25,8 @@ use crate::text::Tokenizer;
 /// Tokens that one forward of the prefill takes: enough to read each weight once for many tokens,
 /// few enough that a cancellation is seen soon.
 const PREFILL_CHUNK: usize = 512;
+/// The same on a GPU, which larger products suit.
+const GPU_PREFILL_CHUNK: usize = 2048;
 
 type ProgressFn = Box<dyn FnMut(Progress) -> ControlFlow<()> + Send>;
 
@@ -39,7 +41,7 @@ pub struct ModelBuilder {
     long_context: LongContext,
     adapter: Option<PathBuf>,
     threads: Option<usize>,
-    prefill_chunk: usize,
+    prefill_chunk: Option<usize>,
     activations: DType,
     kv_cache: Option<KvCacheType>,
     preload: bool,
@@ -71,7 +73,7 @@ impl ModelBuilder {
             long_context: LongContext::default(),
             adapter: None,
             threads: None,
-            prefill_chunk: PREFILL_CHUNK,
+            prefill_chunk: None,
             activations: DType::F32,
             kv_cache: None,
             preload: false,
@@ -137,9 +139,9 @@ impl ModelBuilder {
         self
     }
 
-    /// Tokens that are read at once in prefill; default 512.
+    /// Tokens that are read at once in prefill; default 512, on a GPU 2048.
     pub fn prefill_chunk(mut self, n_tokens: usize) -> Self {
-        self.prefill_chunk = n_tokens;
+        self.prefill_chunk = Some(n_tokens);
         self
     }
 
@@ -205,7 +207,7 @@ impl ModelBuilder {
         let limits = [
             ("threads", self.threads, 1024),
             ("context_length", self.context_length, usize::MAX),
-            ("prefill_chunk", Some(self.prefill_chunk), 1 << 20),
+            ("prefill_chunk", self.prefill_chunk, 1 << 20),
         ];
         for (key, value, most) in limits {
             if let Some(value) = value.filter(|value| *value == 0 || *value > most) {
@@ -439,7 +441,10 @@ impl ModelBuilder {
                 host: Host {
                     network: Arc::new(Network { qwen2, threads }),
                     tokenizer,
-                    prefill_chunk: self.prefill_chunk,
+                    prefill_chunk: self.prefill_chunk.unwrap_or(match device.is_gpu() {
+                        true => GPU_PREFILL_CHUNK,
+                        false => PREFILL_CHUNK,
+                    }),
                     draft: None,
                 },
                 config,
