@@ -3,6 +3,12 @@
 //! Few rows, a decode step, go through kernels that read each weight once; many rows, a prompt, through
 //! burn's matrix product, packed weights as numbers first. What no kernel takes, the portable default does.
 #![allow(unsafe_code)]
+// The language of `#[cube]` functions is part of Rust's.
+#![allow(
+    clippy::assign_op_pattern,
+    clippy::manual_div_ceil,
+    clippy::manual_is_multiple_of
+)]
 
 mod attention;
 mod cache;
@@ -47,9 +53,9 @@ pub(crate) fn normed(x: &Tensor<2>, norm: &RmsNorm) -> Tensor<2> {
 
 /// As [`super::add_project`].
 pub(crate) fn add_project(h: Tensor<2>, x: &Tensor<2>, matrix: &Linear) -> Tensor<2> {
-    match product::add_few(h, x, matrix, 1.0) {
-        Ok(h) => h,
-        Err(h) => h + linear(x, matrix),
+    match product::is_few(x, matrix) {
+        true => product::add_few(h, x, matrix, 1.0),
+        false => h + linear(x, matrix),
     }
 }
 
@@ -77,13 +83,9 @@ pub(crate) fn experts(h: Tensor<2>, norm: &RmsNorm, visits: Vec<Visit<'_>>) -> T
             product::gated_few(Input::Plain(&rows), visit.gate, visit.up).unwrap_or_else(|| {
                 cube::silu_times(linear(&rows, visit.gate), linear(&rows, visit.up))
             });
-        let h = match is_alone {
-            true => match product::add_few(h, &gated, visit.down, weights[0]) {
-                Ok(h) => return h,
-                Err(h) => h,
-            },
-            false => h,
-        };
+        if is_alone && product::is_few(&gated, visit.down) {
+            return product::add_few(h, &gated, visit.down, weights[0]);
+        }
         let weights = TensorData::new(weights, [tokens.len(), 1]);
         let y = linear(&gated, visit.down) * Tensor::from_data(weights, &device);
         h.select_assign(0, portable::ids(&tokens, &device), y, IndexingUpdateOp::Add)

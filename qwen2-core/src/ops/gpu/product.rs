@@ -86,18 +86,14 @@ pub(super) fn gated_few(x: Input<'_>, gate: &Linear, up: &Linear) -> Option<Tens
     launch(x, &[gate, up], Finish::Gated, None, 1.0)
 }
 
-/// `h + factor · (x Wᵀ + b)`, likewise; else `h` as it was.
-pub(super) fn add_few(
-    h: Tensor<2>,
-    x: &Tensor<2>,
-    matrix: &Linear,
-    factor: f32,
-) -> Result<Tensor<2>, Tensor<2>> {
-    if fits(x, &[matrix]).is_none() {
-        return Err(h);
-    }
-    let y = launch(Input::Plain(x), &[matrix], Finish::Add, Some(h), factor);
-    Ok(y.expect("one matrix that fits"))
+/// Whether [`add_few`] takes these rows and this matrix.
+pub(super) fn is_few(x: &Tensor<2>, matrix: &Linear) -> bool {
+    fits(x, &[matrix]).is_some()
+}
+
+/// `h + factor · (x Wᵀ + b)`, in the memory of `h` if nobody else holds it.
+pub(super) fn add_few(h: Tensor<2>, x: &Tensor<2>, matrix: &Linear, factor: f32) -> Tensor<2> {
+    launch(Input::Plain(x), &[matrix], Finish::Add, Some(h), factor).expect("`is_few` was asked")
 }
 
 fn fits(x: &Tensor<2>, matrices: &[&Linear]) -> Option<Stored> {

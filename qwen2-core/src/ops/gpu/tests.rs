@@ -8,6 +8,7 @@ use crate::ops::packed::{Format, Shape};
 use crate::ops::{Angles, CacheFormat};
 
 /// The device under test; without one, a test says that it is skipped.
+#[allow(clippy::print_stderr)]
 fn device(test: &str) -> Option<Device> {
     let name = std::env::var("QWEN2_TEST_DEVICE").unwrap_or_default();
     match name.as_str() {
