@@ -345,6 +345,70 @@ impl From<qwen2_core::Memory> for Memory {
     }
 }
 
+/// What an engine does; counted since its start where nothing else is said.
+#[pyclass(module = "qwen2_rs", frozen, get_all)]
+pub(crate) struct EngineStats {
+    /// Requests that wait to be started, now.
+    waiting: usize,
+    /// Requests that are computed, now.
+    running: usize,
+    /// Requests that were submitted.
+    submitted: u64,
+    /// Requests that ended, cancelled and failed ones included.
+    finished: u64,
+    /// Requests that ended with an error.
+    failed: u64,
+    /// Requests whose cache was dropped for lack of memory, to be computed again.
+    preempted: u64,
+    /// Steps of the network.
+    steps: u64,
+    /// Tokens of prompts that were computed.
+    prompt_tokens: u64,
+    /// Tokens of prompts that were shared with earlier requests.
+    cached_tokens: u64,
+    /// Tokens that were generated.
+    completion_tokens: u64,
+    /// Bytes of caches and shared prefixes, now.
+    cache_bytes: u64,
+    /// Bytes that they may take.
+    cache_limit: u64,
+}
+
+#[pymethods]
+impl EngineStats {
+    fn __repr__(&self) -> String {
+        format!(
+            "EngineStats(waiting={}, running={}, submitted={}, finished={}, failed={}, steps={}, cache_bytes={})",
+            self.waiting,
+            self.running,
+            self.submitted,
+            self.finished,
+            self.failed,
+            self.steps,
+            self.cache_bytes
+        )
+    }
+}
+
+impl From<qwen2_core::EngineStats> for EngineStats {
+    fn from(stats: qwen2_core::EngineStats) -> Self {
+        Self {
+            waiting: stats.waiting,
+            running: stats.running,
+            submitted: stats.submitted,
+            finished: stats.finished,
+            failed: stats.failed,
+            preempted: stats.preempted,
+            steps: stats.steps,
+            prompt_tokens: stats.prompt_tokens,
+            cached_tokens: stats.cached_tokens,
+            completion_tokens: stats.completion_tokens,
+            cache_bytes: stats.cache_bytes,
+            cache_limit: stats.cache_limit,
+        }
+    }
+}
+
 /// Text as Python writes it.
 fn quoted(py: Python<'_>, text: &str) -> PyResult<String> {
     pyo3::types::PyString::new(py, text).repr()?.extract()
