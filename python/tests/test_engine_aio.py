@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import itertools
 import threading
 import time
 from collections.abc import Callable, Iterator
 
 import pytest
 from conftest import COUNTING, QUESTION
-from qwen2_rs import Engine, InternalError, InvalidArgumentError, Model
+from qwen2_rs import Engine, Generation, InternalError, InvalidArgumentError, Model, RequestStream
 
 QUESTIONS = [[{"role": "user", "content": f"What is {i} plus {i + 3}?"}] for i in range(40)]
 
@@ -151,7 +152,7 @@ def test_tasks_share_the_pieces_of_a_request(busy: Engine) -> None:
             return [piece.token async for piece in stream]
 
         taken = await asyncio.gather(take(), take(), take())
-        assert sorted(sum(taken, [])) == sorted((await stream.finish_async()).tokens)
+        assert sorted(itertools.chain(*taken)) == sorted((await stream.finish_async()).tokens)
 
     asyncio.run(run())
 
@@ -160,10 +161,8 @@ def test_a_full_queue_is_waited_for_without_blocking(long_model: Model) -> None:
     async def run(engine: Engine) -> None:
         first = engine.submit([1], ignore_eos=True)
         await until(lambda: engine.stats.running == 1)
-        answers = [
-            asyncio.create_task(engine.generate_async([1], ignore_eos=True, max_new_tokens=5))
-            for _ in range(6)
-        ]
+        work = [engine.generate_async([1], ignore_eos=True, max_new_tokens=5) for _ in range(6)]
+        answers = [asyncio.create_task(one) for one in work]
         await asyncio.sleep(0.1)
         assert engine.stats.submitted == 2
         answers[5].cancel()
@@ -190,18 +189,20 @@ def test_closing_ends_who_waits(long_model: Model) -> None:
 
 def test_a_loop_that_is_closed_leaves_the_engine_usable(busy: Engine) -> None:
     async def leave() -> None:
-        await anext(busy.submit([1], ignore_eos=True))
-        kept.append(busy.submit([2], ignore_eos=True, max_new_tokens=50))
-        kept.append(asyncio.ensure_future(anext(kept[0])))
-        await asyncio.sleep(0)
+        stream = busy.submit([2], ignore_eos=True, max_new_tokens=50)
+        streams.append(stream)
+        tasks.append(asyncio.create_task(busy.generate_async([1] * 100, ignore_eos=True)))
+        await anext(stream)
 
-    kept: list[object] = []
+    streams: list[RequestStream] = []
+    tasks: list[asyncio.Task[Generation]] = []
     loop = asyncio.new_event_loop()
     loop.run_until_complete(leave())
-    for task in asyncio.all_tasks(loop):
-        task.cancel()
-    loop.run_until_complete(asyncio.sleep(0))
+    tasks[0].cancel()
+    with pytest.raises(asyncio.CancelledError):
+        loop.run_until_complete(tasks[0])
     loop.close()
+    assert len(streams[0].finish().tokens) == 50
     assert len(busy.generate([1], ignore_eos=True, max_new_tokens=30).tokens) == 30
 
 

@@ -62,9 +62,16 @@ impl<T: Send> Drop for Native<T> {
             return;
         }
         let mut value = Some(value);
-        Python::try_attach(|py| match is_finalizing(py) {
-            true => mem::forget(value.take()),
-            false => py.detach(|| drop(value.take())),
+        Python::try_attach(|py| {
+            // An exception on its way may be what lets go of the object.
+            let raised = PyErr::take(py);
+            match is_finalizing(py) {
+                true => mem::forget(value.take()),
+                false => py.detach(|| drop(value.take())),
+            }
+            if let Some(raised) = raised {
+                raised.restore(py);
+            }
         });
         // Where nothing was attached the interpreter is gone.
         mem::forget(value);
