@@ -4,12 +4,26 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 T = TypeVar("T")
 
 Step = Callable[[asyncio.AbstractEventLoop, "asyncio.Future[None]"], "tuple[T] | None"]
 """Gives what is there, or None: then it wakes the future when it may be there."""
+
+
+class Bell(Protocol):
+    """Futures of one loop that were woken."""
+
+    def take(self) -> list[asyncio.Future[None]]:
+        """Each is given once."""
+
+
+def ring(bell: Bell) -> None:
+    """Wakes the futures; the loop calls it."""
+    for future in bell.take():
+        if not future.done():
+            future.set_result(None)
 
 
 async def wait(step: Step[T], cancel: Callable[[], object] | None = None) -> T:

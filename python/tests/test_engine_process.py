@@ -160,6 +160,21 @@ EXITS = {
         SLOW + "streams = [engine.submit([1], ignore_eos=True, processor=slow) for _ in range(3)]\n"
         "next(streams[0])"
     ),
+    "a processor of Python runs beside an event loop": (
+        SLOW + "import asyncio\n"
+        "async def work():\n"
+        "    for _ in range(3): await anext(engine.submit([1], ignore_eos=True, processor=slow))\n"
+        "asyncio.run(work())"
+    ),
+    "an engine is used behind the hook that closes it": (
+        "import asyncio, atexit\n"
+        "from qwen2_rs import InternalError\n"
+        "def late():\n"
+        "    try: engine.generate([1], max_new_tokens=1)\n"
+        "    except InternalError: pass\n"
+        "atexit.register(late)\n"
+        "asyncio.run(engine.generate_async([1], max_new_tokens=1))"
+    ),
     "a daemon thread reads": (
         "import threading, time\n"
         "stream = engine.submit([1], ignore_eos=True)\n"

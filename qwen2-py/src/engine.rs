@@ -11,6 +11,7 @@ use qwen2_core::{CancelToken, LogitsProcessor, Prompt, Request, WhenFull};
 use crate::arguments::{AnyPrompt, Messages, Whole};
 use crate::enter;
 use crate::error::{Failure, lock, not_picklable};
+use crate::exit;
 use crate::model::Model;
 use crate::native::Native;
 use crate::options::{self, signature};
@@ -36,6 +37,11 @@ impl Handle {
     /// Of this engine as long as it lives.
     pub(crate) fn id(&self) -> usize {
         Arc::as_ptr(&self.0).addr()
+    }
+
+    /// To be called before its thread runs anything of Python.
+    pub(crate) fn runs_python(&self, py: Python<'_>) -> PyResult<()> {
+        exit::close_at_exit(py, &self.0)
     }
 }
 
@@ -122,7 +128,7 @@ impl Engine {
         handle.ok_or_else(closed)
     }
 
-    fn ready(&self, prompt: Prompt, asked: Asked<'_, '_>) -> PyResult<Ready> {
+    fn ready(&self, py: Python<'_>, prompt: Prompt, asked: Asked<'_, '_>) -> PyResult<Ready> {
         let engine = self.get()?;
         let cancel = CancelToken::new();
         let given = options::read(asked.verb, asked.options)?.cancel(&cancel);
@@ -134,6 +140,7 @@ impl Engine {
             request = request.model(&model.get().get()?);
         }
         if let Some(processor) = given.processor {
+            engine.runs_python(py)?;
             let id = engine.id();
             request = request.processor(Within { processor, id });
         }
@@ -150,7 +157,7 @@ impl Engine {
         prompt: Prompt,
         asked: Asked<'_, '_>,
     ) -> PyResult<RequestStream> {
-        let ready = self.ready(prompt, asked)?;
+        let ready = self.ready(py, prompt, asked)?;
         let (engine, cancel) = (ready.engine.clone(), ready.cancel.clone());
         let mut later = ready.submitted();
         let stream = block_on(py, engine.id(), |waker| poll(py, &mut later, waker))??;
@@ -168,7 +175,7 @@ impl Engine {
         prompt: Prompt,
         asked: Asked<'_, '_>,
     ) -> PyResult<Generation> {
-        let ready = self.ready(prompt, asked)?;
+        let ready = self.ready(py, prompt, asked)?;
         let id = ready.engine.id();
         let mut later = ready.generated();
         let generation = block_on(py, id, |waker| poll(py, &mut later, waker))??;
@@ -181,8 +188,9 @@ impl Engine {
         prompt: Prompt,
         asked: Asked<'_, 'py>,
     ) -> PyResult<Bound<'py, PyAny>> {
-        let ready = self.ready(prompt, asked)?;
+        let ready = self.ready(py, prompt, asked)?;
         let (engine, cancel) = (ready.engine.clone(), ready.cancel.clone());
+        engine.runs_python(py)?;
         let (mut later, bells) = (ready.submitted(), self.bells.clone());
         let step = Step::new(&self.bells, move |py, waker| {
             poll(py, &mut later, waker).map(|stream| {
@@ -200,7 +208,9 @@ impl Engine {
         prompt: Prompt,
         asked: Asked<'_, 'py>,
     ) -> PyResult<Bound<'py, PyAny>> {
-        let mut later = self.ready(prompt, asked)?.generated();
+        let ready = self.ready(py, prompt, asked)?;
+        ready.engine.runs_python(py)?;
+        let mut later = ready.generated();
         let step = Step::new(&self.bells, move |py, waker| {
             poll(py, &mut later, waker).map(|generation| {
                 let generation = Generation::new(py, generation?)?;

@@ -5,6 +5,7 @@ mod constraint;
 mod engine;
 mod enter;
 mod error;
+mod exit;
 mod inspect;
 mod model;
 mod native;

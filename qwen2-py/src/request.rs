@@ -117,6 +117,7 @@ impl RequestStream {
         poll: impl FnMut(Python<'_>, &Waker) -> Poll<PyResult<Py<PyAny>>> + Send + 'static,
     ) -> PyResult<Bound<'py, PyAny>> {
         let py = slf.py();
+        slf.get().engine.runs_python(py)?;
         let step = Step::new(&slf.get().bells, poll);
         py.import("qwen2_rs._wait")?
             .call_method1(verb, (Bound::new(py, step)?, slf.getattr("cancel")?))

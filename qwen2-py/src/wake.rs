@@ -9,6 +9,7 @@ use pyo3::prelude::*;
 
 use crate::enter::TICK;
 use crate::error::{Failure, in_use, lock};
+use crate::exit::is_exiting;
 
 thread_local! {
     /// The engine whose processor this thread runs; 0: none.
@@ -92,21 +93,16 @@ impl Wake for Fan {
 pub(crate) struct Bell {
     /// Weak: a loop may refer to what waits in it.
     event_loop: Py<PyAny>,
+    /// What the loop calls with this bell.
+    ring: Py<PyAny>,
     woken: Mutex<Vec<Py<PyAny>>>,
 }
 
 #[pymethods]
 impl Bell {
-    /// In the loop: wakes the futures.
-    fn __call__(&self, py: Python<'_>) -> PyResult<()> {
-        let woken = std::mem::take(&mut *lock(&self.woken));
-        for future in woken {
-            let future = future.bind(py);
-            if !future.call_method0("done")?.is_truthy()? {
-                future.call_method1("set_result", (py.None(),))?;
-            }
-        }
-        Ok(())
+    /// In the loop: the futures to wake.
+    fn take(&self) -> Vec<Py<PyAny>> {
+        std::mem::take(&mut *lock(&self.woken))
     }
 }
 
@@ -128,6 +124,7 @@ impl Bells {
             py,
             Bell {
                 event_loop: event_loop.unbind(),
+                ring: py.import("qwen2_rs._wait")?.getattr("ring")?.unbind(),
                 woken: Mutex::default(),
             },
         )?;
@@ -154,13 +151,15 @@ impl Wake for Ticket {
             woken.push(future);
             woken.len() == 1
         };
-        if !is_first {
-            return; // the loop has not come to the first
+        if !is_first || is_exiting() {
+            return; // the loop has not come to the first, or never will
         }
         let rung = Python::try_attach(|py| {
             let event_loop = bell.event_loop.bind(py).call0()?;
-            let call = event_loop.call_method1("call_soon_threadsafe", (&self.bell,));
-            call.map(drop)
+            let call = (&bell.ring, &self.bell);
+            event_loop
+                .call_method1("call_soon_threadsafe", call)
+                .map(drop)
         });
         if let Some(Err(_)) = rung {
             // The loop is gone or closed: nobody waits in it.
