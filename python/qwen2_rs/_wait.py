@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
 from typing import Any, Protocol, TypeVar
 
-T = TypeVar("T")
+T_co = TypeVar("T_co", covariant=True)
 
-Step = Callable[[asyncio.AbstractEventLoop, "asyncio.Future[None]"], "tuple[T] | None"]
-"""Gives what is there, or None: then it wakes the future when it may be there."""
+
+class Step(Protocol[T_co]):
+    """What is waited for."""
+
+    def __call__(self, loop: asyncio.AbstractEventLoop, future: asyncio.Future[None]) -> tuple[T_co] | None:
+        """Gives what is there, or None: then it wakes the future when it may be there."""
+
+    def cancel(self) -> None:
+        """Nobody waits any more."""
 
 
 class Bell(Protocol):
@@ -26,8 +32,8 @@ def ring(bell: Bell) -> None:
             future.set_result(None)
 
 
-async def wait(step: Step[T], cancel: Callable[[], object] | None = None) -> T:
-    """What the step gives. A task that is cancelled while it waits calls cancel."""
+async def wait(step: Step[T_co]) -> T_co:
+    """What the step gives. A task that is cancelled while it waits cancels it."""
     loop = asyncio.get_running_loop()
     while True:
         future = loop.create_future()
@@ -37,14 +43,13 @@ async def wait(step: Step[T], cancel: Callable[[], object] | None = None) -> T:
         try:
             await future
         except asyncio.CancelledError:
-            if cancel is not None:
-                cancel()
+            step.cancel()
             raise
 
 
-async def next_piece(step: Step[Any], cancel: Callable[[], object]) -> Any:
+async def next_piece(step: Step[Any]) -> Any:
     """The next piece of a request, as `__anext__` gives it."""
-    piece = await wait(step, cancel)
+    piece = await wait(step)
     if piece is None:
         raise StopAsyncIteration
     return piece

@@ -141,7 +141,7 @@ def test_options_are_read_as_the_model_reads_them(engine: Engine) -> None:
         engine.generate([1] * 5000)
     with pytest.raises(UnsupportedError, match="engine has no such option: prompt_lookup"):
         engine.generate("x", prompt_lookup=4)
-    with pytest.raises(TypeError, match="model"):
+    with pytest.raises(TypeError, match=r"[Mm]odel"):
         cast(Any, engine).submit("x", model="other")
 
 

@@ -122,6 +122,26 @@ def test_a_cancelled_task_cancels_its_request(busy: Engine) -> None:
     assert busy.stats.failed == 0
 
 
+def test_a_cancelled_task_that_is_kept_cancels_its_request(busy: Engine) -> None:
+    kept: list[asyncio.CancelledError] = []
+
+    async def read() -> None:
+        try:
+            await busy.generate_async([1, 2], ignore_eos=True)
+        except asyncio.CancelledError as error:
+            kept.append(error)  # and with it the frames that waited
+
+    async def run() -> None:
+        task = asyncio.create_task(read())
+        await until(lambda: busy.stats.running == 1)
+        task.cancel()
+        await task
+        await until(lambda: busy.stats.running == 0)
+
+    asyncio.run(run())
+    assert kept
+
+
 def test_breaking_out_and_letting_go_cancel(busy: Engine) -> None:
     async def run() -> None:
         async for _ in busy.submit([1], ignore_eos=True):

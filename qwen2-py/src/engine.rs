@@ -192,9 +192,10 @@ impl Engine {
         let (engine, cancel) = (ready.engine.clone(), ready.cancel.clone());
         engine.runs_python(py)?;
         let (mut later, bells) = (ready.submitted(), self.bells.clone());
-        let step = Step::new(&self.bells, move |py, waker| {
+        let own = cancel.clone();
+        let step = Step::new(&self.bells, &cancel, move |py, waker| {
             poll(py, &mut later, waker).map(|stream| {
-                let (cancel, engine, bells) = (cancel.clone(), engine.clone(), bells.clone());
+                let (cancel, engine, bells) = (own.clone(), engine.clone(), bells.clone());
                 let stream = RequestStream::new(stream?, cancel, engine, bells);
                 Ok(Bound::new(py, stream)?.into_any().unbind())
             })
@@ -210,8 +211,9 @@ impl Engine {
     ) -> PyResult<Bound<'py, PyAny>> {
         let ready = self.ready(py, prompt, asked)?;
         ready.engine.runs_python(py)?;
+        let cancel = ready.cancel.clone();
         let mut later = ready.generated();
-        let step = Step::new(&self.bells, move |py, waker| {
+        let step = Step::new(&self.bells, &cancel, move |py, waker| {
             poll(py, &mut later, waker).map(|generation| {
                 let generation = Generation::new(py, generation?)?;
                 Ok(Bound::new(py, generation)?.into_any().unbind())

@@ -118,9 +118,9 @@ impl RequestStream {
     ) -> PyResult<Bound<'py, PyAny>> {
         let py = slf.py();
         slf.get().engine.runs_python(py)?;
-        let step = Step::new(&slf.get().bells, poll);
+        let step = Step::new(&slf.get().bells, &slf.get().cancel, poll);
         py.import("qwen2_rs._wait")?
-            .call_method1(verb, (Bound::new(py, step)?, slf.getattr("cancel")?))
+            .call_method1(verb, (Bound::new(py, step)?,))
     }
 }
 

@@ -6,6 +6,7 @@ use std::task::{Poll, Wake, Waker};
 use std::thread::{self, Thread};
 
 use pyo3::prelude::*;
+use qwen2_core::CancelToken;
 
 use crate::enter::TICK;
 use crate::error::{Failure, in_use, lock};
@@ -172,7 +173,9 @@ impl Wake for Ticket {
 /// What an event loop waits for; `qwen2_rs._wait` calls it.
 #[pyclass(frozen)]
 pub(crate) struct Step {
-    poll: Mutex<Poller>,
+    /// `None` once it was cancelled.
+    poll: Mutex<Option<Poller>>,
+    cancel: CancelToken,
     bells: Bells,
 }
 
@@ -181,10 +184,12 @@ type Poller = Box<dyn FnMut(Python<'_>, &Waker) -> Poll<PyResult<Py<PyAny>>> + S
 impl Step {
     pub(crate) fn new(
         bells: &Bells,
+        cancel: &CancelToken,
         poll: impl FnMut(Python<'_>, &Waker) -> Poll<PyResult<Py<PyAny>>> + Send + 'static,
     ) -> Self {
         Self {
-            poll: Mutex::new(Box::new(poll)),
+            poll: Mutex::new(Some(Box::new(poll))),
+            cancel: cancel.clone(),
             bells: bells.clone(),
         }
     }
@@ -203,22 +208,26 @@ impl Step {
             bell: self.bells.of(event_loop)?,
             future: Mutex::new(Some(future)),
         };
-        let mut poll = self
-            .poll
-            .try_lock()
-            .map_err(|_| PyErr::from(already_polled()))?;
-        match poll(py, &Waker::from(Arc::new(ticket))) {
+        let mut poll = self.poll.try_lock().map_err(|_| not_here())?;
+        match poll.as_mut().ok_or_else(not_here)?(py, &Waker::from(Arc::new(ticket))) {
             Poll::Pending => Ok(None),
             Poll::Ready(value) => Ok(Some((value?,))),
         }
     }
+
+    /// Nobody waits any more. A frame that an exception refers to may keep this object for long.
+    fn cancel(&self) {
+        self.cancel.cancel();
+        let poll = self.poll.try_lock().ok().and_then(|mut poll| poll.take());
+        drop(poll);
+    }
 }
 
-fn already_polled() -> Failure {
+fn not_here() -> Failure {
     Failure::invalid(
         "object is in use",
         "coroutine",
-        "another thread runs it",
+        "another thread runs it, or it was cancelled",
         "await it once",
     )
 }
