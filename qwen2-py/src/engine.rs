@@ -6,7 +6,7 @@ use std::task::{Context, Poll, Waker};
 
 use pyo3::prelude::*;
 use pyo3::types::PyDict;
-use qwen2_core::{CancelToken, LogitsProcessor, Prompt, Request, WhenFull};
+use qwen2_core::{CancelToken, LogitsProcessor, Prompt, Request};
 
 use crate::arguments::{AnyPrompt, Messages, Whole};
 use crate::enter;
@@ -18,6 +18,7 @@ use crate::options::{self, signature};
 use crate::processor::Processor;
 use crate::request::RequestStream;
 use crate::results::{EngineStats, Generation};
+use crate::settings::Settings;
 use crate::wake::{Bells, Step, block_on, inside};
 
 /// Many requests on one model: they join and leave at every step, and each weight is read once for all of
@@ -98,24 +99,7 @@ fn poll<T: Send>(py: Python<'_>, later: &mut Later<T>, waker: &Waker) -> Poll<Re
 
 impl Engine {
     pub(crate) fn build(model: &qwen2_core::Model, settings: &Settings<'_>) -> PyResult<Self> {
-        let mut builder = model
-            .engine()
-            .when_full(settings.when_full()?)
-            .prefix_cache(settings.prefix_cache)
-            .deterministic(settings.deterministic);
-        if let Some(n) = settings.max_sequences {
-            builder = builder.max_sequences(n.setting("max_sequences")?);
-        }
-        if let Some(bytes) = settings.cache_bytes {
-            builder = builder.cache_bytes(bytes.setting("cache_bytes")? as u64);
-        }
-        if let Some(n) = settings.prefill_chunk {
-            builder = builder.prefill_chunk(n.setting("prefill_chunk")?);
-        }
-        if let Some(n) = settings.queue_limit {
-            builder = builder.queue_limit(n.setting("queue_limit")?);
-        }
-        let engine = builder.build().map_err(Failure::from)?;
+        let engine = settings.builder(model)?.build().map_err(Failure::from)?;
         Ok(Self {
             handle: Mutex::new(Some(Handle(Arc::new(Native::new(engine))))),
             bells: Bells::default(),
@@ -227,32 +211,6 @@ impl Engine {
 fn wait(py: Python<'_>, step: Step) -> PyResult<Bound<'_, PyAny>> {
     py.import("qwen2_rs._wait")?
         .call_method1("wait", (Bound::new(py, step)?,))
-}
-
-/// What `Model.engine` was called with; what is not given is the library's default.
-pub(crate) struct Settings<'a> {
-    pub(crate) max_sequences: Option<Whole>,
-    pub(crate) cache_bytes: Option<Whole>,
-    pub(crate) prefill_chunk: Option<Whole>,
-    pub(crate) queue_limit: Option<Whole>,
-    pub(crate) when_full: &'a str,
-    pub(crate) prefix_cache: bool,
-    pub(crate) deterministic: bool,
-}
-
-impl Settings<'_> {
-    fn when_full(&self) -> Result<WhenFull, Failure> {
-        match self.when_full {
-            "refuse" => Ok(WhenFull::Refuse),
-            "wait" => Ok(WhenFull::Wait),
-            other => Err(Failure::invalid(
-                "unknown answer to a full queue",
-                "when_full",
-                other,
-                "refuse or wait",
-            )),
-        }
-    }
 }
 
 #[pymethods]

@@ -14,6 +14,7 @@ mod processor;
 mod request;
 mod results;
 mod session;
+mod settings;
 mod stream;
 mod tokenizer;
 mod wake;

@@ -10,12 +10,13 @@ use pyo3::types::{PyBool, PyDict, PyList};
 use qwen2_core::{CancelToken, DType, Device, KvCacheType, Pooling, Prompt, Quantization};
 
 use crate::arguments::{AnyPrompt, AnySource, Messages, TokenIds, Whole};
-use crate::engine::{Engine, Settings};
+use crate::engine::Engine;
 use crate::enter::{self, Report};
 use crate::error::{Failure, lock, not_picklable};
 use crate::options::{self, Given, signature};
 use crate::results::{Generation, Memory};
 use crate::session::Session;
+use crate::settings::Settings;
 use crate::stream::{Run, TokenStream};
 use crate::tokenizer::Tokenizer;
 
