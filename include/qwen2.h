@@ -606,7 +606,8 @@ const char *qwen2_model_adapter(const qwen2_model *model, size_t index);
 
 // What the checkpoint `source` is, a directory, a GGUF file or an id, which is downloaded first: a JSON object
 // with the keys of `qwen2 info --json` that depend on its files alone, besides `container`, "safetensors" or
-// "gguf", and `generation_config`. The headers of the weights are read and checked, the weights are not. `*out` is freed with `qwen2_text_free`.
+// "gguf", and `generation_config`. The headers of the weights are read and checked, the weights are not. `*out`
+// is freed with `qwen2_text_free`.
 qwen2_status qwen2_inspect(const char *source,
                            size_t len,
                            qwen2_text **out,

@@ -206,7 +206,7 @@ fn open(path: &Path) {
             groups.has_blocks(32);
         } else if let Encoding::Blocks(kind) = tensor.encoding {
             let rows = tensor.bytes.chunks_exact(kind.row_bytes(row.len()));
-            assert_eq!(rows.len(), shape[0]);
+            assert_eq!(rows.len() * row.len(), shape.iter().product::<usize>());
             rows.for_each(|bytes| kind.dequantize(bytes, &mut row));
         } else if tensor.encoding != Encoding::Packed {
             let numbers = shape.iter().product::<usize>();

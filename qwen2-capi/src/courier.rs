@@ -87,6 +87,8 @@ struct Letters {
     ready: VecDeque<u64>,
     n_sent: u64,
     stop: bool,
+    /// Nobody reads them any more.
+    over: bool,
 }
 
 /// One request, on its way to one callback.
@@ -171,7 +173,11 @@ impl Courier {
             if let Err(why) = fenced(|| desk.run()) {
                 tracing::error!(why, "callbacks stopped");
             }
-            desk.lock().new.clear();
+            let mut letters = desk.lock();
+            letters.over = true;
+            let unread = std::mem::take(&mut letters.new);
+            drop(letters); // before the requests end, which may ring
+            drop(unread);
         };
         let builder = std::thread::Builder::new().name("qwen2-callbacks".to_owned());
         *thread = Some(builder.spawn(body).map_err(|error| {
@@ -205,6 +211,10 @@ impl Courier {
             muted: false,
             owns_handle,
         };
+        if letters.over {
+            drop(letters);
+            return drop(delivery); // which ends the request
+        }
         letters.new.push((id, delivery));
         letters.ready.push_back(id);
         drop(letters);

@@ -12,7 +12,8 @@ use crate::values::qwen2_text;
 
 /// What the checkpoint `source` is, a directory, a GGUF file or an id, which is downloaded first: a JSON object
 /// with the keys of `qwen2 info --json` that depend on its files alone, besides `container`, "safetensors" or
-/// "gguf", and `generation_config`. The headers of the weights are read and checked, the weights are not. `*out` is freed with `qwen2_text_free`.
+/// "gguf", and `generation_config`. The headers of the weights are read and checked, the weights are not. `*out`
+/// is freed with `qwen2_text_free`.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn qwen2_inspect(
     source: *const c_char,

@@ -268,7 +268,7 @@ impl qwen2_request {
         }
     }
 
-    /// The last piece, unless a callback of the request itself is asking.
+    /// The last piece; `None` while another thread waits for the next one.
     fn with_last<T>(&self, body: impl FnOnce(&Last) -> T) -> Option<T> {
         match &self.reader {
             Reader::Host(own) => Some(body(&own.lock()?.last)),

@@ -217,13 +217,13 @@ impl<F: FnMut(&mut [f32]) -> Result<(), Error> + Send> LogitsProcessor for Closu
     }
 }
 
-trait AsProcessor: Sized {
+trait IntoProcessor: Sized {
     fn into_processor(self) -> Closure<Self> {
         Closure(self)
     }
 }
 
-impl<F: FnMut(&mut [f32]) -> Result<(), Error> + Send> AsProcessor for F {}
+impl<F: FnMut(&mut [f32]) -> Result<(), Error> + Send> IntoProcessor for F {}
 
 #[test]
 fn a_processor_sees_the_logits_behind_penalties_and_bans() {

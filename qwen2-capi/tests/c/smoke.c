@@ -1,24 +1,10 @@
 /* Every promise of the header, on the model in argv[1]. Is C11 and C++17. */
 #include <pthread.h>
-#include <stdint.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
 
-#include "qwen2.h"
-
-#define NUL QWEN2_NUL_TERMINATED
-
-#define CHECK(condition)                                                                            \
-    do {                                                                                            \
-        if (!(condition)) {                                                                         \
-            fprintf(stderr, "%s:%d: %s\n", __FILE__, __LINE__, #condition);                         \
-            exit(1);                                                                                \
-        }                                                                                           \
-    } while (0)
+#include "check.h"
 
 /* The call fails with this status and this message, and leaves its outputs alone. */
-#define FAILS(call, status, message) expect_failure(__LINE__, (call), (status), (message), &error)
+#define FAILS_WITH(call, status, message) expect_failure(__LINE__, (call), (status), (message), &error)
 
 static void expect_failure(int line, qwen2_status got, qwen2_status want, const char *message, qwen2_error **error) {
     if (got != want || *error == NULL || strcmp(qwen2_error_message(*error), message) != 0) {
@@ -29,32 +15,6 @@ static void expect_failure(int line, qwen2_status got, qwen2_status want, const 
     CHECK(qwen2_error_code(*error) == want);
     qwen2_error_free(*error);
     *error = NULL;
-}
-
-static void succeeds(int line, qwen2_status status, qwen2_error *error) {
-    if (status != QWEN2_OK || error != NULL) {
-        fprintf(stderr, "smoke.c:%d: %d %s\n", line, status, qwen2_error_message(error));
-        exit(1);
-    }
-}
-#define OK(call)                                                                                    \
-    do {                                                                                            \
-        const qwen2_status status_ = (call);                                                        \
-        succeeds(__LINE__, status_, error);                                                         \
-    } while (0)
-
-static qwen2_prompt *message(const char *content) {
-    qwen2_error *error = NULL;
-    qwen2_prompt *prompt = qwen2_prompt_new();
-    OK(qwen2_prompt_add_message(prompt, "user", NUL, content, NUL, &error));
-    return prompt;
-}
-
-static qwen2_options *greedy(size_t max_new_tokens) {
-    qwen2_options *options = qwen2_options_new_greedy();
-    qwen2_options_set_max_new_tokens(options, max_new_tokens);
-    qwen2_options_set_ignore_eos(options, 1);
-    return options;
 }
 
 typedef struct {
@@ -80,7 +40,7 @@ static void versions(void) {
     CHECK(strcmp(qwen2_status_name(-77), "unknown") == 0);
 }
 
-static qwen2_model *load(const char *directory) {
+static qwen2_model *load_and_look(const char *directory) {
     qwen2_error *error = NULL;
     Loading loading = {0, 0, 0, 0};
     qwen2_load_options *options = qwen2_load_options_new();
@@ -112,7 +72,7 @@ static qwen2_model *load(const char *directory) {
     qwen2_load_options_set_progress(options, NULL, NULL);
 
     qwen2_load_options_set_context_length(options, 0);
-    FAILS(qwen2_model_load(directory, NUL, options, &none, &error), QWEN2_ERROR_INVALID_ARGUMENT,
+    FAILS_WITH(qwen2_model_load(directory, NUL, options, &none, &error), QWEN2_ERROR_INVALID_ARGUMENT,
           "setting is out of range: context_length: 0");
     qwen2_load_options_free(options);
     return model;
@@ -121,7 +81,7 @@ static qwen2_model *load(const char *directory) {
 static void load_errors(const char *directory) {
     qwen2_error *error = NULL;
     qwen2_model *model = NULL;
-    FAILS(qwen2_model_load("/nowhere/at all", NUL, NULL, &model, &error), QWEN2_ERROR_NOT_FOUND,
+    FAILS_WITH(qwen2_model_load("/nowhere/at all", NUL, NULL, &model, &error), QWEN2_ERROR_NOT_FOUND,
           "no such model: /nowhere/at all");
     CHECK(qwen2_model_load("/nowhere", NUL, NULL, &model, &error) == QWEN2_ERROR_NOT_FOUND);
     CHECK(strcmp(qwen2_error_path(error), "/nowhere") == 0 && qwen2_error_key(error) == NULL);
@@ -129,23 +89,23 @@ static void load_errors(const char *directory) {
     qwen2_error_free(error);
     error = NULL;
 
-    FAILS(qwen2_model_load(NULL, 4, NULL, &model, &error), QWEN2_ERROR_INVALID_ARGUMENT, "argument is NULL: path");
-    FAILS(qwen2_model_load(NULL, NUL, NULL, &model, &error), QWEN2_ERROR_INVALID_ARGUMENT, "argument is NULL: path");
-    FAILS(qwen2_model_load(directory, NUL, NULL, NULL, &error), QWEN2_ERROR_INVALID_ARGUMENT, "argument is NULL: out");
-    FAILS(qwen2_model_load("a\xFF", NUL, NULL, &model, &error), QWEN2_ERROR_INVALID_ARGUMENT,
+    FAILS_WITH(qwen2_model_load(NULL, 4, NULL, &model, &error), QWEN2_ERROR_INVALID_ARGUMENT, "argument is NULL: path");
+    FAILS_WITH(qwen2_model_load(NULL, NUL, NULL, &model, &error), QWEN2_ERROR_INVALID_ARGUMENT, "argument is NULL: path");
+    FAILS_WITH(qwen2_model_load(directory, NUL, NULL, NULL, &error), QWEN2_ERROR_INVALID_ARGUMENT, "argument is NULL: out");
+    FAILS_WITH(qwen2_model_load("a\xFF", NUL, NULL, &model, &error), QWEN2_ERROR_INVALID_ARGUMENT,
           "text is not UTF-8: path: byte 1");
-    FAILS(qwen2_model_load("a\0b", 3, NULL, &model, &error), QWEN2_ERROR_INVALID_ARGUMENT,
+    FAILS_WITH(qwen2_model_load("a\0b", 3, NULL, &model, &error), QWEN2_ERROR_INVALID_ARGUMENT,
           "path holds NUL: path: byte 1");
     CHECK(model == NULL);
 
     qwen2_load_options *options = qwen2_load_options_new();
-    FAILS(qwen2_load_options_set_device(options, "gpu", NUL, &error), QWEN2_ERROR_INVALID_ARGUMENT,
+    FAILS_WITH(qwen2_load_options_set_device(options, "gpu", NUL, &error), QWEN2_ERROR_INVALID_ARGUMENT,
           "unknown device: device: `gpu`");
-    FAILS(qwen2_load_options_set_device(options, "c\0u", 3, &error), QWEN2_ERROR_INVALID_ARGUMENT,
+    FAILS_WITH(qwen2_load_options_set_device(options, "c\0u", 3, &error), QWEN2_ERROR_INVALID_ARGUMENT,
           "unknown device: device: `c\\0u`");
-    FAILS(qwen2_load_options_set_dtype(options, "f8", NUL, &error), QWEN2_ERROR_INVALID_ARGUMENT,
+    FAILS_WITH(qwen2_load_options_set_dtype(options, "f8", NUL, &error), QWEN2_ERROR_INVALID_ARGUMENT,
           "unknown dtype: dtype: f8");
-    FAILS(qwen2_load_options_set_quantize(options, "q3", NUL, &error), QWEN2_ERROR_INVALID_ARGUMENT,
+    FAILS_WITH(qwen2_load_options_set_quantize(options, "q3", NUL, &error), QWEN2_ERROR_INVALID_ARGUMENT,
           "unknown quantization: quantize: `q3`");
     CHECK(qwen2_quantize(directory, NUL, directory, NUL, "q8", 2, NULL, NULL, NULL) ==
           QWEN2_ERROR_INVALID_ARGUMENT); /* it exists */
@@ -153,32 +113,32 @@ static void load_errors(const char *directory) {
           QWEN2_ERROR_INVALID_ARGUMENT);
     CHECK(qwen2_merge_lora(directory, NUL, "/nowhere", NUL, "/other", NUL, NULL, 0, NULL, NULL, NULL) ==
           QWEN2_ERROR_NOT_FOUND);
-    FAILS(qwen2_convert(directory, NUL, "/nowhere", NUL, "q3", NUL, NULL, NULL, &error), QWEN2_ERROR_INVALID_ARGUMENT,
+    FAILS_WITH(qwen2_convert(directory, NUL, "/nowhere", NUL, "q3", NUL, NULL, NULL, &error), QWEN2_ERROR_INVALID_ARGUMENT,
           "unknown dtype: dtype: q3");
-    FAILS(qwen2_quantize(directory, NUL, "/nowhere", NUL, "q3", NUL, NULL, NULL, &error), QWEN2_ERROR_INVALID_ARGUMENT,
+    FAILS_WITH(qwen2_quantize(directory, NUL, "/nowhere", NUL, "q3", NUL, NULL, NULL, &error), QWEN2_ERROR_INVALID_ARGUMENT,
           "unknown quantization: quantize: `q3`");
-    FAILS(qwen2_quantize(directory, NUL, NULL, 4, "q8", NUL, NULL, NULL, &error), QWEN2_ERROR_INVALID_ARGUMENT,
+    FAILS_WITH(qwen2_quantize(directory, NUL, NULL, 4, "q8", NUL, NULL, NULL, &error), QWEN2_ERROR_INVALID_ARGUMENT,
           "argument is NULL: path");
-    FAILS(qwen2_load_options_set_adapter(options, NULL, 3, &error), QWEN2_ERROR_INVALID_ARGUMENT,
+    FAILS_WITH(qwen2_load_options_set_adapter(options, NULL, 3, &error), QWEN2_ERROR_INVALID_ARGUMENT,
           "argument is NULL: path");
-    FAILS(qwen2_load_options_set_kv_cache(options, "f8", NUL, &error), QWEN2_ERROR_INVALID_ARGUMENT,
+    FAILS_WITH(qwen2_load_options_set_kv_cache(options, "f8", NUL, &error), QWEN2_ERROR_INVALID_ARGUMENT,
           "unknown kind of cache: kv_cache: f8");
     OK(qwen2_load_options_set_kv_cache(options, "bf16", NUL, &error));
-    FAILS(qwen2_load_options_set_long_context(options, "ntk", NUL, &error), QWEN2_ERROR_INVALID_ARGUMENT,
+    FAILS_WITH(qwen2_load_options_set_long_context(options, "ntk", NUL, &error), QWEN2_ERROR_INVALID_ARGUMENT,
           "unknown kind of long context: long_context: ntk");
     OK(qwen2_load_options_set_long_context(options, "dual_chunk", NUL, &error));
     qwen2_load_options_set_preload(options, 1);
     qwen2_load_options_set_screened_head(options, 0);
-    FAILS(qwen2_load_options_set_activations(options, "f8", NUL, &error), QWEN2_ERROR_INVALID_ARGUMENT,
+    FAILS_WITH(qwen2_load_options_set_activations(options, "f8", NUL, &error), QWEN2_ERROR_INVALID_ARGUMENT,
           "unknown dtype: dtype: f8");
     OK(qwen2_load_options_set_activations(options, "bf16", NUL, &error));
     if (strstr(qwen2_devices(), "cuda") == NULL) {
         OK(qwen2_load_options_set_device(options, "cuda:1", NUL, &error));
-        FAILS(qwen2_model_load(directory, NUL, options, &model, &error), QWEN2_ERROR_DEVICE_UNAVAILABLE,
+        FAILS_WITH(qwen2_model_load(directory, NUL, options, &model, &error), QWEN2_ERROR_DEVICE_UNAVAILABLE,
               "device is not available: cuda:1: not compiled in");
     }
     qwen2_load_options_free(options);
-    FAILS(qwen2_load_options_set_device(options, "cpu", NUL, &error), QWEN2_ERROR_INVALID_ARGUMENT,
+    FAILS_WITH(qwen2_load_options_set_device(options, "cpu", NUL, &error), QWEN2_ERROR_INVALID_ARGUMENT,
           "handle is not live: qwen2_load_options: it was freed, or this library never made it");
     CHECK(qwen2_model_load("", 0, NULL, &model, &error) != QWEN2_OK && model == NULL);
     qwen2_error_free(error);
@@ -228,12 +188,12 @@ static void tokenizer(const char *directory, const qwen2_model *model) {
     qwen2_tokens_free(tokens);
     qwen2_prompt_clear(prompt);
     tokens = NULL;
-    FAILS(qwen2_tokenizer_encode_chat(tokenizer, prompt, 1, &tokens, &error), QWEN2_ERROR_INVALID_ARGUMENT,
+    FAILS_WITH(qwen2_tokenizer_encode_chat(tokenizer, prompt, 1, &tokens, &error), QWEN2_ERROR_INVALID_ARGUMENT,
           "no messages: messages: the list is empty");
     const uint32_t unknown = 4000000000u;
     decoded = NULL;
     CHECK(qwen2_tokenizer_decode(tokenizer, &unknown, 1, 0, &decoded, NULL) == QWEN2_ERROR_INVALID_ARGUMENT);
-    FAILS(qwen2_tokenizer_encode(tokenizer, "ab\xC3", 3, &tokens, &error), QWEN2_ERROR_INVALID_ARGUMENT,
+    FAILS_WITH(qwen2_tokenizer_encode(tokenizer, "ab\xC3", 3, &tokens, &error), QWEN2_ERROR_INVALID_ARGUMENT,
           "text is not UTF-8: text: byte 2");
     CHECK(tokens == NULL && decoded == NULL);
     qwen2_prompt_free(prompt);
@@ -245,16 +205,16 @@ static void prompts_and_options(const qwen2_model *model) {
     qwen2_error *error = NULL;
     qwen2_generation *out = NULL;
     qwen2_prompt *prompt = qwen2_prompt_new();
-    FAILS(qwen2_generate(model, prompt, NULL, &out, &error), QWEN2_ERROR_INVALID_ARGUMENT, "prompt is empty: prompt");
-    FAILS(qwen2_prompt_set_text(prompt, "caf\xE9", NUL, &error), QWEN2_ERROR_INVALID_ARGUMENT,
+    FAILS_WITH(qwen2_generate(model, prompt, NULL, &out, &error), QWEN2_ERROR_INVALID_ARGUMENT, "prompt is empty: prompt");
+    FAILS_WITH(qwen2_prompt_set_text(prompt, "caf\xE9", NUL, &error), QWEN2_ERROR_INVALID_ARGUMENT,
           "text is not UTF-8: text: byte 3");
-    FAILS(qwen2_prompt_add_message(prompt, "user", NUL, "\x80", 1, &error), QWEN2_ERROR_INVALID_ARGUMENT,
+    FAILS_WITH(qwen2_prompt_add_message(prompt, "user", NUL, "\x80", 1, &error), QWEN2_ERROR_INVALID_ARGUMENT,
           "text is not UTF-8: content: byte 0");
-    FAILS(qwen2_prompt_add_message(prompt, "\xFE", NUL, "", 0, &error), QWEN2_ERROR_INVALID_ARGUMENT,
+    FAILS_WITH(qwen2_prompt_add_message(prompt, "\xFE", NUL, "", 0, &error), QWEN2_ERROR_INVALID_ARGUMENT,
           "text is not UTF-8: role: byte 0");
-    FAILS(qwen2_prompt_set_tokens(prompt, NULL, 3, &error), QWEN2_ERROR_INVALID_ARGUMENT, "argument is NULL: tokens");
+    FAILS_WITH(qwen2_prompt_set_tokens(prompt, NULL, 3, &error), QWEN2_ERROR_INVALID_ARGUMENT, "argument is NULL: tokens");
     OK(qwen2_prompt_set_text(prompt, "a\0b", 3, &error));
-    FAILS(qwen2_prompt_add_message(prompt, "user", NUL, "x", NUL, &error), QWEN2_ERROR_INVALID_ARGUMENT,
+    FAILS_WITH(qwen2_prompt_add_message(prompt, "user", NUL, "x", NUL, &error), QWEN2_ERROR_INVALID_ARGUMENT,
           "prompt holds no messages: prompt: it was set to text or tokens");
 
     static const struct {
@@ -277,12 +237,12 @@ static void prompts_and_options(const qwen2_model *model) {
         qwen2_options_set_repetition_penalty(options, bad[i].penalty);
         qwen2_options_set_top_k(options, bad[i].top_k);
         qwen2_options_set_max_new_tokens(options, bad[i].max_new_tokens);
-        FAILS(qwen2_generate(model, prompt, options, &out, &error), QWEN2_ERROR_INVALID_ARGUMENT, bad[i].message);
+        FAILS_WITH(qwen2_generate(model, prompt, options, &out, &error), QWEN2_ERROR_INVALID_ARGUMENT, bad[i].message);
         qwen2_options_free(options);
     }
     qwen2_options *options = qwen2_options_new();
     OK(qwen2_options_add_stop(options, "", 0, &error));
-    FAILS(qwen2_generate(model, prompt, options, &out, &error), QWEN2_ERROR_INVALID_ARGUMENT,
+    FAILS_WITH(qwen2_generate(model, prompt, options, &out, &error), QWEN2_ERROR_INVALID_ARGUMENT,
           "option out of range: stop[0]: expected 1 to 4096 bytes, found 0 bytes");
     qwen2_options_free(options);
 
@@ -292,7 +252,7 @@ static void prompts_and_options(const qwen2_model *model) {
     for (size_t i = 0; i < 97; i++)
         tokens[i] = (uint32_t)(i % 7 + 1);
     OK(qwen2_prompt_set_tokens(prompt, tokens, 1, &error));
-    FAILS(qwen2_generate(model, prompt, options, &out, &error), QWEN2_ERROR_CONTEXT_OVERFLOW,
+    FAILS_WITH(qwen2_generate(model, prompt, options, &out, &error), QWEN2_ERROR_CONTEXT_OVERFLOW,
           "prompt and new tokens exceed the context: max_new_tokens: 1 prompt tokens and 96 new ones, the context "
           "holds 96");
     CHECK(out == NULL);
@@ -343,7 +303,7 @@ static void generations(const qwen2_model *model) {
     CHECK(strcmp(qwen2_generation_text(streamed, &len), qwen2_generation_text(whole, NULL)) == 0);
     CHECK(strcmp(qwen2_generation_text(streamed, &len), text) == 0 && len == strlen(text));
     qwen2_generation *again = NULL;
-    FAILS(qwen2_stream_finish(stream, &again, &error), QWEN2_ERROR_INVALID_ARGUMENT,
+    FAILS_WITH(qwen2_stream_finish(stream, &again, &error), QWEN2_ERROR_INVALID_ARGUMENT,
           "stream was finished already: stream");
     CHECK(again == NULL);
     qwen2_stream_free(stream);
@@ -484,13 +444,13 @@ static void speculating(const qwen2_model *model) {
     qwen2_generation_free(plain);
     plain = fast = NULL;
     qwen2_options_set_prompt_lookup(options, 65);
-    FAILS(qwen2_generate(model, prompt, options, &plain, &error), QWEN2_ERROR_INVALID_ARGUMENT,
+    FAILS_WITH(qwen2_generate(model, prompt, options, &plain, &error), QWEN2_ERROR_INVALID_ARGUMENT,
           "option out of range: prompt_lookup: expected 1 to 64, found 65");
     qwen2_options_free(options);
 
     options = greedy(20);
     qwen2_options_set_draft_tokens(options, 3);
-    FAILS(qwen2_generate(model, prompt, options, &plain, &error), QWEN2_ERROR_INVALID_ARGUMENT,
+    FAILS_WITH(qwen2_generate(model, prompt, options, &plain, &error), QWEN2_ERROR_INVALID_ARGUMENT,
           "model has no draft model: draft_tokens");
     qwen2_options_set_timeout(options, 1e-9);
     OK(qwen2_generate(both, prompt, options, &plain, &error));
@@ -556,9 +516,9 @@ static void sessions_that_forget_and_last(const qwen2_model *model) {
     qwen2_generation_free(answer);
     OK(qwen2_session_rollback(session, 1, &error));
     CHECK(length(session) == asked);
-    FAILS(qwen2_session_rollback(session, 2, &error), QWEN2_ERROR_INVALID_ARGUMENT,
+    FAILS_WITH(qwen2_session_rollback(session, 2, &error), QWEN2_ERROR_INVALID_ARGUMENT,
           "session has fewer messages: n_messages: 2, the session has 1");
-    FAILS(qwen2_session_shift(session, 0, 1, &error), QWEN2_ERROR_INVALID_ARGUMENT,
+    FAILS_WITH(qwen2_session_shift(session, 0, 1, &error), QWEN2_ERROR_INVALID_ARGUMENT,
           "session holds messages: session: their turns would be cut");
     OK(qwen2_session_generate(session, options, &answer, &error));
     qwen2_generation_free(answer);
@@ -619,9 +579,9 @@ static void sessions(const qwen2_model *model) {
     qwen2_stream *stream = NULL, *another = NULL;
     OK(qwen2_session_stream(session, options, &stream, &error));
     const char *busy = "session is in use: session: a stream of it has not ended";
-    FAILS(qwen2_session_append(session, first, &error), QWEN2_ERROR_INVALID_ARGUMENT, busy);
-    FAILS(qwen2_session_stream(session, options, &another, &error), QWEN2_ERROR_INVALID_ARGUMENT, busy);
-    FAILS(qwen2_session_truncate(session, 0, &error), QWEN2_ERROR_INVALID_ARGUMENT, busy);
+    FAILS_WITH(qwen2_session_append(session, first, &error), QWEN2_ERROR_INVALID_ARGUMENT, busy);
+    FAILS_WITH(qwen2_session_stream(session, options, &another, &error), QWEN2_ERROR_INVALID_ARGUMENT, busy);
+    FAILS_WITH(qwen2_session_truncate(session, 0, &error), QWEN2_ERROR_INVALID_ARGUMENT, busy);
     const char *piece = NULL;
     qwen2_status status;
     while ((status = qwen2_stream_next(stream, &piece, NULL, &error)) == QWEN2_OK) {
@@ -641,7 +601,7 @@ static void sessions(const qwen2_model *model) {
     CHECK(qwen2_tokens_data(tokens, &n) != NULL && n > said);
     qwen2_tokens_free(tokens);
     OK(qwen2_session_truncate(fork, 3, &error));
-    FAILS(qwen2_session_truncate(fork, 4, &error), QWEN2_ERROR_INVALID_ARGUMENT,
+    FAILS_WITH(qwen2_session_truncate(fork, 4, &error), QWEN2_ERROR_INVALID_ARGUMENT,
           "session is shorter: n_tokens: 4, the session has 3");
 
     /* A stream outlives its session's handle. */
@@ -672,8 +632,8 @@ static void logits(const qwen2_model *model) {
     float scores[3] = {1, 1, 1};
     OK(qwen2_model_score(model, tokens, 4, scores, &error));
     CHECK(scores[0] < 0 && scores[1] < 0 && scores[2] < 0);
-    FAILS(qwen2_model_score(model, tokens, 4, NULL, &error), QWEN2_ERROR_INVALID_ARGUMENT, "argument is NULL: scores");
-    FAILS(qwen2_model_logits(model, NULL, 0, &out, &error), QWEN2_ERROR_INVALID_ARGUMENT, "no tokens given: tokens");
+    FAILS_WITH(qwen2_model_score(model, tokens, 4, NULL, &error), QWEN2_ERROR_INVALID_ARGUMENT, "argument is NULL: scores");
+    FAILS_WITH(qwen2_model_logits(model, NULL, 0, &out, &error), QWEN2_ERROR_INVALID_ARGUMENT, "no tokens given: tokens");
     CHECK(qwen2_model_logits(model, tokens, SIZE_MAX / 2, &out, NULL) == QWEN2_ERROR_INVALID_ARGUMENT);
     CHECK(out == NULL);
 }
@@ -682,20 +642,20 @@ static void handles(qwen2_model *model) {
     qwen2_error *error = NULL;
     qwen2_generation *out = NULL;
     qwen2_prompt *prompt = message("Hi");
-    FAILS(qwen2_generate(NULL, prompt, NULL, &out, &error), QWEN2_ERROR_INVALID_ARGUMENT,
+    FAILS_WITH(qwen2_generate(NULL, prompt, NULL, &out, &error), QWEN2_ERROR_INVALID_ARGUMENT,
           "handle is NULL: qwen2_model");
-    FAILS(qwen2_generate(model, NULL, NULL, &out, &error), QWEN2_ERROR_INVALID_ARGUMENT,
+    FAILS_WITH(qwen2_generate(model, NULL, NULL, &out, &error), QWEN2_ERROR_INVALID_ARGUMENT,
           "handle is NULL: qwen2_prompt");
-    FAILS(qwen2_generate((const qwen2_model *)(const void *)prompt, prompt, NULL, &out, &error),
+    FAILS_WITH(qwen2_generate((const qwen2_model *)(const void *)prompt, prompt, NULL, &out, &error),
           QWEN2_ERROR_INVALID_ARGUMENT, "handle has another type: qwen2_model: it is a qwen2_prompt");
     char foreign[64] = "not a model";
-    FAILS(qwen2_generate((const qwen2_model *)(const void *)foreign, prompt, NULL, &out, &error),
+    FAILS_WITH(qwen2_generate((const qwen2_model *)(const void *)foreign, prompt, NULL, &out, &error),
           QWEN2_ERROR_INVALID_ARGUMENT,
           "handle is not live: qwen2_model: it was freed, or this library never made it");
     CHECK(qwen2_generate(NULL, NULL, NULL, NULL, NULL) == QWEN2_ERROR_INVALID_ARGUMENT);
 
     qwen2_model_free(model);
-    FAILS(qwen2_generate(model, prompt, NULL, &out, &error), QWEN2_ERROR_INVALID_ARGUMENT,
+    FAILS_WITH(qwen2_generate(model, prompt, NULL, &out, &error), QWEN2_ERROR_INVALID_ARGUMENT,
           "handle is not live: qwen2_model: it was freed, or this library never made it");
     qwen2_model_free(model); /* twice: nothing happens */
     CHECK(qwen2_model_name(model) == NULL && qwen2_model_clone(model) == NULL && qwen2_model_vocab_size(model) == 0);
@@ -795,7 +755,7 @@ static int32_t choose_nine(const uint32_t *tokens, size_t n_tokens, float *logit
         /* What calls is in use. */
         const char *text = NULL;
         qwen2_error *error = NULL;
-        FAILS(qwen2_stream_next(choosing->stream, &text, NULL, &error), QWEN2_ERROR_INVALID_ARGUMENT,
+        FAILS_WITH(qwen2_stream_next(choosing->stream, &text, NULL, &error), QWEN2_ERROR_INVALID_ARGUMENT,
               "object is in use: stream: a callback uses what calls it");
         CHECK(qwen2_stream_token(choosing->stream) == UINT32_MAX);
     }
@@ -834,7 +794,7 @@ static void processors(const qwen2_model *model) {
     choosing.calls = 0;
     choosing.stop_at = 2;
     out = NULL;
-    FAILS(qwen2_session_generate(session, copy, &out, &error), QWEN2_ERROR_CANCELLED,
+    FAILS_WITH(qwen2_session_generate(session, copy, &out, &error), QWEN2_ERROR_CANCELLED,
           "logits processor stopped the generation: it returned 7");
     CHECK(out == NULL);
     qwen2_options_set_logits_processor(copy, NULL, NULL);
@@ -901,11 +861,11 @@ static void other_options(const qwen2_model *model) {
     OK(qwen2_generate(model, prompt, options, &out, &error));
     CHECK(qwen2_generation_tokens(out, &n)[0] == 11 && n == 4);
     qwen2_generation_free(out);
-    FAILS(qwen2_options_add_bad_word(options, "\xFF", NUL, &error), QWEN2_ERROR_INVALID_ARGUMENT,
+    FAILS_WITH(qwen2_options_add_bad_word(options, "\xFF", NUL, &error), QWEN2_ERROR_INVALID_ARGUMENT,
           "text is not UTF-8: text: byte 0");
     qwen2_options_set_logit_bias(options, 11, 101.0f);
     out = NULL;
-    FAILS(qwen2_generate(model, prompt, options, &out, &error), QWEN2_ERROR_INVALID_ARGUMENT,
+    FAILS_WITH(qwen2_generate(model, prompt, options, &out, &error), QWEN2_ERROR_INVALID_ARGUMENT,
           "option out of range: logit_bias[11]: expected -100 to 100, found 101");
     qwen2_options_free(options);
 
@@ -917,7 +877,7 @@ static void other_options(const qwen2_model *model) {
     for (size_t i = 0; i < hidden_size; i++)
         squares += (double)embedding[i] * embedding[i];
     CHECK(squares > 0.9999 && squares < 1.0001);
-    FAILS(qwen2_model_embed(model, prompt, 5, embedding, &error), QWEN2_ERROR_INVALID_ARGUMENT,
+    FAILS_WITH(qwen2_model_embed(model, prompt, 5, embedding, &error), QWEN2_ERROR_INVALID_ARGUMENT,
           "unknown pooling: pooling: 5");
     free(embedding);
     qwen2_prompt_free(prompt);
@@ -927,7 +887,7 @@ int main(int argc, char **argv) {
     CHECK(argc == 2);
     versions();
     load_errors(argv[1]);
-    qwen2_model *model = load(argv[1]);
+    qwen2_model *model = load_and_look(argv[1]);
     tokenizer(argv[1], model);
     prompts_and_options(model);
     generations(model);

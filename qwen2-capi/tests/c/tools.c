@@ -1,24 +1,7 @@
 /* Constraints and tools, on the model in argv[1]. Is C11 and C++17. */
-#include <stdint.h>
-#include <stdio.h>
-#include <stdlib.h>
-#include <string.h>
-
-#include "qwen2.h"
-
-#define NUL QWEN2_NUL_TERMINATED
-
-#define CHECK(condition)                                                                            \
-    do {                                                                                            \
-        if (!(condition)) {                                                                         \
-            fprintf(stderr, "%s:%d: %s\n", __FILE__, __LINE__, #condition);                         \
-            exit(1);                                                                                \
-        }                                                                                           \
-    } while (0)
+#include "check.h"
 
 static qwen2_error *error = NULL;
-
-#define OK(call) CHECK((call) == QWEN2_OK && error == NULL)
 
 static void fails(qwen2_status status, qwen2_status want) {
     CHECK(status == want && error != NULL && qwen2_error_code(error) == want);

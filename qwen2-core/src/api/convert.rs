@@ -15,7 +15,7 @@ use crate::checkpoint::write::{self, Planned};
 use crate::checkpoint::{Checkpoint, Encoding, Progress, Source, cancelled, names};
 use crate::config::DType;
 use crate::error::Result;
-use crate::ops::{Threads, packed};
+use crate::ops::{Threads, fit, packed};
 
 /// Converts the checkpoint `source` into `destination`: a GGUF file if its name ends in `.gguf`, else a
 /// directory of safetensors with `config.json` and the tokenizer. Weights are written as `dtype`, or as
@@ -209,7 +209,7 @@ fn blocks(
                 Kind::Q8_0 => packed::Format::Q8,
                 _ => packed::Format::Q4,
             };
-            let (scale, quants) = packed::quantize(format, packed::Effort::Search, block);
+            let (scale, quants) = fit::quantize(format, fit::Effort::Search, block);
             out[..2].copy_from_slice(&scale.to_le_bytes());
             for (i, out) in out[2..].iter_mut().enumerate() {
                 *out = match format {

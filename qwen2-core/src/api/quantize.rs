@@ -17,7 +17,7 @@ use crate::checkpoint::{Checkpoint, Encoding, Progress, Source, StoredTensor, ca
 use crate::config::{DType, PACKED, PACKED_VERSION};
 use crate::error::{Error, ErrorKind, Result};
 use crate::model::{Kept, SCREEN};
-use crate::ops::{Threads, packed};
+use crate::ops::{Threads, fit, packed};
 
 /// Fewer bits for the matrices: blocks of 32 weights with one scale.
 #[non_exhaustive]
@@ -206,7 +206,7 @@ pub(super) fn screen(head: &Kept, threads: &Threads, arena: &mut Arena) -> Resul
     };
     let mut piece = take(arena, SCREEN, shape.bytes())?;
     let row = |index: usize, out: &mut [f32]| from.unpack_row(bytes, index, out);
-    pack_rows(shape, packed::Effort::Rank, &row, threads, &mut piece);
+    pack_rows(shape, fit::Effort::Rank, &row, threads, &mut piece);
     Ok(Some(Kept::Packed(shape, shared(piece.into_bytes()))))
 }
 
@@ -298,13 +298,13 @@ fn pack(shape: packed::Shape, data: &TensorData, threads: &Threads, bytes: &mut 
             };
         }
     };
-    pack_rows(shape, packed::Effort::Search, &row, threads, bytes);
+    pack_rows(shape, fit::Effort::Search, &row, threads, bytes);
 }
 
 /// Packs rows, which `row` writes as f32, panel by panel on all threads.
 pub(super) fn pack_rows(
     shape: packed::Shape,
-    effort: packed::Effort,
+    effort: fit::Effort,
     row: &(dyn Fn(usize, &mut [f32]) + Sync),
     threads: &Threads,
     bytes: &mut [u8],

@@ -11,7 +11,7 @@ use crate::checkpoint::{Encoding, StoredTensor, aligned};
 use crate::config::DType;
 use crate::error::Result;
 use crate::model::Kept;
-use crate::ops::{Threads, packed};
+use crate::ops::{Threads, fit, packed};
 
 /// The tensor in `dtype` or packed, where one of them is asked for; else blocks of another format
 /// packed without loss where ours can hold them, in q8 where not, and everything else as it is.
@@ -92,7 +92,7 @@ pub(super) fn pack_stored(
         return transcribe(shape, stored, threads, bytes);
     }
     let row = |index: usize, out: &mut [f32]| rows(stored, index, out);
-    pack_rows(shape, packed::Effort::Search, &row, threads, bytes);
+    pack_rows(shape, fit::Effort::Search, &row, threads, bytes);
 }
 
 /// Row `index` of a stored matrix as f32.

@@ -198,7 +198,7 @@ pub(super) fn check(words: &[BadWord], vocab_size: Option<usize>) -> Result<()> 
             return refuse(key, &format!("1 to 256 {unit}"), format!("{len} {unit}"));
         }
         if let (BadWord::Tokens(tokens), Some(vocab_size)) = (word, vocab_size) {
-            super::options::check_ids(&key, tokens.iter().copied(), vocab_size)?;
+            super::resolved::check_ids(&key, tokens.iter().copied(), vocab_size)?;
         }
     }
     Ok(())

@@ -1,6 +1,7 @@
 //! Logits to tokens to text: settings, sampling, where to end, and the loop around the network.
 
 mod bad_words;
+mod cancel;
 #[cfg(feature = "constraint")]
 mod compile;
 mod constraint;
@@ -9,6 +10,7 @@ mod logprobs;
 mod options;
 mod penalties;
 mod prefill;
+mod resolved;
 mod results;
 mod sampler;
 mod sequence;
@@ -19,13 +21,14 @@ mod stream;
 mod tool_grammar;
 
 pub use bad_words::BadWord;
+pub use cancel::CancelToken;
 pub use constraint::Constraint;
 pub(crate) use guide::Guide;
 pub(crate) use logprobs::LogSoftmax;
 pub use logprobs::{Logprobs, TokenLogprob};
-pub use options::{CancelToken, GenerateOptions};
-pub(crate) use options::{Resolved, SamplingDefaults};
+pub use options::GenerateOptions;
 pub use prefill::{OnPrefill, PrefillProgress};
+pub(crate) use resolved::{Resolved, SamplingDefaults};
 pub use results::{Generation, Piece, Timings, Usage};
 pub(crate) use sampler::Sampler;
 pub(crate) use sequence::Sequence;

@@ -4,7 +4,7 @@ use rand::rngs::ChaCha8Rng;
 use rand::{Rng, SeedableRng};
 
 use crate::error::{Error, ErrorKind, Result};
-use crate::generate::options::Resolved;
+use crate::generate::resolved::Resolved;
 
 /// Picks tokens. Filters in the order of transformers: temperature, top_k, top_p, min_p, typical_p; then
 /// a draw by probability.
@@ -281,8 +281,9 @@ pub(super) fn kth_largest(
 mod tests {
     use super::*;
     use crate::generate::bad_words::BadWords;
-    use crate::generate::options::{GenerateOptions, SamplingDefaults};
+    use crate::generate::options::GenerateOptions;
     use crate::generate::penalties::Penalties;
+    use crate::generate::resolved::SamplingDefaults;
     use crate::text::Tokenizer;
     use proptest::prelude::*;
     use serde::Deserialize;

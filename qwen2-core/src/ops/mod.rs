@@ -5,6 +5,7 @@ mod cache_bytes;
 pub(crate) mod codes;
 #[cfg(feature = "cpu")]
 pub(crate) mod cpu;
+pub(crate) mod fit;
 mod key_values;
 mod linear;
 mod low_rank;

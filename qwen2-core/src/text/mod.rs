@@ -8,6 +8,7 @@ mod decode;
 mod files;
 mod strftime;
 mod template;
+mod token_bytes;
 mod tokenizer;
 mod tool_parser;
 mod tool_prompt;

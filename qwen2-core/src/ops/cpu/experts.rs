@@ -131,7 +131,8 @@ fn gather(x: &[f32], width: usize, rows: &[u32]) -> Vec<f32> {
 mod tests {
     use burn::tensor::{Device, Int, Tensor, TensorData, activation};
 
-    use crate::ops::packed::{Effort, Format, Shape};
+    use crate::ops::fit::Effort;
+    use crate::ops::packed::{Format, Shape};
     use crate::ops::{Linear, RmsNorm, Route, Visit, Weight, cpu, portable};
 
     fn numbers(n: usize, seed: usize) -> Vec<f32> {

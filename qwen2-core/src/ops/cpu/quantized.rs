@@ -289,7 +289,7 @@ mod tests {
 
     use super::super::product::{Finish, run_all};
     use super::*;
-    use crate::ops::packed::Effort;
+    use crate::ops::fit::Effort;
 
     fn wave(len: usize, f: f32) -> Vec<f32> {
         (0..len).map(|i| (i as f32 * f).sin()).collect()

@@ -3,11 +3,15 @@
 #[path = "../../../../qwen2-core/src/ops/codes.rs"]
 pub(crate) mod codes;
 pub(crate) mod cpu;
+#[path = "../../../../qwen2-core/src/ops/fit.rs"]
+pub(crate) mod fit;
 #[path = "../../../../qwen2-core/src/ops/packed.rs"]
 pub(crate) mod packed;
 #[path = "../../../../qwen2-core/src/ops/visible.rs"]
 mod visible;
 pub(crate) use visible::Visible;
+#[path = "../../../../qwen2-core/src/ops/watch.rs"]
+pub(crate) mod watch;
 
 /// As `ops/key_values.rs` has it.
 pub(crate) const PAGE: usize = 512;
