@@ -28,6 +28,7 @@ OPTIONS = {
             "frequency_penalty",
             "seed",
             "stop",
+            "ignore_eos",
             "tools",
             "tool_choice",
         )

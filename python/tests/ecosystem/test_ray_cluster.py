@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import socket
+import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -155,6 +157,33 @@ def test_a_wrong_request_gets_an_error_of_openais_form(
     error = answer.json()["error"]
     assert (error["type"], error["param"]) == ("invalid_request_error", param)
     assert httpx.get(f"{app[0]}/nothing").status_code == 404
+
+
+def test_a_client_that_goes_away_leaves_its_place_to_the_next(
+    app: tuple[str, Any], long_directory: Path, expected: list[str]
+) -> None:
+    base = app[0].removesuffix("/qwen2")
+    settings = {"source": str(long_directory), "max_sequences": 1, "name": "demo"}
+    handle = serve.run(build_app(settings), name="long", route_prefix="/long")
+    endless = {
+        "model": "demo",
+        "messages": CHATS[1],
+        "max_tokens": 150_000,
+        "ignore_eos": True,
+        "stream": True,
+    }
+    with httpx.stream("POST", f"{base}/long/v1/chat/completions", json=endless, timeout=60) as stream:
+        lines = stream.iter_lines()
+        assert all(next(lines) is not None for _ in range(9))
+    # The first takes minutes; the second runs when it has ended.
+    before = time.monotonic()
+    assert ask(f"{base}/long").json()["choices"][0]["message"]["content"] == expected[0]
+    pieces = handle.options(stream=True).stream.remote(CHATS[1], max_new_tokens=150_000, ignore_eos=True)
+    assert isinstance(next(iter(pieces)), str)
+    pieces.cancel()
+    assert ask(f"{base}/long").json()["choices"][0]["message"]["content"] == expected[0]
+    assert time.monotonic() - before < 30
+    serve.delete("long")
 
 
 def test_settings_that_do_not_exist_are_refused() -> None:
