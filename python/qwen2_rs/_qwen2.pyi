@@ -1165,7 +1165,7 @@ class Engine:
         """What it is doing."""
 
     def close(self) -> None:
-        """Ends what runs, with an error, and the engine's thread; later use raises ValueError."""
+        """Ends what runs, with a CancelledError, and the engine's thread; later use raises ValueError."""
 
     def __enter__(self) -> Self: ...
     def __exit__(
@@ -1454,6 +1454,10 @@ class Memory:
         """Weights, once for all sessions."""
 
     @property
+    def weights_per_token(self) -> int:
+        """What a decode step reads of them: all but the embedding table, where that is not the head too."""
+
+    @property
     def cache_per_token(self) -> int:
         """Keys and values of one token of one session."""
 
@@ -1640,7 +1644,7 @@ class InvalidConstraintError(Qwen2Error, ValueError):
     """A schema or grammar cannot be compiled."""
 
 class CancelledError(Qwen2Error, RuntimeError):
-    """A callback stopped the loading or the generation."""
+    """The caller stopped it: a callback the loading or the generation, the end of an engine its requests."""
 
 class InternalError(Qwen2Error, RuntimeError):
     """A bug of this library."""

@@ -18,10 +18,10 @@ import numpy.typing as npt
 import pytest
 from conftest import COUNTING, DEMO, QUESTION
 from qwen2_rs import (
+    CancelledError,
     ContextOverflowError,
     Engine,
     EngineStats,
-    InternalError,
     InvalidArgumentError,
     Model,
     OutOfMemoryError,
@@ -191,7 +191,7 @@ def test_a_processor_cannot_wait_for_its_own_engine(demo: Model) -> None:
 def test_a_processor_may_close_its_engine(demo: Model) -> None:
     engine = demo.engine()
     closes = lambda _tokens, _logits: engine.close()  # noqa: E731
-    with pytest.raises(InternalError, match="engine stopped"):
+    with pytest.raises(CancelledError, match="engine was closed before the request ended"):
         engine.generate("x", ignore_eos=True, processor=closes)
     assert repr(engine) == "Engine(closed)"
 
@@ -261,10 +261,10 @@ def test_closing_ends_who_waits_for_a_full_queue(long_model: Model) -> None:
         time.sleep(0.1)
         assert not third.done()
         engine.close()
-        with pytest.raises(InternalError, match="engine has stopped"):
+        with pytest.raises(CancelledError, match="engine was closed"):
             third.result()
     for stream in (running, waiting):
-        with pytest.raises(InternalError, match="engine stopped before the request"):
+        with pytest.raises(CancelledError, match="engine was closed before the request ended"):
             stream.finish()
 
 
@@ -275,7 +275,7 @@ def test_closing_ends_running_requests_and_refuses_others(long_model: Model) -> 
     engine.close()
     engine.close()  # again
     for stream in (read, unread):
-        with pytest.raises(InternalError, match="engine stopped before the request"):
+        with pytest.raises(CancelledError, match="engine was closed before the request ended"):
             stream.finish()
         assert list(stream) == []
     for use in (lambda: engine.submit("x"), lambda: engine.stats, lambda: engine.generate("x")):

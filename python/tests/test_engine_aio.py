@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 from conftest import COUNTING, QUESTION
-from qwen2_rs import Engine, Generation, InternalError, InvalidArgumentError, Model, RequestStream
+from qwen2_rs import CancelledError, Engine, Generation, InvalidArgumentError, Model, RequestStream
 
 QUESTIONS = [[{"role": "user", "content": f"What is {i} plus {i + 3}?"}] for i in range(40)]
 
@@ -202,7 +202,8 @@ def test_closing_ends_who_waits(long_model: Model) -> None:
         await asyncio.sleep(0.2)
         engine.close()
         for outcome in await asyncio.gather(*waiting, return_exceptions=True):
-            assert isinstance(outcome, InternalError)
+            assert isinstance(outcome, CancelledError)
+            assert "engine was closed" in str(outcome)
 
     asyncio.run(run())
 

@@ -168,10 +168,10 @@ EXITS = {
     ),
     "an engine is used behind the hook that closes it": (
         "import asyncio, atexit\n"
-        "from qwen2_rs import InternalError\n"
+        "from qwen2_rs import CancelledError\n"
         "def late():\n"
         "    try: engine.generate([1], max_new_tokens=1)\n"
-        "    except InternalError: pass\n"
+        "    except CancelledError: pass\n"
         "atexit.register(late)\n"
         "asyncio.run(engine.generate_async([1], max_new_tokens=1))"
     ),
@@ -212,15 +212,15 @@ def test_the_interpreter_ends_well_while(how: str, long_directory: Path) -> None
 def test_exceptions_of_a_closed_engine_are_seen_by_its_reader() -> None:
     code = """
 import sys
-from qwen2_rs import InternalError, Model
+from qwen2_rs import CancelledError, Model
 engine = Model.load(sys.argv[1]).engine()
 stream = engine.submit([1], ignore_eos=True)
 engine.close()
 try:
     stream.finish()
-except InternalError as error:
+except CancelledError as error:
     print(error, "-", error.help)
 """
     result = run_python(code, DEMO)
-    want = "engine stopped before the request - submit it again to a running engine\n"
+    want = "engine was closed before the request ended - submit it again to another engine\n"
     assert (result.returncode, result.stdout, result.stderr) == (0, want, "")

@@ -467,13 +467,22 @@ fn closing_an_engine_ends_it_for_all_its_clones_and_their_futures() {
         engine.close();
         engine.close(); // again
         let error = thread.join().unwrap().unwrap_err();
-        assert_eq!(error.kind(), ErrorKind::Internal);
+        assert_eq!(error.kind(), ErrorKind::Cancelled);
     });
-    for stream in [running, waiting] {
-        assert_eq!(stream.finish().unwrap_err().kind(), ErrorKind::Internal);
+    for mut stream in [running, waiting] {
+        let error = stream.find_map(Result::err).unwrap();
+        assert_eq!(error.kind(), ErrorKind::Cancelled);
+        assert_eq!(
+            error.to_string(),
+            "engine was closed before the request ended"
+        );
+        assert!(error.help().is_some());
+        assert!(stream.next().is_none());
+        assert_eq!(stream.finish().unwrap_err().kind(), ErrorKind::Cancelled);
     }
     let error = clone.submit_request(request(4)).unwrap_err();
-    assert_eq!(error.to_string(), "engine has stopped");
+    assert_eq!(error.kind(), ErrorKind::Cancelled);
+    assert_eq!(error.to_string(), "engine was closed");
 }
 
 #[test]
@@ -489,7 +498,8 @@ fn dropping_the_engine_ends_its_requests() {
     drop(engine);
     for stream in streams {
         let error = stream.finish().unwrap_err();
-        assert_eq!(error.kind(), ErrorKind::Internal);
+        assert_eq!(error.kind(), ErrorKind::Cancelled);
+        assert!(error.to_string().starts_with("engine was closed"));
         assert!(error.help().is_some());
     }
 }

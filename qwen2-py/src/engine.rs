@@ -327,7 +327,7 @@ impl Engine {
         Ok(self.get()?.0.get()?.stats().into())
     }
 
-    /// Ends what runs, with an error, and the engine's thread; later use raises ValueError.
+    /// Ends what runs, with a CancelledError, and the engine's thread; later use raises ValueError.
     fn close(&self, py: Python<'_>) -> PyResult<()> {
         let handle = lock(&self.handle).take();
         if let Some(handle) = handle {

@@ -319,6 +319,8 @@ impl From<qwen2_core::Timings> for Timings {
 pub(crate) struct Memory {
     /// Weights, once for all sessions.
     weights: u64,
+    /// What a decode step reads of them: all but the embedding table, where that is not the head too.
+    weights_per_token: u64,
     /// Keys and values of one token of one session.
     cache_per_token: u64,
     /// Keys and values of one session that fills the context.
@@ -329,8 +331,8 @@ pub(crate) struct Memory {
 impl Memory {
     fn __repr__(&self) -> String {
         format!(
-            "Memory(weights={}, cache_per_token={}, cache_full={})",
-            self.weights, self.cache_per_token, self.cache_full
+            "Memory(weights={}, weights_per_token={}, cache_per_token={}, cache_full={})",
+            self.weights, self.weights_per_token, self.cache_per_token, self.cache_full
         )
     }
 }
@@ -339,6 +341,7 @@ impl From<qwen2_core::Memory> for Memory {
     fn from(memory: qwen2_core::Memory) -> Self {
         Self {
             weights: memory.weights,
+            weights_per_token: memory.weights_per_token,
             cache_per_token: memory.cache_per_token,
             cache_full: memory.cache_full,
         }

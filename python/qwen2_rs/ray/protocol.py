@@ -39,8 +39,8 @@ OPTIONS = {
 FIELDS = {"prompt": "messages", "max_new_tokens": "max_tokens", "json_schema": "response_format"}
 """Fields that errors name otherwise."""
 
-STATUS = {"out_of_memory": 429, "device_failed": 503, "internal": 500}
-"""What is not the fault of a request. A full queue is out of memory."""
+STATUS = {"out_of_memory": 429, "cancelled": 503, "device_failed": 503, "internal": 500}
+"""What is not the fault of a request. A full queue is out of memory, the end of an engine cancels."""
 
 
 class BadRequestError(ValueError):

@@ -10,7 +10,7 @@ use crate::generate::{GenerateOptions, Generation, LogitsProcessor, Sequence};
 /// Many requests on one model: they join and leave at every step, each weight is read once for all
 /// of them, and what prompts have in common is computed once.
 ///
-/// Clones share it. When the last one goes, running requests end with an error and the engine's
+/// Clones share it. When the last one goes, running requests end with the error `Cancelled` and the engine's
 /// thread ends.
 ///
 /// ```no_run
@@ -200,7 +200,7 @@ impl Engine {
     /// Puts a prompt into the queue; the answer comes as it is read.
     ///
     /// # Errors
-    /// As [`Model::generate`]; `OutOfMemory` where the queue is full.
+    /// As [`Model::generate`]; `OutOfMemory` where the queue is full, `Cancelled` where the engine was closed.
     pub fn submit(
         &self,
         prompt: impl Into<Prompt>,
@@ -274,8 +274,8 @@ impl Engine {
         self.submit(prompt, options)?.finish()
     }
 
-    /// Ends it for all its clones, as dropping the last one does: running requests end with an error,
-    /// others are refused. Returns when its thread has ended.
+    /// Ends it for all its clones, as dropping the last one does: running requests end with the error
+    /// `Cancelled`, others are refused with it. Returns when its thread has ended.
     pub fn close(&self) {
         self.worker.stop();
     }

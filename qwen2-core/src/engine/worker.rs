@@ -51,7 +51,10 @@ pub(super) struct Inbox {
     room: Vec<Waker>,
     /// Something happened since the thread looked.
     woken: bool,
+    /// The thread is to end, or has.
     stop: bool,
+    /// Its owner asked for that.
+    closed: bool,
 }
 
 impl Shared {
@@ -84,11 +87,34 @@ impl Shared {
     pub(super) fn stops(&self) -> bool {
         self.lock().stop
     }
+
+    /// Why a request has no end.
+    pub(super) fn gone(&self) -> Error {
+        if self.lock().closed {
+            Error::new(
+                ErrorKind::Cancelled,
+                "engine was closed before the request ended",
+            )
+            .with_help("submit it again to another engine")
+        } else {
+            Error::new(ErrorKind::Internal, "engine stopped before the request")
+                .with_help("submit it again to another engine")
+        }
+    }
 }
 
 impl Inbox {
     fn rests(&self) -> bool {
         !self.woken && !self.stop
+    }
+
+    /// Why it takes no request.
+    fn refusal(&self) -> Error {
+        let (kind, what) = match self.closed {
+            true => (ErrorKind::Cancelled, "engine was closed"),
+            false => (ErrorKind::Internal, "engine has stopped"),
+        };
+        Error::new(kind, what).with_help("build another one")
     }
 }
 
@@ -100,6 +126,10 @@ impl Wake {
     pub(super) fn wake(&self) {
         self.0.lock().woken = true;
         self.0.work.notify_one();
+    }
+
+    pub(super) fn shared(&self) -> &Shared {
+        &self.0
     }
 }
 
@@ -156,7 +186,7 @@ impl Worker {
     ///
     /// # Errors
     /// `Unsupported` in a fork of the process that started the engine, `OutOfMemory` where the queue is
-    /// full, `Internal` where the engine has stopped.
+    /// full, `Cancelled` where the engine was closed, `Internal` where it has stopped by itself.
     pub(crate) fn submit(&self, job: Job) -> Result<RequestStream> {
         let waker = Waker::from(Arc::new(Sleeper(std::thread::current())));
         let mut job = Some(job);
@@ -176,12 +206,12 @@ impl Worker {
         context: &mut Context<'_>,
     ) -> Poll<Result<RequestStream>> {
         let Some(waiting) = job.as_ref() else {
-            return Poll::Ready(Err(stopped()));
+            return Poll::Ready(Err(self.shared.lock().refusal()));
         };
         waiting.network.check_process()?;
         let mut inbox = self.shared.lock();
         if inbox.stop {
-            return Poll::Ready(Err(stopped()));
+            return Poll::Ready(Err(inbox.refusal()));
         }
         let full = inbox.queue.len() >= self.settings.queue_limit;
         if full && waiting.sequence.interruption().is_none() {
@@ -195,7 +225,7 @@ impl Worker {
             return Poll::Pending;
         }
         let Some(job) = job.take() else {
-            return Poll::Ready(Err(stopped()));
+            return Poll::Ready(Err(inbox.refusal()));
         };
         let (outlet, stream) = outlet(job.sequence.cancel_token(), Wake(self.shared.clone()));
         inbox.stats.submitted += 1;
@@ -209,7 +239,10 @@ impl Worker {
 
     /// Ends what runs and what waits, with an error, and the thread.
     pub(crate) fn stop(&self) {
-        self.shared.lock().stop = true;
+        {
+            let mut inbox = self.shared.lock();
+            (inbox.stop, inbox.closed) = (true, true);
+        }
         self.shared.work.notify_one();
         self.shared.tell_room();
         let thread = self.thread.lock();
@@ -236,10 +269,6 @@ impl Worker {
             .with_why(format!("{} requests wait", self.settings.queue_limit))
             .with_help("try again later, or build the engine with when_full = wait")
     }
-}
-
-fn stopped() -> Error {
-    Error::new(ErrorKind::Internal, "engine has stopped").with_help("build another one")
 }
 
 impl Drop for Worker {
