@@ -3,44 +3,29 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from threading import Event
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from qwen2_rs._qwen2 import Qwen2Error
 from qwen2_rs._types import Prompt
 
 if TYPE_CHECKING:
-    from qwen2_rs._qwen2 import Generation
+    from qwen2_rs._qwen2 import Engine, Generation, RequestStream
 
 Request: TypeAlias = tuple[Prompt, Mapping[str, Any]]
 """A prompt and its options."""
 
 
-class Stream(Protocol):
-    """What an engine gives for a request."""
-
-    def finish(self) -> Generation:
-        """Waits for the end."""
-
-    def cancel(self) -> None:
-        """Stops it, from any thread."""
-
-
-class Engine(Protocol):
-    """What takes requests: `Model.engine`."""
-
-    def submit(self, prompt: Prompt, /, **options: Any) -> Stream:
-        """Puts a request into the queue."""
-
-
-def in_order(engine: Engine, requests: Iterable[Request], at_once: int) -> Iterator[Generation | Qwen2Error]:
+def in_order(
+    engine: Engine, requests: Iterable[Request], at_once: int
+) -> Generator[Generation | Qwen2Error, None, None]:
     """Answers every request, `at_once` of them together; a failure stands in the place of its answer.
 
     `requests` is read as answers are taken, so it may be long. Whoever stops reading ends what is running.
     """
-    running: list[Stream] = []
+    running: list[RequestStream] = []
     stopped = Event()
 
     def answer(prompt: Prompt, options: Mapping[str, Any]) -> Generation | Qwen2Error:
@@ -73,7 +58,9 @@ def in_order(engine: Engine, requests: Iterable[Request], at_once: int) -> Itera
         pool.shutdown(cancel_futures=True)
 
 
-def all_answered(engine: Engine, requests: Iterable[Request], at_once: int) -> Iterator[Generation]:
+def all_answered(
+    engine: Engine, requests: Iterable[Request], at_once: int
+) -> Generator[Generation, None, None]:
     """As in_order, where a failure is raised."""
     for answer in in_order(engine, requests, at_once):
         if isinstance(answer, Qwen2Error):

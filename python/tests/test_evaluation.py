@@ -111,11 +111,10 @@ def test_the_score_of_opencompass_counts_the_first_token_but_not_masked_ones() -
 
 
 def test_answers_come_in_order_and_a_failure_stands_among_them(model: Model) -> None:
-    engine: Any = model
     prompts: list[str | list[int]] = ["What is", "What is " * 2000, [], "Count from"]
     options: dict[str, Any] = {"temperature": 0, "max_new_tokens": 4}
     answers = list(
-        _batch.in_order(engine.engine(max_sequences=2), ((prompt, options) for prompt in prompts), at_once=2)
+        _batch.in_order(model.engine(max_sequences=2), ((prompt, options) for prompt in prompts), at_once=2)
     )
     assert [type(answer).__name__ for answer in answers] == [
         "Generation",
@@ -127,7 +126,6 @@ def test_answers_come_in_order_and_a_failure_stands_among_them(model: Model) -> 
 
 
 def test_whoever_stops_reading_ends_what_is_running(long_model: Model) -> None:
-    engine: Any = long_model
     taken = []
 
     def requests() -> Any:
@@ -138,10 +136,10 @@ def test_whoever_stops_reading_ends_what_is_running(long_model: Model) -> None:
                 {"max_new_tokens": 3 if number == 0 else 150_000, "ignore_eos": True},
             )
 
-    answers = _batch.in_order(engine.engine(max_sequences=2), requests(), at_once=2)
+    answers = _batch.in_order(long_model.engine(max_sequences=2), requests(), at_once=2)
     assert getattr(next(answers), "finish_reason", None) == "length"
     # It would go on for minutes; the test's own limit is two of them.
-    answers.close()  # type: ignore[attr-defined]
+    answers.close()
     assert len(taken) <= 5
 
 

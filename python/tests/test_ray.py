@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import DEMO, QUESTION
-from qwen2_rs import ContextOverflowError, Generation, Model, OutOfMemoryError
+from qwen2_rs import CancelledError, ContextOverflowError, Generation, Model, OutOfMemoryError
 from qwen2_rs.ray import Answers
 from qwen2_rs.ray.data import column_of, prompt_of
 from qwen2_rs.ray.protocol import Answer, BadRequestError, Chat, failure
@@ -137,6 +137,16 @@ def test_failures_of_the_model_have_a_status() -> None:
     status, body = failure(long)
     assert (status, body["error"]["param"]) == (400, "max_tokens")
     assert failure(TypeError("no"))[0] == 400
+
+
+def test_the_end_of_an_engine_is_not_the_fault_of_its_requests(demo: Model) -> None:
+    engine = demo.engine()
+    stream = engine.submit(QUESTION, ignore_eos=True)
+    engine.close()
+    with pytest.raises(CancelledError) as closed:
+        stream.finish()
+    status, body = failure(closed.value)
+    assert (status, body["error"]["type"], body["error"]["code"]) == (503, "server_error", "cancelled")
 
 
 def ask(model: Model) -> Generation:

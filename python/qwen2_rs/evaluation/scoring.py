@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from qwen2_rs._batch import Engine, all_answered
+from qwen2_rs._batch import all_answered
 from qwen2_rs._qwen2 import InvalidArgumentError, Model, Tokenizer
 
 if TYPE_CHECKING:
@@ -47,8 +47,7 @@ class Evaluator:
                 f"option out of range: max_length: expected 2 to {model.context_length}, found {max_length}"
             )
         self.max_sequences = max_sequences
-        engine: Any = model
-        self.engine: Engine = engine.engine(max_sequences=max_sequences)
+        self.engine = model.engine(max_sequences=max_sequences)
 
     @property
     def max_scored(self) -> int:

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from qwen2_rs import _extras
-from qwen2_rs._batch import Engine, in_order
+from qwen2_rs._batch import in_order
 from qwen2_rs._qwen2 import Model, Qwen2Error
 
 if TYPE_CHECKING:
@@ -45,8 +45,7 @@ class Answers:
         self.options = dict(options or {})
         self.max_sequences = max_sequences
         self.errors = errors
-        model: Any = Model.load(source, **(load or {}))
-        self.engine: Engine = model.engine(max_sequences=max_sequences)
+        self.engine = Model.load(source, **(load or {})).engine(max_sequences=max_sequences)
 
     def __call__(self, batch: Batch) -> Batch:
         """The batch with its answers."""

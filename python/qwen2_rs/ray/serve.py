@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from qwen2_rs import _extras
-from qwen2_rs._qwen2 import Generation, Model, Qwen2Error
+from qwen2_rs._qwen2 import Model, Piece, Qwen2Error, RequestStream
 from qwen2_rs.ray.protocol import Answer, BadRequestError, Chat, failure
 
 try:
@@ -50,7 +50,7 @@ class Replica:
 
     def __init__(self, settings: Settings) -> None:
         """Loads the model."""
-        model: Any = Model.load(
+        model = Model.load(
             settings.source,
             device=settings.device,
             quantize=settings.quantize,
@@ -80,18 +80,19 @@ class Replica:
         try:
             chat = Chat.read(json.loads(body), self.name)
             answer = Answer(self.name)
-            stream = self.engine.submit(chat.messages, **chat.options)
             if not chat.stream:
-                return JSONResponse(answer.whole(await finished(stream)))
-            # What is wrong with a request shows at its first piece, while there is a status to tell it by.
-            first = await anext(aiter(stream), None)
+                generation = await self.engine.generate_async(chat.messages, **chat.options)
+                return JSONResponse(answer.whole(generation))
+            stream = await self.engine.submit_async(chat.messages, **chat.options)
+            # What is wrong with a request shows by its first piece, while there is a status to tell it by.
+            first = await anext(stream, None)
         except REFUSED as error:
             return refusal(error)
         events = self._events(stream, first, answer, chat.include_usage)
         return StreamingResponse(events, media_type="text/event-stream")
 
     async def _events(
-        self, stream: Any, first: Any, answer: Answer, include_usage: bool
+        self, stream: RequestStream, first: Piece | None, answer: Answer, include_usage: bool
     ) -> AsyncIterator[str]:
         calls = 0
         try:
@@ -101,8 +102,8 @@ class Replica:
                 if part := answer.piece(piece, calls):
                     yield event(part)
                 calls += len(piece.tool_calls)
-                piece = await anext(aiter(stream), None)
-            for part in answer.end(stream.finish(), include_usage):
+                piece = await anext(stream, None)
+            for part in answer.end(await stream.finish_async(), include_usage):
                 yield event(part)
         except Qwen2Error as error:
             yield event(failure(error)[1])
@@ -113,7 +114,7 @@ class Replica:
 
     async def generate(self, prompt: Any, **options: Any) -> dict[str, Any]:
         """For other deployments: `await handle.generate.remote(prompt, temperature=0)`."""
-        generation = await finished(self.engine.submit(prompt, **options))
+        generation = await self.engine.generate_async(prompt, **options)
         return {
             "text": generation.text,
             "finish_reason": generation.finish_reason,
@@ -123,7 +124,7 @@ class Replica:
 
     async def stream(self, prompt: Any, **options: Any) -> AsyncIterator[str]:
         """For other deployments: `handle.options(stream=True).stream.remote(prompt)` gives texts."""
-        stream = self.engine.submit(prompt, **options)
+        stream = await self.engine.submit_async(prompt, **options)
         try:
             async for piece in stream:
                 if piece.text:
@@ -136,17 +137,6 @@ def refusal(error: Exception) -> Response:
     """The answer to a request that failed."""
     status, body = failure(error)
     return JSONResponse(body, status_code=status)
-
-
-async def finished(stream: Any) -> Generation:
-    """Waits for the end without holding up other requests; whoever gives up waiting ends it."""
-    try:
-        async for _ in stream:
-            pass
-    finally:
-        stream.cancel()
-    generation: Generation = stream.finish()
-    return generation
 
 
 def event(body: dict[str, Any]) -> str:

@@ -250,3 +250,32 @@ impl std::fmt::Debug for RequestStream {
             .finish_non_exhaustive()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::worker::Shared;
+    use super::*;
+    use crate::error::ErrorKind;
+
+    /// What a reader is told when its request goes away with the engine's thread.
+    fn told(closed: bool) -> Option<Result<Piece>> {
+        let shared = Arc::<Shared>::default();
+        let (outlet, mut stream) = outlet(CancelToken::new(), Wake::new(shared.clone()));
+        if closed {
+            shared.close();
+        }
+        drop(outlet);
+        let told = stream.next();
+        assert!(stream.next().is_none());
+        told
+    }
+
+    #[test]
+    fn an_engine_that_was_closed_cancels_and_one_that_stopped_by_itself_has_a_bug() {
+        for (closed, kind) in [(true, ErrorKind::Cancelled), (false, ErrorKind::Internal)] {
+            let error = told(closed).unwrap().unwrap_err();
+            assert_eq!(error.kind(), kind);
+            assert!(error.help().is_some());
+        }
+    }
+}

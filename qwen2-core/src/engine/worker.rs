@@ -88,6 +88,16 @@ impl Shared {
         self.lock().stop
     }
 
+    /// Has the thread end, and says why.
+    pub(super) fn close(&self) {
+        {
+            let mut inbox = self.lock();
+            (inbox.stop, inbox.closed) = (true, true);
+        }
+        self.work.notify_one();
+        self.tell_room();
+    }
+
     /// Why a request has no end.
     pub(super) fn gone(&self) -> Error {
         if self.lock().closed {
@@ -123,6 +133,10 @@ impl Inbox {
 pub(super) struct Wake(Arc<Shared>);
 
 impl Wake {
+    pub(super) fn new(shared: Arc<Shared>) -> Self {
+        Self(shared)
+    }
+
     pub(super) fn wake(&self) {
         self.0.lock().woken = true;
         self.0.work.notify_one();
@@ -227,7 +241,7 @@ impl Worker {
         let Some(job) = job.take() else {
             return Poll::Ready(Err(inbox.refusal()));
         };
-        let (outlet, stream) = outlet(job.sequence.cancel_token(), Wake(self.shared.clone()));
+        let (outlet, stream) = outlet(job.sequence.cancel_token(), Wake::new(self.shared.clone()));
         inbox.stats.submitted += 1;
         inbox.woken = true;
         let place = inbox.queue.place(job.priority);
@@ -239,12 +253,7 @@ impl Worker {
 
     /// Ends what runs and what waits, with an error, and the thread.
     pub(crate) fn stop(&self) {
-        {
-            let mut inbox = self.shared.lock();
-            (inbox.stop, inbox.closed) = (true, true);
-        }
-        self.shared.work.notify_one();
-        self.shared.tell_room();
+        self.shared.close();
         let thread = self.thread.lock();
         let thread = thread.unwrap_or_else(PoisonError::into_inner).take();
         // A processor, which runs on it, may let go of the engine: a thread cannot wait for itself.
