@@ -306,7 +306,7 @@ typedef void (*qwen2_log_fn)(int32_t level, const char *message, size_t len, voi
 // A schema or grammar cannot be compiled.
 #define QWEN2_ERROR_INVALID_CONSTRAINT 13
 
-// A callback stopped the loading or the generation.
+// The caller stopped it: a callback the loading or the generation, the end of an engine its requests.
 #define QWEN2_ERROR_CANCELLED 14
 
 // A bug of this library.
@@ -909,7 +909,7 @@ qwen2_status qwen2_engine_new(const qwen2_model *model,
                               qwen2_engine **out,
                               qwen2_error **error);
 
-// Ends the engine and its thread; NULL is allowed. Requests that run fail with `QWEN2_ERROR_INTERNAL`;
+// Ends the engine and its thread; NULL is allowed. Requests that run fail with `QWEN2_ERROR_CANCELLED`;
 // their handles stay, with what came before, and are freed on their own. When this returns, every callback
 // has heard the end of its request and none is called any more; inside a callback it does not wait for
 // that: they hear it later, on their thread.

@@ -7,10 +7,14 @@
 """
 
 from qwen2_rs._qwen2 import (
+    AdapterInfo,
     CancelledError,
+    CheckpointInfo,
     ContextOverflowError,
     DeviceFailedError,
     DeviceUnavailableError,
+    Engine,
+    EngineStats,
     Generation,
     InternalError,
     InvalidArgumentError,
@@ -27,6 +31,7 @@ from qwen2_rs._qwen2 import (
     PermissionDeniedError,
     Piece,
     Qwen2Error,
+    RequestStream,
     Session,
     StopMatch,
     Timings,
@@ -39,16 +44,22 @@ from qwen2_rs._qwen2 import (
     __version__,
     convert,
     devices,
+    inspect,
+    inspect_adapter,
     merge_lora,
     quantize,
 )
 from qwen2_rs._types import LogitsProcessor, Message, MessageDict, Prompt
 
 __all__ = [
+    "AdapterInfo",
     "CancelledError",
+    "CheckpointInfo",
     "ContextOverflowError",
     "DeviceFailedError",
     "DeviceUnavailableError",
+    "Engine",
+    "EngineStats",
     "Generation",
     "InternalError",
     "InvalidArgumentError",
@@ -69,6 +80,7 @@ __all__ = [
     "Piece",
     "Prompt",
     "Qwen2Error",
+    "RequestStream",
     "Session",
     "StopMatch",
     "Timings",
@@ -81,6 +93,8 @@ __all__ = [
     "__version__",
     "convert",
     "devices",
+    "inspect",
+    "inspect_adapter",
     "merge_lora",
     "quantize",
 ]

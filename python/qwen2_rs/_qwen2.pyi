@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Literal, NoReturn, final, overload
 
@@ -12,10 +13,14 @@ from typing_extensions import Self
 from qwen2_rs._types import JsonSchema, LogitsProcessor, Message, MessageDict, Prompt
 
 __all__ = [
+    "AdapterInfo",
     "CancelledError",
+    "CheckpointInfo",
     "ContextOverflowError",
     "DeviceFailedError",
     "DeviceUnavailableError",
+    "Engine",
+    "EngineStats",
     "Generation",
     "InternalError",
     "InvalidArgumentError",
@@ -32,6 +37,7 @@ __all__ = [
     "PermissionDeniedError",
     "Piece",
     "Qwen2Error",
+    "RequestStream",
     "Session",
     "StopMatch",
     "Timings",
@@ -44,6 +50,8 @@ __all__ = [
     "__version__",
     "convert",
     "devices",
+    "inspect",
+    "inspect_adapter",
     "merge_lora",
     "quantize",
     "run_cli",
@@ -68,6 +76,24 @@ def convert(
     destination: must not exist; it is there whole or not at all.
     dtype: f32, f16 or bf16; None: as stored, and blocks of a GGUF file as bf16.
     progress: as of Model.load.
+    """
+
+def inspect(
+    source: str | os.PathLike[str],
+    *,
+    progress: bool | Callable[[int, int], object] | None = False,
+) -> CheckpointInfo:
+    """Tells what a checkpoint is, and checks that its tensors are those that its config calls for; the
+    weights are not read. An id of a hub is downloaded first.
+
+    source: a directory with a checkpoint, a GGUF file, or the id of a checkpoint on a hub.
+    progress: as of Model.load.
+    """
+
+def inspect_adapter(path: str | os.PathLike[str]) -> AdapterInfo:
+    """Tells what a LoRA adapter is.
+
+    path: its directory, as PEFT saves it.
     """
 
 def merge_lora(
@@ -462,6 +488,38 @@ class Model:
         with the new one.
         """
 
+    def with_adapter(self, path: str | os.PathLike[str]) -> Model:
+        """This model with a LoRA adapter of PEFT's beside its weights, which both share: what the adapter
+        adds is computed next to them. On top of an adapter a second one adds up with it.
+
+        path: the adapter's directory.
+        """
+
+    def engine(
+        self,
+        *,
+        max_sequences: int | None = None,
+        cache_bytes: int | None = None,
+        prefill_chunk: int | None = None,
+        queue_limit: int | None = None,
+        when_full: Literal["refuse", "wait"] = "refuse",
+        prefix_cache: bool = True,
+        deterministic: bool = False,
+    ) -> Engine:
+        """An engine for many requests on this model.
+
+        max_sequences: those that are computed together; by default 64.
+        cache_bytes: what the caches of all sequences and the shared prefixes may take together; by default
+            those of four sequences that fill the context.
+        prefill_chunk: tokens of prompts that one step reads between the tokens of the others; by default 64.
+        queue_limit: requests that may wait; by default 1024.
+        when_full: what becomes of a request when so many wait: refuse, which raises OutOfMemoryError, or
+            wait.
+        prefix_cache: whether the beginning that a prompt shares with earlier ones is computed once.
+        deterministic: whether a request gets the same tokens alone and among others, to the last bit of its
+            logits; sequences are then computed one by one.
+        """
+
     def logits(self, tokens: Sequence[int] | npt.NDArray[np.integer[Any]]) -> npt.NDArray[np.float32]:
         """The logits of every token of a sequence: float32, [n_tokens, vocab_size]."""
 
@@ -514,6 +572,10 @@ class Model:
     @property
     def name(self) -> str:
         """The directory's or repository's name."""
+
+    @property
+    def adapters(self) -> list[Path]:
+        """The directories of the adapters beside its weights, in the order they were added."""
 
     @property
     def device(self) -> str:
@@ -677,6 +739,463 @@ class TokenStream:
 
     def close(self) -> None:
         """Ends the generation where it is; finish() then gives what there is."""
+
+    def __enter__(self) -> Self: ...
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc_value: BaseException | None,
+        traceback: TracebackType | None,
+        /,
+    ) -> None: ...
+    def __iter__(self) -> Self: ...
+    def __next__(self) -> Piece: ...
+    def __aiter__(self) -> Self: ...
+    async def __anext__(self) -> Piece: ...
+    def __reduce__(self) -> NoReturn: ...
+
+@final
+class Engine:
+    """Many requests on one model: they join and leave at every step, and each weight is read once for all of
+    them. May be used from several threads and event loops at once.
+    """
+
+    def submit(
+        self,
+        prompt: Prompt,
+        *,
+        priority: int | None = 0,
+        model: Model | None = None,
+        max_new_tokens: int | None = None,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        typical_p: float | None = None,
+        repetition_penalty: float | None = None,
+        presence_penalty: float | None = None,
+        frequency_penalty: float | None = None,
+        logit_bias: dict[int, float] | None = None,
+        bad_words: Sequence[str | Sequence[int]] | None = None,
+        seed: int | None = None,
+        stop: str | Sequence[str] | None = None,
+        stop_token_ids: Sequence[int] | None = None,
+        ignore_eos: bool = False,
+        json_schema: JsonSchema | None = None,
+        regex: str | None = None,
+        grammar: str | None = None,
+        choice: Sequence[str] | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        tool_choice: Literal["auto", "none", "required"] | Mapping[str, Any] | None = None,
+        tool_format: Literal["hermes", "qwen_agent"] | None = None,
+        prompt_lookup: int | None = None,
+        draft_tokens: int | None = None,
+        timeout: float | None = None,
+        on_prefill: Callable[[int, int], object] | None = None,
+        min_new_tokens: int | None = None,
+        logprobs: int | None = None,
+        prompt_logprobs: int | None = None,
+        processor: LogitsProcessor | None = None,
+    ) -> RequestStream:
+        """Puts a prompt into the queue; the answer comes as it is read. A full queue raises OutOfMemoryError,
+        or is waited for, as the engine was built.
+
+        priority: -128 to 127; a step of it goes before the 32 requests that came before. model: the engine's
+        own with an adapter, by Model.with_adapter. Other options as in Model.generate, but for prompt_lookup,
+        draft_tokens and on_prefill; a processor runs on the engine's thread.
+        """
+
+    async def submit_async(
+        self,
+        prompt: Prompt,
+        *,
+        priority: int | None = 0,
+        model: Model | None = None,
+        max_new_tokens: int | None = None,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        typical_p: float | None = None,
+        repetition_penalty: float | None = None,
+        presence_penalty: float | None = None,
+        frequency_penalty: float | None = None,
+        logit_bias: dict[int, float] | None = None,
+        bad_words: Sequence[str | Sequence[int]] | None = None,
+        seed: int | None = None,
+        stop: str | Sequence[str] | None = None,
+        stop_token_ids: Sequence[int] | None = None,
+        ignore_eos: bool = False,
+        json_schema: JsonSchema | None = None,
+        regex: str | None = None,
+        grammar: str | None = None,
+        choice: Sequence[str] | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        tool_choice: Literal["auto", "none", "required"] | Mapping[str, Any] | None = None,
+        tool_format: Literal["hermes", "qwen_agent"] | None = None,
+        prompt_lookup: int | None = None,
+        draft_tokens: int | None = None,
+        timeout: float | None = None,
+        on_prefill: Callable[[int, int], object] | None = None,
+        min_new_tokens: int | None = None,
+        logprobs: int | None = None,
+        prompt_logprobs: int | None = None,
+        processor: LogitsProcessor | None = None,
+    ) -> RequestStream:
+        """As submit, in an event loop: a full queue is waited for without blocking it."""
+
+    def generate(
+        self,
+        prompt: Prompt,
+        *,
+        priority: int | None = 0,
+        model: Model | None = None,
+        max_new_tokens: int | None = None,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        typical_p: float | None = None,
+        repetition_penalty: float | None = None,
+        presence_penalty: float | None = None,
+        frequency_penalty: float | None = None,
+        logit_bias: dict[int, float] | None = None,
+        bad_words: Sequence[str | Sequence[int]] | None = None,
+        seed: int | None = None,
+        stop: str | Sequence[str] | None = None,
+        stop_token_ids: Sequence[int] | None = None,
+        ignore_eos: bool = False,
+        json_schema: JsonSchema | None = None,
+        regex: str | None = None,
+        grammar: str | None = None,
+        choice: Sequence[str] | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        tool_choice: Literal["auto", "none", "required"] | Mapping[str, Any] | None = None,
+        tool_format: Literal["hermes", "qwen_agent"] | None = None,
+        prompt_lookup: int | None = None,
+        draft_tokens: int | None = None,
+        timeout: float | None = None,
+        on_prefill: Callable[[int, int], object] | None = None,
+        min_new_tokens: int | None = None,
+        logprobs: int | None = None,
+        prompt_logprobs: int | None = None,
+        processor: LogitsProcessor | None = None,
+    ) -> Generation:
+        """Answers a prompt, among the others. Options as in submit."""
+
+    async def generate_async(
+        self,
+        prompt: Prompt,
+        *,
+        priority: int | None = 0,
+        model: Model | None = None,
+        max_new_tokens: int | None = None,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        typical_p: float | None = None,
+        repetition_penalty: float | None = None,
+        presence_penalty: float | None = None,
+        frequency_penalty: float | None = None,
+        logit_bias: dict[int, float] | None = None,
+        bad_words: Sequence[str | Sequence[int]] | None = None,
+        seed: int | None = None,
+        stop: str | Sequence[str] | None = None,
+        stop_token_ids: Sequence[int] | None = None,
+        ignore_eos: bool = False,
+        json_schema: JsonSchema | None = None,
+        regex: str | None = None,
+        grammar: str | None = None,
+        choice: Sequence[str] | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        tool_choice: Literal["auto", "none", "required"] | Mapping[str, Any] | None = None,
+        tool_format: Literal["hermes", "qwen_agent"] | None = None,
+        prompt_lookup: int | None = None,
+        draft_tokens: int | None = None,
+        timeout: float | None = None,
+        on_prefill: Callable[[int, int], object] | None = None,
+        min_new_tokens: int | None = None,
+        logprobs: int | None = None,
+        prompt_logprobs: int | None = None,
+        processor: LogitsProcessor | None = None,
+    ) -> Generation:
+        """As generate, in an event loop. A task that is cancelled while it waits cancels the request."""
+
+    @overload
+    def chat(
+        self,
+        messages: Sequence[Message],
+        *,
+        stream: Literal[False] = False,
+        priority: int | None = 0,
+        model: Model | None = None,
+        max_new_tokens: int | None = None,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        typical_p: float | None = None,
+        repetition_penalty: float | None = None,
+        presence_penalty: float | None = None,
+        frequency_penalty: float | None = None,
+        logit_bias: dict[int, float] | None = None,
+        bad_words: Sequence[str | Sequence[int]] | None = None,
+        seed: int | None = None,
+        stop: str | Sequence[str] | None = None,
+        stop_token_ids: Sequence[int] | None = None,
+        ignore_eos: bool = False,
+        json_schema: JsonSchema | None = None,
+        regex: str | None = None,
+        grammar: str | None = None,
+        choice: Sequence[str] | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        tool_choice: Literal["auto", "none", "required"] | Mapping[str, Any] | None = None,
+        tool_format: Literal["hermes", "qwen_agent"] | None = None,
+        prompt_lookup: int | None = None,
+        draft_tokens: int | None = None,
+        timeout: float | None = None,
+        on_prefill: Callable[[int, int], object] | None = None,
+        min_new_tokens: int | None = None,
+        logprobs: int | None = None,
+        prompt_logprobs: int | None = None,
+        processor: LogitsProcessor | None = None,
+    ) -> Generation:
+        """Answers a conversation; with stream=True piece by piece. Options as in submit."""
+
+    @overload
+    def chat(
+        self,
+        messages: Sequence[Message],
+        *,
+        stream: Literal[True],
+        priority: int | None = 0,
+        model: Model | None = None,
+        max_new_tokens: int | None = None,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        typical_p: float | None = None,
+        repetition_penalty: float | None = None,
+        presence_penalty: float | None = None,
+        frequency_penalty: float | None = None,
+        logit_bias: dict[int, float] | None = None,
+        bad_words: Sequence[str | Sequence[int]] | None = None,
+        seed: int | None = None,
+        stop: str | Sequence[str] | None = None,
+        stop_token_ids: Sequence[int] | None = None,
+        ignore_eos: bool = False,
+        json_schema: JsonSchema | None = None,
+        regex: str | None = None,
+        grammar: str | None = None,
+        choice: Sequence[str] | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        tool_choice: Literal["auto", "none", "required"] | Mapping[str, Any] | None = None,
+        tool_format: Literal["hermes", "qwen_agent"] | None = None,
+        prompt_lookup: int | None = None,
+        draft_tokens: int | None = None,
+        timeout: float | None = None,
+        on_prefill: Callable[[int, int], object] | None = None,
+        min_new_tokens: int | None = None,
+        logprobs: int | None = None,
+        prompt_logprobs: int | None = None,
+        processor: LogitsProcessor | None = None,
+    ) -> RequestStream: ...
+    @overload
+    def chat(
+        self,
+        messages: Sequence[Message],
+        *,
+        stream: bool,
+        priority: int | None = 0,
+        model: Model | None = None,
+        max_new_tokens: int | None = None,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        typical_p: float | None = None,
+        repetition_penalty: float | None = None,
+        presence_penalty: float | None = None,
+        frequency_penalty: float | None = None,
+        logit_bias: dict[int, float] | None = None,
+        bad_words: Sequence[str | Sequence[int]] | None = None,
+        seed: int | None = None,
+        stop: str | Sequence[str] | None = None,
+        stop_token_ids: Sequence[int] | None = None,
+        ignore_eos: bool = False,
+        json_schema: JsonSchema | None = None,
+        regex: str | None = None,
+        grammar: str | None = None,
+        choice: Sequence[str] | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        tool_choice: Literal["auto", "none", "required"] | Mapping[str, Any] | None = None,
+        tool_format: Literal["hermes", "qwen_agent"] | None = None,
+        prompt_lookup: int | None = None,
+        draft_tokens: int | None = None,
+        timeout: float | None = None,
+        on_prefill: Callable[[int, int], object] | None = None,
+        min_new_tokens: int | None = None,
+        logprobs: int | None = None,
+        prompt_logprobs: int | None = None,
+        processor: LogitsProcessor | None = None,
+    ) -> Generation | RequestStream: ...
+    @overload
+    async def chat_async(
+        self,
+        messages: Sequence[Message],
+        *,
+        stream: Literal[False] = False,
+        priority: int | None = 0,
+        model: Model | None = None,
+        max_new_tokens: int | None = None,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        typical_p: float | None = None,
+        repetition_penalty: float | None = None,
+        presence_penalty: float | None = None,
+        frequency_penalty: float | None = None,
+        logit_bias: dict[int, float] | None = None,
+        bad_words: Sequence[str | Sequence[int]] | None = None,
+        seed: int | None = None,
+        stop: str | Sequence[str] | None = None,
+        stop_token_ids: Sequence[int] | None = None,
+        ignore_eos: bool = False,
+        json_schema: JsonSchema | None = None,
+        regex: str | None = None,
+        grammar: str | None = None,
+        choice: Sequence[str] | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        tool_choice: Literal["auto", "none", "required"] | Mapping[str, Any] | None = None,
+        tool_format: Literal["hermes", "qwen_agent"] | None = None,
+        prompt_lookup: int | None = None,
+        draft_tokens: int | None = None,
+        timeout: float | None = None,
+        on_prefill: Callable[[int, int], object] | None = None,
+        min_new_tokens: int | None = None,
+        logprobs: int | None = None,
+        prompt_logprobs: int | None = None,
+        processor: LogitsProcessor | None = None,
+    ) -> Generation:
+        """As chat, in an event loop."""
+
+    @overload
+    async def chat_async(
+        self,
+        messages: Sequence[Message],
+        *,
+        stream: Literal[True],
+        priority: int | None = 0,
+        model: Model | None = None,
+        max_new_tokens: int | None = None,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        typical_p: float | None = None,
+        repetition_penalty: float | None = None,
+        presence_penalty: float | None = None,
+        frequency_penalty: float | None = None,
+        logit_bias: dict[int, float] | None = None,
+        bad_words: Sequence[str | Sequence[int]] | None = None,
+        seed: int | None = None,
+        stop: str | Sequence[str] | None = None,
+        stop_token_ids: Sequence[int] | None = None,
+        ignore_eos: bool = False,
+        json_schema: JsonSchema | None = None,
+        regex: str | None = None,
+        grammar: str | None = None,
+        choice: Sequence[str] | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        tool_choice: Literal["auto", "none", "required"] | Mapping[str, Any] | None = None,
+        tool_format: Literal["hermes", "qwen_agent"] | None = None,
+        prompt_lookup: int | None = None,
+        draft_tokens: int | None = None,
+        timeout: float | None = None,
+        on_prefill: Callable[[int, int], object] | None = None,
+        min_new_tokens: int | None = None,
+        logprobs: int | None = None,
+        prompt_logprobs: int | None = None,
+        processor: LogitsProcessor | None = None,
+    ) -> RequestStream: ...
+    @overload
+    async def chat_async(
+        self,
+        messages: Sequence[Message],
+        *,
+        stream: bool,
+        priority: int | None = 0,
+        model: Model | None = None,
+        max_new_tokens: int | None = None,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        typical_p: float | None = None,
+        repetition_penalty: float | None = None,
+        presence_penalty: float | None = None,
+        frequency_penalty: float | None = None,
+        logit_bias: dict[int, float] | None = None,
+        bad_words: Sequence[str | Sequence[int]] | None = None,
+        seed: int | None = None,
+        stop: str | Sequence[str] | None = None,
+        stop_token_ids: Sequence[int] | None = None,
+        ignore_eos: bool = False,
+        json_schema: JsonSchema | None = None,
+        regex: str | None = None,
+        grammar: str | None = None,
+        choice: Sequence[str] | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        tool_choice: Literal["auto", "none", "required"] | Mapping[str, Any] | None = None,
+        tool_format: Literal["hermes", "qwen_agent"] | None = None,
+        prompt_lookup: int | None = None,
+        draft_tokens: int | None = None,
+        timeout: float | None = None,
+        on_prefill: Callable[[int, int], object] | None = None,
+        min_new_tokens: int | None = None,
+        logprobs: int | None = None,
+        prompt_logprobs: int | None = None,
+        processor: LogitsProcessor | None = None,
+    ) -> Generation | RequestStream: ...
+    @property
+    def stats(self) -> EngineStats:
+        """What it is doing."""
+
+    def close(self) -> None:
+        """Ends what runs, with a CancelledError, and the engine's thread; later use raises ValueError."""
+
+    def __enter__(self) -> Self: ...
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc_value: BaseException | None,
+        traceback: TracebackType | None,
+        /,
+    ) -> None: ...
+    def __reduce__(self) -> NoReturn: ...
+
+@final
+class RequestStream:
+    """The pieces of an answer that an engine computes, as they come: an iterator and an asynchronous one.
+
+    Letting go of it cancels the request. Who leaves 256 pieces unread pauses this request, never the others;
+    after a minute of that it ends as cancelled.
+    """
+
+    def cancel(self) -> None:
+        """Stops the request, from any thread: it ends after the token it is working on."""
+
+    def finish(self) -> Generation:
+        """Waits for the end and returns the whole result; as often as wanted."""
+
+    async def finish_async(self) -> Generation:
+        """As finish, in an event loop."""
+
+    def close(self) -> None:
+        """Cancels the request without waiting; there are no more pieces, and finish() gives what there is."""
 
     def __enter__(self) -> Self: ...
     def __exit__(
@@ -935,12 +1454,140 @@ class Memory:
         """Weights, once for all sessions."""
 
     @property
+    def weights_per_token(self) -> int:
+        """What a decode step reads of them: all but the embedding table, where that is not the head too."""
+
+    @property
     def cache_per_token(self) -> int:
         """Keys and values of one token of one session."""
 
     @property
     def cache_full(self) -> int:
         """Keys and values of one session that fills the context."""
+
+@final
+class EngineStats:
+    """What an engine does; counted since its start where nothing else is said."""
+
+    @property
+    def waiting(self) -> int:
+        """Requests that wait to be started, now."""
+
+    @property
+    def running(self) -> int:
+        """Requests that are computed, now."""
+
+    @property
+    def submitted(self) -> int:
+        """Requests that were submitted."""
+
+    @property
+    def finished(self) -> int:
+        """Requests that ended, cancelled and failed ones included."""
+
+    @property
+    def failed(self) -> int:
+        """Requests that ended with an error."""
+
+    @property
+    def preempted(self) -> int:
+        """Requests whose cache was dropped for lack of memory, to be computed again."""
+
+    @property
+    def steps(self) -> int:
+        """Steps of the network."""
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens of prompts that were computed."""
+
+    @property
+    def cached_tokens(self) -> int:
+        """Tokens of prompts that were shared with earlier requests."""
+
+    @property
+    def completion_tokens(self) -> int:
+        """Tokens that were generated."""
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of caches and shared prefixes, now."""
+
+    @property
+    def cache_limit(self) -> int:
+        """Bytes that they may take."""
+
+@final
+class CheckpointInfo:
+    """What inspect finds."""
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The architecture, as config.json or the metadata of a GGUF file give it."""
+
+    @property
+    def generation_config(self) -> dict[str, Any]:
+        """The checkpoint's own settings for generation."""
+
+    @property
+    def container(self) -> Literal["safetensors", "gguf"]:
+        """What its tensors are in."""
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of all tensors as they are stored."""
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the weights in memory if they are loaded with no other wish."""
+
+    @property
+    def formats(self) -> dict[str, int]:
+        """Bytes by how they are stored: bf16, Q4_K, …."""
+
+    @property
+    def dtype(self) -> str | None:
+        """The precision that most bytes are in which are numbers."""
+
+    @property
+    def parameters(self) -> int:
+        """Numbers in all weights."""
+
+    @property
+    def context_length(self) -> int:
+        """Tokens that prompt and answer may have together."""
+
+@final
+class AdapterInfo:
+    """What inspect_adapter finds."""
+
+    @property
+    def base_model(self) -> str | None:
+        """The model that it was made for, as PEFT names it."""
+
+    @property
+    def modules(self) -> list[str]:
+        """The projections that it changes: q_proj, v_proj, …."""
+
+    @property
+    def matrices(self) -> int:
+        """Matrices that it changes."""
+
+    @property
+    def ranks(self) -> list[int]:
+        """The ranks of its matrices."""
+
+    @property
+    def scales(self) -> tuple[float, float]:
+        """The smallest and the largest factor of its products."""
+
+    @property
+    def parameters(self) -> int:
+        """Numbers in all its matrices."""
+
+    @property
+    def memory(self) -> int:
+        """Bytes in memory beside the weights."""
 
 class Qwen2Error(Exception):
     """The base of everything that this package raises on its own account.
@@ -997,7 +1644,7 @@ class InvalidConstraintError(Qwen2Error, ValueError):
     """A schema or grammar cannot be compiled."""
 
 class CancelledError(Qwen2Error, RuntimeError):
-    """A callback stopped the loading or the generation."""
+    """The caller stopped it: a callback the loading or the generation, the end of an engine its requests."""
 
 class InternalError(Qwen2Error, RuntimeError):
     """A bug of this library."""

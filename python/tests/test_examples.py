@@ -34,6 +34,7 @@ def run(*command: str | Path, text: str | None = None) -> subprocess.CompletedPr
     [
         ("hello", r"2 \+ 3 = 5"),
         ("chat", "Tuesday"),
+        ("engine", r"(?s)(?=.*3, 4, 5)(?=.*2 \+ 3 = 5).*Tuesday"),
         ("stream", "3.*4.*5.*6.*7.*8.*9"),
         ("session", r"2 \+ 3 = 5(.|\n)*7 - 4 = 3(.|\n)*tokens were read before"),
     ],

@@ -282,9 +282,18 @@ def test_what_a_model_says_of_itself(demo: Model) -> None:
     assert demo.config["num_key_value_heads"] == 2
     assert demo.generation_config["eos_token_ids"]
     assert demo.memory.weights == pytest.approx(2 * 1_338_496, rel=0.01)
+    # Its embedding table is the head, too.
+    assert demo.memory.weights_per_token == demo.memory.weights
     assert demo.memory.cache_full == demo.memory.cache_per_token * demo.context_length
     assert demo.config is not demo.config
     assert repr(demo) == 'Model("demo-model", 1.3M, bf16, device="cpu", context_length=1024)'
+
+
+def test_a_decode_step_reads_no_table_that_is_not_the_head() -> None:
+    model = Model.load(fixture_directory("untied"), device="cpu")
+    assert model.dtype == "f32"
+    table = 4 * model.config["vocab_size"] * model.config["hidden_size"]
+    assert model.memory.weights_per_token == model.memory.weights - table
 
 
 def test_results_show_what_they_hold(demo: Model) -> None:
@@ -294,7 +303,9 @@ def test_results_show_what_they_hold(demo: Model) -> None:
     assert repr(answer.timings).startswith("Timings(prefill_s=")
     assert repr(answer.stop_match).startswith("StopMatch(kind='eos', token=")
     assert repr(next(demo.stream("x"))).startswith("Piece(text=")
-    assert repr(demo.memory).startswith("Memory(weights=")
+    memory = demo.memory
+    numbers = f"weights={memory.weights}, weights_per_token={memory.weights_per_token}, cache_per_token="
+    assert repr(memory).startswith(f"Memory({numbers}")
     assert repr(demo.tokenizer) == f"Tokenizer(vocab_size={demo.tokenizer.vocab_size})"
 
 

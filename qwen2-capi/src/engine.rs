@@ -221,7 +221,7 @@ pub unsafe extern "C" fn qwen2_engine_new(
     })
 }
 
-/// Ends the engine and its thread; NULL is allowed. Requests that run fail with `QWEN2_ERROR_INTERNAL`;
+/// Ends the engine and its thread; NULL is allowed. Requests that run fail with `QWEN2_ERROR_CANCELLED`;
 /// their handles stay, with what came before, and are freed on their own. When this returns, every callback
 /// has heard the end of its request and none is called any more; inside a callback it does not wait for
 /// that: they hear it later, on their thread.

@@ -46,7 +46,7 @@ pub const QWEN2_ERROR_NETWORK: qwen2_status = 11;
 pub const QWEN2_ERROR_INVALID_TEMPLATE: qwen2_status = 12;
 /// A schema or grammar cannot be compiled.
 pub const QWEN2_ERROR_INVALID_CONSTRAINT: qwen2_status = 13;
-/// A callback stopped the loading or the generation.
+/// The caller stopped it: a callback the loading or the generation, the end of an engine its requests.
 pub const QWEN2_ERROR_CANCELLED: qwen2_status = 14;
 /// A bug of this library.
 pub const QWEN2_ERROR_INTERNAL: qwen2_status = 99;

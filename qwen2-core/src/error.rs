@@ -57,7 +57,8 @@ pub enum ErrorKind {
     InvalidTemplate = 12,
     /// A schema or grammar cannot be compiled.
     InvalidConstraint = 13,
-    /// The caller stopped it: loading or a generation by a callback, logits and scores by a switch.
+    /// The caller stopped it: loading or a generation by a callback, logits and scores by a switch, a request
+    /// by closing its engine.
     Cancelled = 14,
     /// A bug of this library.
     Internal = 99,

@@ -415,6 +415,77 @@ fn pieces_come_to_futures_as_to_iterators() {
 }
 
 #[test]
+fn a_full_queue_lets_futures_wait_and_what_was_cancelled_in() {
+    let model = load(demo());
+    let engine = model.engine().max_sequences(1).queue_limit(1);
+    let engine = engine.when_full(WhenFull::Wait).build().unwrap();
+    let request = |seed, n| Request::new(Prompt::Tokens(tokens(10, seed)), &greedy(n));
+    let running = engine.submit_request(request(1, 900)).unwrap();
+    while engine.stats().running == 0 {
+        std::thread::yield_now();
+    }
+    let waiting = engine.submit_request(request(2, 5)).unwrap();
+    // Polled once it waits; dropped it is withdrawn.
+    let poll = |future: &mut std::pin::Pin<Box<dyn Future<Output = _>>>| {
+        let mut context = Context::from_waker(Waker::noop());
+        future.as_mut().poll(&mut context).is_pending()
+    };
+    let mut withdrawn: std::pin::Pin<Box<dyn Future<Output = _>>> =
+        Box::pin(engine.submit_async(request(3, 5)));
+    assert!(poll(&mut withdrawn));
+    drop(withdrawn);
+    let mut options = greedy(5);
+    let cancel = qwen2_core::CancelToken::new();
+    options.cancel = Some(cancel.clone());
+    let cancelled = std::thread::scope(|scope| {
+        let submit = || engine.submit(Prompt::Tokens(tokens(10, 4)), &options);
+        let thread = scope.spawn(submit);
+        assert_eq!(engine.stats().submitted, 2);
+        cancel.cancel();
+        thread.join().unwrap().unwrap()
+    });
+    let generation = cancelled.finish().unwrap();
+    assert_eq!(generation.finish_reason, FinishReason::Cancelled);
+    drop(running);
+    let last = block_on(engine.submit_async(request(5, 5))).unwrap();
+    assert_eq!(answers(vec![waiting, last]).concat().len(), 10);
+    assert_eq!(engine.stats().submitted, 4);
+}
+
+#[test]
+fn closing_an_engine_ends_it_for_all_its_clones_and_their_futures() {
+    let model = load(demo());
+    let engine = model.engine().max_sequences(1).queue_limit(1);
+    let engine = engine.when_full(WhenFull::Wait).build().unwrap();
+    let request = |seed| Request::new(Prompt::Tokens(tokens(10, seed)), &greedy(900));
+    let mut running = engine.submit_request(request(1)).unwrap();
+    running.next().unwrap().unwrap();
+    let waiting = engine.submit_request(request(2)).unwrap();
+    let clone = engine.clone();
+    std::thread::scope(|scope| {
+        let thread = scope.spawn(|| block_on(clone.submit_async(request(3))).map(drop));
+        engine.close();
+        engine.close(); // again
+        let error = thread.join().unwrap().unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::Cancelled);
+    });
+    for mut stream in [running, waiting] {
+        let error = stream.find_map(Result::err).unwrap();
+        assert_eq!(error.kind(), ErrorKind::Cancelled);
+        assert_eq!(
+            error.to_string(),
+            "engine was closed before the request ended"
+        );
+        assert!(error.help().is_some());
+        assert!(stream.next().is_none());
+        assert_eq!(stream.finish().unwrap_err().kind(), ErrorKind::Cancelled);
+    }
+    let error = clone.submit_request(request(4)).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Cancelled);
+    assert_eq!(error.to_string(), "engine was closed");
+}
+
+#[test]
 fn dropping_the_engine_ends_its_requests() {
     let model = load(demo());
     let engine = model.engine().build().unwrap();
@@ -427,7 +498,8 @@ fn dropping_the_engine_ends_its_requests() {
     drop(engine);
     for stream in streams {
         let error = stream.finish().unwrap_err();
-        assert_eq!(error.kind(), ErrorKind::Internal);
+        assert_eq!(error.kind(), ErrorKind::Cancelled);
+        assert!(error.to_string().starts_with("engine was closed"));
         assert!(error.help().is_some());
     }
 }

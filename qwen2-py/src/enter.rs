@@ -12,7 +12,7 @@ use qwen2_core::{CancelToken, Progress};
 use crate::error::{Failure, lock, no_thread};
 
 /// How long Ctrl-C may go unseen while the library works.
-const TICK: Duration = Duration::from_millis(50);
+pub(crate) const TICK: Duration = Duration::from_millis(50);
 
 /// Of the thread that works while the main thread watches: what a main thread usually has.
 const STACK: usize = 8 << 20;

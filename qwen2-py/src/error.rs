@@ -30,10 +30,22 @@ impl Failure {
             format!(": {why}")
         };
         Self {
-            kind: ErrorKind::InvalidArgument,
-            message: format!("{what}: {key}{why}"),
-            path: None,
             key: Some(key.to_owned()),
+            ..Self::new(
+                ErrorKind::InvalidArgument,
+                &format!("{what}: {key}{why}"),
+                help,
+            )
+        }
+    }
+
+    /// Of a kind, with the whole message.
+    pub(crate) fn new(kind: ErrorKind, message: &str, help: &str) -> Self {
+        Self {
+            kind,
+            message: message.to_owned(),
+            path: None,
+            key: None,
             help: Some(help.to_owned()),
             raised: None,
         }

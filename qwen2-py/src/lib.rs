@@ -2,15 +2,22 @@
 
 mod arguments;
 mod constraint;
+mod engine;
 mod enter;
 mod error;
+mod exit;
+mod inspect;
 mod model;
+mod native;
 mod options;
 mod processor;
+mod request;
 mod results;
 mod session;
+mod settings;
 mod stream;
 mod tokenizer;
+mod wake;
 
 use std::ffi::OsString;
 
@@ -33,10 +40,15 @@ fn run_cli(py: Python<'_>, argv: Vec<OsString>) -> i32 {
 #[pymodule(gil_used = false)]
 fn _qwen2(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add("__version__", env!("CARGO_PKG_VERSION"))?;
+    module.add_class::<engine::Engine>()?;
     module.add_class::<model::Model>()?;
+    module.add_class::<request::RequestStream>()?;
     module.add_class::<session::Session>()?;
     module.add_class::<stream::TokenStream>()?;
     module.add_class::<tokenizer::Tokenizer>()?;
+    module.add_class::<inspect::AdapterInfo>()?;
+    module.add_class::<inspect::CheckpointInfo>()?;
+    module.add_class::<results::EngineStats>()?;
     module.add_class::<results::Generation>()?;
     module.add_class::<results::Logprobs>()?;
     module.add_class::<results::Memory>()?;
@@ -47,6 +59,8 @@ fn _qwen2(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add_class::<results::ToolCall>()?;
     module.add_class::<results::Usage>()?;
     module.add_function(wrap_pyfunction!(devices, module)?)?;
+    module.add_function(wrap_pyfunction!(inspect::inspect, module)?)?;
+    module.add_function(wrap_pyfunction!(inspect::inspect_adapter, module)?)?;
     module.add_function(wrap_pyfunction!(model::convert, module)?)?;
     module.add_function(wrap_pyfunction!(model::merge_lora, module)?)?;
     module.add_function(wrap_pyfunction!(model::quantize, module)?)?;

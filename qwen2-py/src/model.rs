@@ -10,11 +10,13 @@ use pyo3::types::{PyBool, PyDict, PyList};
 use qwen2_core::{CancelToken, DType, Device, KvCacheType, Pooling, Prompt, Quantization};
 
 use crate::arguments::{AnyPrompt, AnySource, Messages, TokenIds, Whole};
+use crate::engine::Engine;
 use crate::enter::{self, Report};
 use crate::error::{Failure, lock, not_picklable};
 use crate::options::{self, Given, signature};
 use crate::results::{Generation, Memory};
 use crate::session::Session;
+use crate::settings::Settings;
 use crate::stream::{Run, TokenStream};
 use crate::tokenizer::Tokenizer;
 
@@ -27,7 +29,7 @@ pub(crate) struct Model {
 }
 
 impl Model {
-    fn get(&self) -> PyResult<qwen2_core::Model> {
+    pub(crate) fn get(&self) -> PyResult<qwen2_core::Model> {
         let handle = lock(&self.handle).clone();
         Ok(handle
             .ok_or_else(|| Failure::invalid("model is closed", "model", "", "load it again"))?)
@@ -261,6 +263,57 @@ impl Model {
         })
     }
 
+    /// This model with a LoRA adapter of PEFT's beside its weights, which both share: what the adapter adds
+    /// is computed next to them. On top of an adapter a second one adds up with it.
+    ///
+    /// path: the adapter's directory.
+    fn with_adapter(&self, py: Python<'_>, path: PathBuf) -> PyResult<Self> {
+        let model = self.get()?;
+        let adapted = enter::outside(py, || model.with_adapter(path).map_err(Failure::from))?;
+        Ok(Self {
+            handle: Mutex::new(Some(adapted)),
+            quantize: self.quantize,
+        })
+    }
+
+    /// An engine for many requests on this model.
+    ///
+    /// max_sequences: those that are computed together; by default 64.
+    /// cache_bytes: what the caches of all sequences and the shared prefixes may take together; by default
+    ///     those of four sequences that fill the context.
+    /// prefill_chunk: tokens of prompts that one step reads between the tokens of the others; by default 64.
+    /// queue_limit: requests that may wait; by default 1024.
+    /// when_full: what becomes of a request when so many wait: refuse, which raises OutOfMemoryError, or wait.
+    /// prefix_cache: whether the beginning that a prompt shares with earlier ones is computed once.
+    /// deterministic: whether a request gets the same tokens alone and among others, to the last bit of its
+    ///     logits; sequences are then computed one by one.
+    #[pyo3(
+        signature = (*, max_sequences=None, cache_bytes=None, prefill_chunk=None, queue_limit=None, when_full="refuse", prefix_cache=true, deterministic=false),
+        text_signature = "($self, *, max_sequences=None, cache_bytes=None, prefill_chunk=None, queue_limit=None, when_full='refuse', prefix_cache=True, deterministic=False)"
+    )]
+    #[allow(clippy::too_many_arguments)] // the settings, by name
+    fn engine(
+        &self,
+        max_sequences: Option<Whole>,
+        cache_bytes: Option<Whole>,
+        prefill_chunk: Option<Whole>,
+        queue_limit: Option<Whole>,
+        when_full: &str,
+        prefix_cache: bool,
+        deterministic: bool,
+    ) -> PyResult<Engine> {
+        let settings = Settings {
+            max_sequences,
+            cache_bytes,
+            prefill_chunk,
+            queue_limit,
+            when_full,
+            prefix_cache,
+            deterministic,
+        };
+        Engine::build(&self.get()?, &settings)
+    }
+
     /// The logits of every token of a sequence: float32, [n_tokens, vocab_size].
     fn logits<'py>(
         &self,
@@ -360,6 +413,12 @@ impl Model {
     #[getter]
     fn name(&self) -> PyResult<String> {
         Ok(self.get()?.name().to_owned())
+    }
+
+    /// The directories of the adapters beside its weights, in the order they were added.
+    #[getter]
+    fn adapters(&self) -> PyResult<Vec<PathBuf>> {
+        Ok(self.get()?.adapters().to_vec())
     }
 
     /// Where it computes.
@@ -518,7 +577,7 @@ pub(crate) fn merge_lora(
 }
 
 /// What to call with the progress: the function itself, our bar for True, nothing for False.
-fn progress_callback<'py>(
+pub(crate) fn progress_callback<'py>(
     py: Python<'py>,
     progress: Option<Bound<'py, PyAny>>,
 ) -> PyResult<Option<Bound<'py, PyAny>>> {
@@ -538,7 +597,7 @@ fn progress_callback<'py>(
 }
 
 /// Does `work` with its progress told to `callback`, where there is one.
-fn reporting<T: Send>(
+pub(crate) fn reporting<T: Send>(
     py: Python<'_>,
     callback: Option<Bound<'_, PyAny>>,
     work: impl FnOnce(Report) -> Result<T, Failure> + Send,
@@ -554,7 +613,10 @@ fn reporting<T: Send>(
 }
 
 /// A serializable value as plain Python objects.
-fn to_dict<'py>(py: Python<'py>, value: &impl serde::Serialize) -> PyResult<Bound<'py, PyDict>> {
+pub(crate) fn to_dict<'py>(
+    py: Python<'py>,
+    value: &impl serde::Serialize,
+) -> PyResult<Bound<'py, PyDict>> {
     let json =
         serde_json::to_string(value).map_err(|error| PyTypeError::new_err(error.to_string()))?;
     Ok(py

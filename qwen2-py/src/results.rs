@@ -319,6 +319,8 @@ impl From<qwen2_core::Timings> for Timings {
 pub(crate) struct Memory {
     /// Weights, once for all sessions.
     weights: u64,
+    /// What a decode step reads of them: all but the embedding table, where that is not the head too.
+    weights_per_token: u64,
     /// Keys and values of one token of one session.
     cache_per_token: u64,
     /// Keys and values of one session that fills the context.
@@ -329,8 +331,8 @@ pub(crate) struct Memory {
 impl Memory {
     fn __repr__(&self) -> String {
         format!(
-            "Memory(weights={}, cache_per_token={}, cache_full={})",
-            self.weights, self.cache_per_token, self.cache_full
+            "Memory(weights={}, weights_per_token={}, cache_per_token={}, cache_full={})",
+            self.weights, self.weights_per_token, self.cache_per_token, self.cache_full
         )
     }
 }
@@ -339,8 +341,73 @@ impl From<qwen2_core::Memory> for Memory {
     fn from(memory: qwen2_core::Memory) -> Self {
         Self {
             weights: memory.weights,
+            weights_per_token: memory.weights_per_token,
             cache_per_token: memory.cache_per_token,
             cache_full: memory.cache_full,
+        }
+    }
+}
+
+/// What an engine does; counted since its start where nothing else is said.
+#[pyclass(module = "qwen2_rs", frozen, get_all)]
+pub(crate) struct EngineStats {
+    /// Requests that wait to be started, now.
+    waiting: usize,
+    /// Requests that are computed, now.
+    running: usize,
+    /// Requests that were submitted.
+    submitted: u64,
+    /// Requests that ended, cancelled and failed ones included.
+    finished: u64,
+    /// Requests that ended with an error.
+    failed: u64,
+    /// Requests whose cache was dropped for lack of memory, to be computed again.
+    preempted: u64,
+    /// Steps of the network.
+    steps: u64,
+    /// Tokens of prompts that were computed.
+    prompt_tokens: u64,
+    /// Tokens of prompts that were shared with earlier requests.
+    cached_tokens: u64,
+    /// Tokens that were generated.
+    completion_tokens: u64,
+    /// Bytes of caches and shared prefixes, now.
+    cache_bytes: u64,
+    /// Bytes that they may take.
+    cache_limit: u64,
+}
+
+#[pymethods]
+impl EngineStats {
+    fn __repr__(&self) -> String {
+        format!(
+            "EngineStats(waiting={}, running={}, submitted={}, finished={}, failed={}, steps={}, cache_bytes={})",
+            self.waiting,
+            self.running,
+            self.submitted,
+            self.finished,
+            self.failed,
+            self.steps,
+            self.cache_bytes
+        )
+    }
+}
+
+impl From<qwen2_core::EngineStats> for EngineStats {
+    fn from(stats: qwen2_core::EngineStats) -> Self {
+        Self {
+            waiting: stats.waiting,
+            running: stats.running,
+            submitted: stats.submitted,
+            finished: stats.finished,
+            failed: stats.failed,
+            preempted: stats.preempted,
+            steps: stats.steps,
+            prompt_tokens: stats.prompt_tokens,
+            cached_tokens: stats.cached_tokens,
+            completion_tokens: stats.completion_tokens,
+            cache_bytes: stats.cache_bytes,
+            cache_limit: stats.cache_limit,
         }
     }
 }

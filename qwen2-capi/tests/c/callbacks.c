@@ -225,11 +225,11 @@ static void freed_with_running_requests(const qwen2_model *model) {
     submit(engine, 900, two, NULL);
     qwen2_engine_free(engine);
     /* No waiting: they have heard. */
-    CHECK(one->has_ended && one->end == QWEN2_ERROR_INTERNAL);
-    CHECK(two->has_ended && two->end == QWEN2_ERROR_INTERNAL);
+    CHECK(one->has_ended && one->end == QWEN2_ERROR_CANCELLED);
+    CHECK(two->has_ended && two->end == QWEN2_ERROR_CANCELLED);
     qwen2_generation *generation = NULL;
     for (int i = 0; i < 2; i++)
-        FAILS(qwen2_request_finish(request, &generation, &error), QWEN2_ERROR_INTERNAL, NULL);
+        FAILS(qwen2_request_finish(request, &generation, &error), QWEN2_ERROR_CANCELLED, NULL);
     qwen2_request_free(request);
     free(one);
     free(two);
@@ -282,7 +282,7 @@ static void freed_inside_callbacks(const qwen2_model *model) {
     submit(heard->engine, 900, heard, NULL);
     wait_for(heard);
     wait_for(other);
-    CHECK(heard->done && heard->end == QWEN2_ERROR_INTERNAL && other->end == QWEN2_ERROR_INTERNAL);
+    CHECK(heard->done && heard->end == QWEN2_ERROR_CANCELLED && other->end == QWEN2_ERROR_CANCELLED);
     free(heard);
     free(other);
 }

@@ -175,13 +175,13 @@ static void freed_with_running_requests(const qwen2_model *model) {
     OK(qwen2_request_next(begun, &text, NULL, &error));
     qwen2_engine_free(engine);
     for (int i = 0; i < 2; i++)
-        FAILS(qwen2_request_finish(begun, &generation, &error), QWEN2_ERROR_INTERNAL, NULL);
+        FAILS(qwen2_request_finish(begun, &generation, &error), QWEN2_ERROR_CANCELLED, NULL);
     qwen2_status status;
     while ((status = qwen2_request_poll(waiting, &text, NULL, &error)) == QWEN2_OK) {
     }
-    FAILS(status, QWEN2_ERROR_INTERNAL, NULL);
+    FAILS(status, QWEN2_ERROR_CANCELLED, NULL);
     CHECK(qwen2_request_poll(waiting, &text, NULL, &error) == QWEN2_DONE);
-    FAILS(qwen2_request_finish(waiting, &generation, &error), QWEN2_ERROR_INTERNAL, NULL);
+    FAILS(qwen2_request_finish(waiting, &generation, &error), QWEN2_ERROR_CANCELLED, NULL);
     qwen2_request_free(begun);
     qwen2_request_free(waiting);
 }

@@ -10,7 +10,7 @@ use crate::generate::{GenerateOptions, Generation, LogitsProcessor, Sequence};
 /// Many requests on one model: they join and leave at every step, each weight is read once for all
 /// of them, and what prompts have in common is computed once.
 ///
-/// Clones share it. When the last one goes, running requests end with an error and the engine's
+/// Clones share it. When the last one goes, running requests end with the error `Cancelled` and the engine's
 /// thread ends.
 ///
 /// ```no_run
@@ -200,7 +200,7 @@ impl Engine {
     /// Puts a prompt into the queue; the answer comes as it is read.
     ///
     /// # Errors
-    /// As [`Model::generate`]; `OutOfMemory` where the queue is full.
+    /// As [`Model::generate`]; `OutOfMemory` where the queue is full, `Cancelled` where the engine was closed.
     pub fn submit(
         &self,
         prompt: impl Into<Prompt>,
@@ -214,6 +214,21 @@ impl Engine {
     /// # Errors
     /// As [`Engine::submit`]; `InvalidArgument` for a handle of another model.
     pub fn submit_request(&self, request: Request) -> Result<RequestStream> {
+        self.worker.submit(self.job(request)?)
+    }
+
+    /// As [`Engine::submit_request`], for futures: it waits for room in the queue without a thread.
+    /// Dropping it withdraws the request.
+    ///
+    /// # Errors
+    /// As [`Engine::submit_request`].
+    pub async fn submit_async(&self, request: Request) -> Result<RequestStream> {
+        let mut job = Some(self.job(request)?);
+        std::future::poll_fn(|context| self.worker.poll_submit(&mut job, context)).await
+    }
+
+    /// A request, checked and in tokens.
+    fn job(&self, request: Request) -> Result<Job> {
         let model = request.model.as_ref().unwrap_or(&self.model);
         if !model.shares_weights(&self.model) {
             return Err(
@@ -232,7 +247,7 @@ impl Engine {
         let resolved = request.options.resolve(&inner.defaults)?;
         let tokens = model.encode_for(&request.prompt, &resolved)?;
         let cache = model.new_cache();
-        self.worker.submit(Job {
+        Ok(Job {
             network: inner.host.network.clone(),
             sequence: Sequence::new(
                 inner.host.tokenizer.clone(),
@@ -257,6 +272,12 @@ impl Engine {
         options: &GenerateOptions,
     ) -> Result<Generation> {
         self.submit(prompt, options)?.finish()
+    }
+
+    /// Ends it for all its clones, as dropping the last one does: running requests end with the error
+    /// `Cancelled`, others are refused with it. Returns when its thread has ended.
+    pub fn close(&self) {
+        self.worker.stop();
     }
 
     /// What it is doing.

@@ -6,7 +6,7 @@ use std::task::{Context, Poll, Waker};
 use std::time::Instant;
 
 use super::worker::Wake;
-use crate::error::{Error, ErrorKind, Result};
+use crate::error::Result;
 use crate::generate::{CancelToken, Generation, Piece};
 
 /// Pieces that wait for a reader before its sequence pauses.
@@ -51,6 +51,7 @@ impl Channel {
 /// The engine's end.
 pub(super) struct Outlet {
     channel: Arc<Channel>,
+    wake: Wake,
 }
 
 /// The two ends of a new request. `wake` tells the engine that there is room again.
@@ -59,9 +60,9 @@ pub(super) fn outlet(cancel: CancelToken, wake: Wake) -> (Outlet, RequestStream)
     let stream = RequestStream {
         channel: channel.clone(),
         cancel,
-        wake,
+        wake: wake.clone(),
     };
-    (Outlet { channel }, stream)
+    (Outlet { channel, wake }, stream)
 }
 
 impl Outlet {
@@ -105,13 +106,11 @@ impl Outlet {
 /// An outlet that goes away without an end would leave its reader waiting for ever.
 impl Drop for Outlet {
     fn drop(&mut self) {
-        self.finish(Err(gone()));
+        let is_open = !self.channel.lock().ended;
+        if is_open {
+            self.finish(Err(self.wake.shared().gone()));
+        }
     }
-}
-
-fn gone() -> Error {
-    Error::new(ErrorKind::Internal, "engine stopped before the request")
-        .with_help("submit it again to a running engine")
 }
 
 /// The answer to a request as it comes: a blocking iterator of [`Piece`]s, or asynchronous by
@@ -194,7 +193,7 @@ impl RequestStream {
 
     fn result(&mut self) -> Result<Generation> {
         let end = self.channel.lock().end.take();
-        end.unwrap_or_else(|| Err(gone()))
+        end.unwrap_or_else(|| Err(self.wake.shared().gone()))
     }
 }
 
@@ -249,5 +248,34 @@ impl std::fmt::Debug for RequestStream {
             .field("unread", &state.pieces.len())
             .field("ended", &state.ended)
             .finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::worker::Shared;
+    use super::*;
+    use crate::error::ErrorKind;
+
+    /// What a reader is told when its request goes away with the engine's thread.
+    fn told(closed: bool) -> Option<Result<Piece>> {
+        let shared = Arc::<Shared>::default();
+        let (outlet, mut stream) = outlet(CancelToken::new(), Wake::new(shared.clone()));
+        if closed {
+            shared.close();
+        }
+        drop(outlet);
+        let told = stream.next();
+        assert!(stream.next().is_none());
+        told
+    }
+
+    #[test]
+    fn an_engine_that_was_closed_cancels_and_one_that_stopped_by_itself_has_a_bug() {
+        for (closed, kind) in [(true, ErrorKind::Cancelled), (false, ErrorKind::Internal)] {
+            let error = told(closed).unwrap().unwrap_err();
+            assert_eq!(error.kind(), kind);
+            assert!(error.help().is_some());
+        }
     }
 }

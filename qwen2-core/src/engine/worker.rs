@@ -1,7 +1,8 @@
 //! The thread that computes, and what other threads share with it.
 
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::thread::JoinHandle;
+use std::task::{Context, Poll, Waker};
+use std::thread::{JoinHandle, Thread};
 use std::time::Duration;
 
 use super::outlet::{Outlet, RequestStream, outlet};
@@ -13,7 +14,8 @@ use crate::fence::fenced;
 use crate::generate::{Network, Sequence};
 use crate::model::cache::Cache;
 
-/// How long the thread sleeps while all sequences wait for their readers: a time-out has to be seen.
+/// How long a thread sleeps before it looks whether a time-out has passed: the engine's while all sequences
+/// wait for their readers, a submitting one while the queue is full.
 const NAP: Duration = Duration::from_millis(50);
 
 /// A request, checked and in tokens.
@@ -39,17 +41,20 @@ pub(super) struct Shared {
     inbox: Mutex<Inbox>,
     /// There is something to do.
     work: Condvar,
-    /// There is room in the queue.
-    room: Condvar,
 }
 
 #[derive(Default)]
 pub(super) struct Inbox {
     pub(super) queue: Queue<Waiting>,
     pub(super) stats: EngineStats,
+    /// Those that wait for room in the queue.
+    room: Vec<Waker>,
     /// Something happened since the thread looked.
     woken: bool,
+    /// The thread is to end, or has.
     stop: bool,
+    /// Its owner asked for that.
+    closed: bool,
 }
 
 impl Shared {
@@ -59,7 +64,8 @@ impl Shared {
     }
 
     pub(super) fn tell_room(&self) {
-        self.room.notify_all();
+        let room = std::mem::take(&mut self.lock().room);
+        room.into_iter().for_each(Waker::wake);
     }
 
     /// Waits until there is something to do, or for a nap; whether to go on.
@@ -81,11 +87,44 @@ impl Shared {
     pub(super) fn stops(&self) -> bool {
         self.lock().stop
     }
+
+    /// Has the thread end, and says why.
+    pub(super) fn close(&self) {
+        {
+            let mut inbox = self.lock();
+            (inbox.stop, inbox.closed) = (true, true);
+        }
+        self.work.notify_one();
+        self.tell_room();
+    }
+
+    /// Why a request has no end.
+    pub(super) fn gone(&self) -> Error {
+        if self.lock().closed {
+            Error::new(
+                ErrorKind::Cancelled,
+                "engine was closed before the request ended",
+            )
+            .with_help("submit it again to another engine")
+        } else {
+            Error::new(ErrorKind::Internal, "engine stopped before the request")
+                .with_help("submit it again to another engine")
+        }
+    }
 }
 
 impl Inbox {
     fn rests(&self) -> bool {
         !self.woken && !self.stop
+    }
+
+    /// Why it takes no request.
+    fn refusal(&self) -> Error {
+        let (kind, what) = match self.closed {
+            true => (ErrorKind::Cancelled, "engine was closed"),
+            false => (ErrorKind::Internal, "engine has stopped"),
+        };
+        Error::new(kind, what).with_help("build another one")
     }
 }
 
@@ -94,9 +133,17 @@ impl Inbox {
 pub(super) struct Wake(Arc<Shared>);
 
 impl Wake {
+    pub(super) fn new(shared: Arc<Shared>) -> Self {
+        Self(shared)
+    }
+
     pub(super) fn wake(&self) {
         self.0.lock().woken = true;
         self.0.work.notify_one();
+    }
+
+    pub(super) fn shared(&self) -> &Shared {
+        &self.0
     }
 }
 
@@ -104,7 +151,16 @@ impl Wake {
 pub(crate) struct Worker {
     shared: Arc<Shared>,
     settings: Settings,
-    thread: Option<JoinHandle<()>>,
+    thread: Mutex<Option<JoinHandle<()>>>,
+}
+
+/// A thread that sleeps until there is room.
+struct Sleeper(Thread);
+
+impl std::task::Wake for Sleeper {
+    fn wake(self: Arc<Self>) {
+        self.0.unpark();
+    }
 }
 
 impl Worker {
@@ -136,7 +192,7 @@ impl Worker {
         Ok(Self {
             shared,
             settings,
-            thread: Some(thread),
+            thread: Mutex::new(Some(thread)),
         })
     }
 
@@ -144,30 +200,68 @@ impl Worker {
     ///
     /// # Errors
     /// `Unsupported` in a fork of the process that started the engine, `OutOfMemory` where the queue is
-    /// full, `Internal` where the engine has stopped.
+    /// full, `Cancelled` where the engine was closed, `Internal` where it has stopped by itself.
     pub(crate) fn submit(&self, job: Job) -> Result<RequestStream> {
-        job.network.check_process()?;
-        let (outlet, stream) = outlet(job.sequence.cancel_token(), Wake(self.shared.clone()));
-        let when_full = job.when_full.unwrap_or(self.settings.when_full);
-        let mut inbox = self.shared.lock();
-        while inbox.queue.len() >= self.settings.queue_limit && !inbox.stop {
-            if when_full == WhenFull::Refuse {
-                return Err(self.full());
+        let waker = Waker::from(Arc::new(Sleeper(std::thread::current())));
+        let mut job = Some(job);
+        loop {
+            match self.poll_submit(&mut job, &mut Context::from_waker(&waker)) {
+                Poll::Ready(submitted) => return submitted,
+                Poll::Pending => std::thread::park_timeout(NAP),
             }
-            let freed = self.shared.room.wait(inbox);
-            inbox = freed.unwrap_or_else(PoisonError::into_inner);
         }
+    }
+
+    /// As [`Worker::submit`], for futures; takes the job once it is ready. One that is cancelled while it
+    /// waits for room no longer does: it ends as cancelled.
+    pub(crate) fn poll_submit(
+        &self,
+        job: &mut Option<Job>,
+        context: &mut Context<'_>,
+    ) -> Poll<Result<RequestStream>> {
+        let Some(waiting) = job.as_ref() else {
+            return Poll::Ready(Err(self.shared.lock().refusal()));
+        };
+        waiting.network.check_process()?;
+        let mut inbox = self.shared.lock();
         if inbox.stop {
-            return Err(Error::new(ErrorKind::Internal, "engine has stopped")
-                .with_help("build another one"));
+            return Poll::Ready(Err(inbox.refusal()));
         }
+        let full = inbox.queue.len() >= self.settings.queue_limit;
+        if full && waiting.sequence.interruption().is_none() {
+            if waiting.when_full.unwrap_or(self.settings.when_full) == WhenFull::Refuse {
+                return Poll::Ready(Err(self.full()));
+            }
+            let waker = context.waker();
+            if !inbox.room.iter().any(|other| other.will_wake(waker)) {
+                inbox.room.push(waker.clone());
+            }
+            return Poll::Pending;
+        }
+        let Some(job) = job.take() else {
+            return Poll::Ready(Err(inbox.refusal()));
+        };
+        let (outlet, stream) = outlet(job.sequence.cancel_token(), Wake::new(self.shared.clone()));
         inbox.stats.submitted += 1;
         inbox.woken = true;
         let place = inbox.queue.place(job.priority);
         inbox.queue.push(place, Waiting { job, outlet });
         drop(inbox);
         self.shared.work.notify_one();
-        Ok(stream)
+        Poll::Ready(Ok(stream))
+    }
+
+    /// Ends what runs and what waits, with an error, and the thread.
+    pub(crate) fn stop(&self) {
+        self.shared.close();
+        let thread = self.thread.lock();
+        let thread = thread.unwrap_or_else(PoisonError::into_inner).take();
+        // A processor, which runs on it, may let go of the engine: a thread cannot wait for itself.
+        let own = |thread: &JoinHandle<()>| thread.thread().id() == std::thread::current().id();
+        if let Some(thread) = thread.filter(|thread| !own(thread)) {
+            // It cannot have panicked: it is fenced.
+            let _ = thread.join();
+        }
     }
 
     pub(crate) fn stats(&self) -> EngineStats {
@@ -188,12 +282,6 @@ impl Worker {
 
 impl Drop for Worker {
     fn drop(&mut self) {
-        self.shared.lock().stop = true;
-        self.shared.work.notify_one();
-        self.shared.tell_room();
-        if let Some(thread) = self.thread.take() {
-            // It cannot have panicked: it is fenced.
-            let _ = thread.join();
-        }
+        self.stop();
     }
 }
