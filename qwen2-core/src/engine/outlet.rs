@@ -273,7 +273,7 @@ mod tests {
     #[test]
     fn an_engine_that_was_closed_cancels_and_one_that_stopped_by_itself_has_a_bug() {
         for (closed, kind) in [(true, ErrorKind::Cancelled), (false, ErrorKind::Internal)] {
-            let error = told(closed).unwrap().unwrap_err();
+            let error = told(closed).expect("an event").expect_err("an error");
             assert_eq!(error.kind(), kind);
             assert!(error.help().is_some());
         }
