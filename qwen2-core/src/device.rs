@@ -1,5 +1,6 @@
 //! Where a model computes: the device string, what is compiled in, and what is there.
 
+mod memory;
 mod survey;
 
 use std::fmt;
@@ -208,18 +209,26 @@ impl Device {
             .map_or(DeviceKind::DefaultDevice, DeviceKind::DiscreteGpu)
     }
 
-    /// One small matrix product, whose result is known, before the device is trusted with a model.
+    /// One small matrix product, whose result is known, and on GPUs our kernels beside the portable
+    /// operations, before the device is trusted with a model.
     fn probe(&self, device: &BurnDevice) -> Result<()> {
         let x: Vec<f32> = (0..6).map(|i| i as f32).collect();
         let x = Tensor::<2>::from_data(TensorData::new(x, [2, 3]), device);
         let y = x.clone().matmul(x.transpose()).try_into_data();
         let y = y.map_err(|error| self.unavailable(&format!("{error:?}")))?;
-        if y.as_slice::<f32>().ok() == Some(&[5.0, 14.0, 14.0, 50.0]) {
-            return Ok(());
+        if y.as_slice::<f32>().ok() != Some(&[5.0, 14.0, 14.0, 50.0]) {
+            return Err(self.wrong("a product"));
         }
-        Err(self
-            .unavailable("its self-test gave wrong numbers")
-            .with_help("update the driver"))
+        #[cfg(feature = "gpu")]
+        if self.is_gpu() {
+            crate::ops::check(device).map_err(|what| self.wrong(&what))?;
+        }
+        Ok(())
+    }
+
+    fn wrong(&self, what: &str) -> Error {
+        self.unavailable(&format!("its self-test gave wrong numbers: {what}"))
+            .with_help("update the driver, or use another device; `cpu` works everywhere")
     }
 
     /// Whether cubecl (0.11) would hand a software driver SPIR-V that ends the process: for devices

@@ -101,7 +101,6 @@ fn imports_point_downwards_only() {
                 "crate::text",
                 "crate::checkpoint",
                 "crate::api",
-                "crate::ops",
             ],
         ),
     ];

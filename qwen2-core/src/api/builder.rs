@@ -7,6 +7,7 @@ use std::sync::Arc;
 
 use burn::tensor::{Device as BurnDevice, TensorData};
 
+use super::inspect::weight_bytes;
 use super::model::{Inner, Model, display_name};
 use super::quantize::{Quantization, copy, keep, keep_packed, refuse_packed, screen};
 use super::stored::{burn_dtype, keep_stored, merged};
@@ -259,6 +260,8 @@ impl ModelBuilder {
         let dtype = kept.or(stored).unwrap_or(DType::F32);
         let blocks = checkpoint.has_blocks() && self.kept_dtype(&device).is_none();
         let packed = checkpoint.config.packed || self.quantize.is_some() || blocks;
+        let whole = (checkpoint.config.packed || blocks).then(|| checkpoint.total_bytes());
+        self.check_room(&device, &config, dtype, whole)?;
         let mut done = 0;
         let mut weights = WeightBytes::new(tied, self.screened_head, &checkpoint.config);
         self.check_screen(&device, packed)?;
@@ -326,6 +329,18 @@ impl ModelBuilder {
         )
     }
 
+    /// Refuses what the device has no room for; `stored` is what packed weights take.
+    fn check_room(
+        &self,
+        device: &Device,
+        config: &ModelConfig,
+        dtype: DType,
+        stored: Option<u64>,
+    ) -> Result<()> {
+        let dtype = self.kept_dtype(device).unwrap_or(dtype);
+        device.check_room(stored.unwrap_or_else(|| weight_bytes(config, dtype, self.quantize)))
+    }
+
     /// The precision of matrices on the device: what runs on wgpu does not all take bf16.
     fn kept_dtype(&self, device: &Device) -> Option<DType> {
         if device.is_cpu() || device.is_cuda() {
@@ -361,6 +376,7 @@ impl ModelBuilder {
         let (config, context_length) = self.with_context(&config)?;
         let threads = start_threads(self.threads, self.activations == DType::BF16)?;
         let dtype = self.dtype.or(config.dtype).unwrap_or(DType::BF16);
+        self.check_room(&device, &config, dtype, None)?;
         let mut seed = 0;
         let tied = config.tie_word_embeddings;
         let mut weights = WeightBytes::new(tied, self.screened_head, &config);

@@ -22,6 +22,8 @@ use burn::tensor::Tensor;
 
 use crate::profile::part;
 
+#[cfg(feature = "gpu")]
+pub(crate) use gpu::check;
 pub(crate) use key_values::{CACHE_BLOCK, CacheFormat, KeyValues, PAGE};
 pub(crate) use linear::{Linear, RmsNorm, Weight};
 pub(crate) use low_rank::LowRank;

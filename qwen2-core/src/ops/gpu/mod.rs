@@ -12,6 +12,7 @@
 
 mod attention;
 mod cache;
+mod check;
 mod cube;
 mod dense;
 mod matmul;
@@ -26,6 +27,7 @@ mod words;
 use burn::tensor::{DType, IndexingUpdateOp, Tensor, TensorData};
 
 use super::{KeyValues, Linear, RmsNorm, RopeTables, Visible, Visit, Weight, portable};
+pub(crate) use check::check;
 pub(crate) use cube::takes;
 use product::{Input, few, linear, unpacked};
 

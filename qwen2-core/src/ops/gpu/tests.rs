@@ -1,11 +1,11 @@
 //! Every kernel against the portable default on the processor, on the device that `QWEN2_TEST_DEVICE` names.
 
-use burn::tensor::{DType, Device, Int, Tensor, TensorData};
+use burn::tensor::{DType, Device};
 
+use super::check::{Kind, kinds, matrix, near, norms, pair, tables, values, wave};
 use super::*;
-use crate::ops::fit::Effort;
-use crate::ops::packed::{Format, Shape};
-use crate::ops::{Angles, CacheFormat};
+use crate::ops::CacheFormat;
+use crate::ops::packed::Format;
 
 /// The device under test; without one, a test says that it is skipped.
 #[allow(clippy::print_stderr)]
@@ -23,103 +23,10 @@ fn device(test: &str) -> Option<Device> {
     }
 }
 
-fn wave(n: usize, f: f32) -> Vec<f32> {
-    (0..n).map(|i| (i as f32 * f).sin()).collect()
-}
-
-fn tensor<const D: usize>(values: Vec<f32>, dims: [usize; D], to: (&Device, DType)) -> Tensor<D> {
-    let data = TensorData::new(values, dims).convert_dtype(to.1);
-    Tensor::from_data(data, to)
-}
-
-fn values<const D: usize>(x: Tensor<D>) -> Vec<f32> {
-    let data = x.into_data().convert_dtype(DType::F32);
-    data.try_to_vec().expect("f32")
-}
-
 fn assert_near(ours: &[f32], theirs: &[f32], tolerance: f32, what: &str) {
-    assert_eq!(ours.len(), theirs.len(), "{what}");
-    let most = theirs.iter().fold(1.0_f32, |most, x| most.max(x.abs()));
-    for (i, (a, b)) in ours.iter().zip(theirs).enumerate() {
-        let error = (a - b).abs();
-        assert!(
-            error <= tolerance * most,
-            "{what}: {a} instead of {b} at {i}"
-        );
+    if let Err(why) = near(ours, theirs, tolerance) {
+        panic!("{what}: {why}");
     }
-}
-
-#[derive(Clone, Copy, Debug)]
-enum Kind {
-    Dense(DType),
-    Packed(Format),
-}
-
-/// The same matrix on both devices.
-fn matrix(kind: Kind, [rows, cols]: [usize; 2], bias: bool, on: &Device) -> [Linear; 2] {
-    let w: Vec<f32> = wave(rows * cols, 0.71).iter().map(|x| x * 0.1).collect();
-    [on, &Device::flex()].map(|device| {
-        let weight = match kind {
-            Kind::Dense(dtype) => Weight::Dense(tensor(w.clone(), [rows, cols], (device, dtype))),
-            Kind::Packed(format) => {
-                let shape = Shape { format, rows, cols };
-                let mut bytes = vec![0; shape.bytes()];
-                for (panel, out) in bytes.chunks_mut(shape.panel_bytes()).enumerate() {
-                    let row = |i: usize, out: &mut [f32]| {
-                        out.copy_from_slice(&w[i * cols..][..cols]);
-                    };
-                    shape.pack_panel(panel, Effort::Search, &row, out);
-                }
-                let words: Vec<u32> = bytes
-                    .chunks_exact(4)
-                    .map(|word| u32::from_le_bytes([word[0], word[1], word[2], word[3]]))
-                    .collect();
-                let n = words.len();
-                let bytes = match *device == Device::flex() {
-                    true => {
-                        let data = TensorData::new(bytes, [4 * n]);
-                        Tensor::<1, Int>::from_data(data, (device, DType::U8))
-                    }
-                    false => {
-                        let data = TensorData::new(words, [n]);
-                        Tensor::<1, Int>::from_data(data, (device, DType::U32))
-                    }
-                };
-                Weight::Packed { shape, bytes }
-            }
-        };
-        Linear {
-            weight,
-            bias: bias.then(|| tensor(wave(rows, 0.3), [rows], (device, DType::F32))),
-            adapters: Vec::new(),
-        }
-    })
-}
-
-fn kinds(device: &Device) -> Vec<Kind> {
-    let mut kinds = vec![
-        Kind::Dense(DType::F32),
-        Kind::Packed(Format::Q8),
-        Kind::Packed(Format::Q4),
-    ];
-    for dtype in [DType::F16, DType::BF16] {
-        if device.supports_dtype(dtype) {
-            kinds.push(Kind::Dense(dtype));
-        }
-    }
-    kinds
-}
-
-fn pair(values: &[f32], dims: [usize; 2], device: &Device) -> [Tensor<2>; 2] {
-    [device, &Device::flex()].map(|on| tensor(values.to_vec(), dims, (on, DType::F32)))
-}
-
-fn norms(cols: usize, device: &Device) -> [RmsNorm; 2] {
-    let weight: Vec<f32> = wave(cols, 0.9).iter().map(|x| 1.0 + 0.5 * x).collect();
-    [device, &Device::flex()].map(|on| RmsNorm {
-        weight: tensor(weight.clone(), [cols], (on, DType::F32)),
-        eps: 1e-6,
-    })
 }
 
 /// Matrices through the kernels for few rows, and through products for many; bf16 products round.
@@ -198,19 +105,7 @@ fn attention_is_that_of_tensors() {
         for n in [5, 70, 1, 9, 1, 100, 1] {
             let width = (heads + 2 * kv_heads) * head_dim;
             let qkv = pair(&wave(n * width, 0.37 + n as f32), [n, width], &device);
-            let half = head_dim / 2;
-            let (cos, sin) = (wave(n * half, 0.8), wave(n * half, 0.9));
-            let tables = on.map(|on| {
-                let angles = Angles {
-                    cos: tensor(cos.clone(), [n, half], (on, DType::F32)),
-                    sin: tensor(sin.clone(), [n, half], (on, DType::F32)),
-                };
-                RopeTables {
-                    keys: angles.clone(),
-                    queries: angles,
-                    chunk: None,
-                }
-            });
+            let tables = on.map(|on| tables(n, head_dim / 2, on));
             let visible = Visible {
                 n_past,
                 window,
