@@ -30,6 +30,9 @@ pub(crate) fn measure(model: &Model, n: usize, new: usize) -> Result<Value, Fail
     let long = LONG.min(model.context_length() - new);
     let (mut alone, mut behind) = (Vec::new(), Vec::new());
     for _ in 0..REPEAT {
+        while engine.stats().running > 0 {
+            std::thread::yield_now(); // the long prompt of the last round leaves
+        }
         alone.push(first_token_s(&engine)?);
         let first = submit(&engine, long, 0, 1)?;
         let steps = engine.stats().steps;

@@ -2,6 +2,7 @@
 //! the others.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use super::outlet::Outlet;
@@ -14,6 +15,7 @@ use crate::fence::fenced;
 use crate::generate::{FinishReason, Network, Piece, Sequence, Timings};
 use crate::model::cache::Cache;
 use crate::model::{Part, Rows};
+use crate::ops::{Watch, watched};
 
 /// Tokens that a sequence may have to run to count as one that decodes, not reads.
 const FEW: usize = 16;
@@ -21,6 +23,9 @@ const FEW: usize = 16;
 const PATIENCE: Duration = Duration::from_secs(60);
 /// Tokens for which there must be room behind a prompt before it is started.
 const HEADROOM: usize = 128;
+
+/// Steps that end as planned behind one that gave way, so that long prompts go on whoever comes.
+const STEADY: usize = 3;
 
 /// A sequence that is computed.
 pub(super) struct Running {
@@ -76,6 +81,8 @@ pub(super) struct Scheduler {
     held: Queue<Running>,
     prefix: PrefixCache,
     stats: EngineStats,
+    /// Steps that nothing ends before the next one may give way again.
+    steady: usize,
 }
 
 impl Scheduler {
@@ -87,6 +94,7 @@ impl Scheduler {
             held: Queue::default(),
             prefix: PrefixCache::new(),
             stats: EngineStats::default(),
+            steady: 0,
         }
     }
 
@@ -264,6 +272,8 @@ impl Scheduler {
             }
         }
         let chunk = self.settings.prefill_chunk;
+        let begins = |share: &Share| self.running[share.index].first.is_none();
+        let begins = plan.iter().any(begins);
         if self.settings.deterministic {
             // Always to the next multiple, whoever else is there.
             plan.extend(prompts.into_iter().map(|share| {
@@ -273,7 +283,7 @@ impl Scheduler {
             }));
         } else {
             let place = |share: &Share| self.running[share.index].place;
-            plan.extend(divide(prompts, chunk, place));
+            plan.extend(divide(prompts, chunk, begins, place));
         }
         plan.sort_by_key(|share| self.running[share.index].place);
         self.fit(plan)
@@ -338,10 +348,10 @@ impl Scheduler {
             for share in &mut batch {
                 share.rows = self.running[share.index].rows(share.n_tokens, single);
             }
-            let logits = self.forward(&batch);
-            match logits {
-                Ok(logits) => self.take_logits(&batch, logits, &mut ended),
-                Err(error) => self.take_failure(&batch, error, &mut ended),
+            match self.forward(&batch) {
+                Some(Ok(logits)) => self.take_logits(&batch, logits, &mut ended),
+                Some(Err(error)) => self.take_failure(&batch, error, &mut ended),
+                None => break, // what is urgent comes first
             }
         }
         // From the end on, so that the others keep their places.
@@ -371,7 +381,9 @@ impl Scheduler {
         batches
     }
 
-    fn forward(&mut self, batch: &[Share]) -> Result<Vec<f32>> {
+    /// The logits of a batch; `None` where it was given up, and then nothing has changed.
+    fn forward(&mut self, batch: &[Share]) -> Option<Result<Vec<f32>>> {
+        let watch = self.watch(batch);
         let network = self.running[batch[0].index].network.clone();
         let mut shares = batch.iter().peekable();
         let parts = self.running.iter_mut().enumerate();
@@ -381,7 +393,49 @@ impl Scheduler {
                 Some(running.part(*share))
             })
             .collect();
-        network.forward_batch(&mut parts)
+        let logits = watched(&watch, || network.forward_batch(&mut parts));
+        if logits.is_err() || !watch.is_over() {
+            self.steady = self.steady.saturating_sub(1);
+            return Some(logits);
+        }
+        // The caches are as long as before.
+        self.steady = STEADY;
+        None
+    }
+
+    /// What ends a step that reads a prompt: a short request, which need not wait for all of it, and the end
+    /// of the only one that runs.
+    fn watch(&self, batch: &[Share]) -> Watch {
+        if batch.iter().all(|share| share.n_tokens <= FEW) {
+            return Watch::default();
+        }
+        let own = match batch {
+            [share] => self.running[share.index].sequence.watch(),
+            _ => Watch::default(),
+        };
+        let may_give_way = self.steady == 0 && self.running.len() < self.settings.max_sequences;
+        let short = self.settings.prefill_chunk / 2;
+        let shared = self.shared.clone();
+        let switch = Arc::<AtomicBool>::default();
+        let gives_way = switch.clone();
+        let on_layer = move |_, _| {
+            let is_short = |waiting: &Waiting| waiting.job.sequence.tokens().len() <= short;
+            let waits = || {
+                let inbox = shared.lock();
+                inbox
+                    .queue
+                    .first()
+                    .is_some_and(|(_, first)| is_short(first))
+            };
+            if own.is_over() || may_give_way && waits() {
+                gives_way.store(true, Ordering::Release);
+            }
+        };
+        Watch {
+            switch: Some(switch),
+            on_layer: Some(Arc::new(on_layer)),
+            ..Watch::default()
+        }
     }
 
     fn take_logits(
@@ -564,8 +618,14 @@ impl Running {
 }
 
 /// Divides what a step reads among prompts: the shortest rest first, so that short ones need not wait
-/// for long ones; the first in line gets a quarter at least, so that it does not wait for ever.
-fn divide(mut prompts: Vec<Share>, chunk: usize, place: impl Fn(&Share) -> Place) -> Vec<Share> {
+/// for long ones; the first in line gets a quarter at least, so that it does not wait for ever. Long ones
+/// take no more than that in a step that gives somebody a first token, `begins` or read here to its end.
+fn divide(
+    mut prompts: Vec<Share>,
+    chunk: usize,
+    mut begins: bool,
+    place: impl Fn(&Share) -> Place,
+) -> Vec<Share> {
     let first = prompts.iter().map(&place).min();
     let is_first = |share: &Share| Some(place(share)) == first;
     prompts.sort_by_key(|share| (share.n_tokens, place(share)));
@@ -577,8 +637,13 @@ fn divide(mut prompts: Vec<Share>, chunk: usize, place: impl Fn(&Share) -> Place
     let mut plan = Vec::new();
     for share in prompts {
         let least = least(&share);
-        let n_tokens = share.n_tokens.min(least + left);
+        let more = match begins && share.n_tokens > chunk {
+            true => 0,
+            false => left,
+        };
+        let n_tokens = share.n_tokens.min(least + more);
         left -= n_tokens - least;
+        begins |= n_tokens == share.n_tokens;
         if n_tokens > 0 {
             plan.push(Share { n_tokens, ..share });
         }
@@ -609,7 +674,9 @@ mod tests {
     fn divided(prompts: &[usize], chunk: usize) -> Vec<(usize, usize)> {
         let prompts = prompts.iter().enumerate();
         let shares = prompts.map(|(index, &n_tokens)| Share::new(index, n_tokens));
-        let plan = divide(shares.collect(), chunk, |share| (0, share.index as u64));
+        let plan = divide(shares.collect(), chunk, false, |share| {
+            (0, share.index as u64)
+        });
         let mut plan: Vec<_> = plan
             .iter()
             .map(|share| (share.index, share.n_tokens))
@@ -620,7 +687,8 @@ mod tests {
 
     #[test]
     fn a_short_prompt_goes_before_a_long_one_which_still_goes_on() {
-        assert_eq!(divided(&[4000, 20], 64), [(0, 44), (1, 20)]);
+        assert_eq!(divided(&[4000, 20], 64), [(0, 16), (1, 20)]);
+        assert_eq!(divided(&[4000, 3000], 64), [(0, 16), (1, 48)]);
         assert_eq!(divided(&[4000, 60], 64), [(0, 16), (1, 48)]);
         assert_eq!(divided(&[4000, 60, 30], 64), [(0, 16), (1, 18), (2, 30)]);
     }
