@@ -103,6 +103,7 @@ fn a_checkpoint_comes_back_from_gguf_as_it_was() {
         "f16",
         "bf16_shards",
         "yarn",
+        "yarn5",
         "head_dim_explicit",
         "moe",
     ] {
@@ -126,7 +127,7 @@ fn a_checkpoint_comes_back_from_gguf_as_it_was() {
             assert_eq!(got, want);
         }
     }
-    assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 14);
+    assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 16);
 }
 
 #[test]

@@ -97,7 +97,6 @@ fn rope_scaling(metadata: &Metadata<'_>, key: &dyn Fn(&str) -> String) -> Result
         scaling["original_max_position_embeddings"] = json!(length);
     }
     for (from, to) in [
-        ("rope.scaling.attn_factor", "attention_factor"),
         ("rope.scaling.yarn_beta_fast", "beta_fast"),
         ("rope.scaling.yarn_beta_slow", "beta_slow"),
     ] {
@@ -105,7 +104,19 @@ fn rope_scaling(metadata: &Metadata<'_>, key: &dyn Fn(&str) -> String) -> Result
             scaling[to] = json!(shortest(number));
         }
     }
+    if let (Some(relative), Some(factor)) =
+        (metadata.float(&key("rope.scaling.attn_factor"))?, factor)
+    {
+        let whole = relative * yarn_attention_factor(factor);
+        scaling["attention_factor"] = json!(shortest(f64::from(whole as f32)));
+    }
     Ok(Some(scaling))
+}
+
+/// What YaRN multiplies cosine and sine by unless a config says another number (arXiv:2309.00071); a file
+/// says its number in relation to this one, as llama.cpp multiplies it.
+pub(super) fn yarn_attention_factor(factor: f64) -> f64 {
+    0.1 * factor.ln() + 1.0
 }
 
 /// A number that was written as f32, in the decimal digits that it was meant as: 1e-6, not

@@ -7,6 +7,7 @@ use std::path::Path;
 use serde_json::Value;
 
 use super::blocks::Kind;
+use super::config::yarn_attention_factor;
 use super::names::gguf_name;
 use super::vocabulary::{CONTROL, NORMAL, UNUSED, USER_DEFINED};
 use crate::checkpoint::write::Partial;
@@ -183,7 +184,9 @@ fn model_keys(checkpoint: &Checkpoint, plan: &[Planned], keys: &mut Keys) -> Res
     if let Some(RopeScaling::Yarn {
         factor,
         original_max_position_embeddings,
-        ..
+        attention_factor,
+        beta_fast,
+        beta_slow,
     }) = &config.rope_scaling
     {
         keys.text(&key("rope.scaling.type"), "yarn");
@@ -192,6 +195,12 @@ fn model_keys(checkpoint: &Checkpoint, plan: &[Planned], keys: &mut Keys) -> Res
             &key("rope.scaling.original_context_length"),
             *original_max_position_embeddings as u32,
         );
+        keys.f32(&key("rope.scaling.yarn_beta_fast"), *beta_fast);
+        keys.f32(&key("rope.scaling.yarn_beta_slow"), *beta_slow);
+        if let Some(attention_factor) = attention_factor {
+            let relative = attention_factor / yarn_attention_factor(*factor);
+            keys.f32(&key("rope.scaling.attn_factor"), relative);
+        }
     }
     if config.dual_chunk_attention.is_some() {
         return unsupported(

@@ -13,6 +13,8 @@ use crate::ops::packed::{BLOCK, Format, GROUP, ROWS};
 
 /// Most tokens of a tile.
 pub(super) const TOKENS: usize = 4;
+/// Most tokens of a long tile, one panel high, where there are registers for it.
+pub(super) const LONG: usize = 8;
 /// Most panels of a tile: they share the broadcasts of the activations.
 pub(super) const PANELS: usize = 2;
 /// Pairs of blocks in a span.
@@ -22,7 +24,7 @@ pub(super) const SPAN_PAIRS: usize = SPAN_BLOCKS / 2;
 #[derive(Clone)]
 pub(super) struct Tile<'a> {
     pub(super) x: &'a Activations,
-    /// The first, and how many: 1, 2 or 4.
+    /// The first, and how many: 1, 2 or 4; in a long tile up to 8.
     pub(super) tokens: (usize, usize),
     pub(super) format: Format,
     /// The panels' bytes, from the first pair of blocks on.
@@ -57,34 +59,24 @@ impl Tile<'_> {
         #[cfg(target_arch = "x86_64")]
         {
             macro_rules! call {
-                ($kernel:ident, $panels:literal) => {
+                ($kernel:ident, $panels:literal, $($n:literal)*) => {
                     // SAFETY: `isa` was detected on this machine; the lengths were checked.
                     return unsafe {
                         match (tokens, self.format) {
-                            (1, Format::Q8) => x86::$kernel::<1, $panels, true>(self, sums, stride),
-                            (1, Format::Q4) => {
-                                x86::$kernel::<1, $panels, false>(self, sums, stride)
-                            }
-                            (2, Format::Q8) => x86::$kernel::<2, $panels, true>(self, sums, stride),
-                            (2, Format::Q4) => {
-                                x86::$kernel::<2, $panels, false>(self, sums, stride)
-                            }
-                            (TOKENS, Format::Q8) => {
-                                x86::$kernel::<TOKENS, $panels, true>(self, sums, stride)
-                            }
-                            (TOKENS, Format::Q4) => {
-                                x86::$kernel::<TOKENS, $panels, false>(self, sums, stride)
-                            }
-                            _ => unreachable!("tiles have 1, 2 or 4 tokens"),
+                            $(
+                                ($n, Format::Q8) => x86::$kernel::<$n, $panels, true>(self, sums, stride),
+                                ($n, Format::Q4) => x86::$kernel::<$n, $panels, false>(self, sums, stride),
+                            )*
+                            _ => unreachable!("tiles have 1, 2 or 4 tokens, long ones up to 8"),
                         }
                     }
                 };
             }
             match (isa, self.panels) {
-                (Isa::Avx512Vnni, 1) => call!(avx512_vnni, 1),
-                (Isa::Avx512Vnni, PANELS) => call!(avx512_vnni, 2),
-                (Isa::Avx512 | Isa::Avx2, 1) => call!(avx2, 1),
-                (Isa::Avx512 | Isa::Avx2, PANELS) => call!(avx2, 2),
+                (Isa::Avx512Vnni, 1) => call!(avx512_vnni, 1, 1 2 3 4 5 6 7 8),
+                (Isa::Avx512Vnni, PANELS) => call!(avx512_vnni, 2, 1 2 4),
+                (Isa::Avx512 | Isa::Avx2, 1) => call!(avx2, 1, 1 2 4),
+                (Isa::Avx512 | Isa::Avx2, PANELS) => call!(avx2, 2, 1 2 4),
                 (Isa::Portable, _) => {}
                 _ => unreachable!("tiles have 1 or 2 panels"),
             }

@@ -4,7 +4,7 @@ use std::cell::Cell;
 use std::ops::Range;
 
 use super::activations::{self, Activations, SPAN};
-use super::packed_tile::{PANELS, SPAN_PAIRS, TOKENS, Tile};
+use super::packed_tile::{LONG, PANELS, SPAN_PAIRS, TOKENS, Tile};
 use super::pool;
 use super::product::{self, Product, Sums, Target};
 use super::simd::{Isa, Simd, per_isa};
@@ -48,8 +48,9 @@ impl Packed<'_> {
         let (stride, all) = (panels.len() * ROWS, shape.blocks() / 2);
         let is_many = x.n >= MANY;
         let depth = if is_many { DEPTH } else { all };
-        // One token is a stream: panel by panel, as they lie.
-        let panels_at_once = if x.n == 1 { 1 } else { PANELS };
+        // A few tokens are a stream: panel by panel, as they lie, each read once for all of them.
+        let is_stream = !is_many && (x.n == 1 || isa == Isa::Avx512Vnni);
+        let panels_at_once = if is_stream { 1 } else { PANELS };
         for pair in (0..all).step_by(depth) {
             let pairs = pair..all.min(pair + depth);
             for panel in panels.clone().step_by(panels_at_once) {
@@ -80,8 +81,11 @@ impl Packed<'_> {
                 }
                 let mut token = tokens.start;
                 while token < tokens.end {
-                    // Tiles of 4, 2 and 1 tokens.
-                    let n = 1 << (tokens.end - token).min(TOKENS).ilog2();
+                    let rest = tokens.end - token;
+                    let n = match is_stream {
+                        true => rest.div_ceil(rest.div_ceil(LONG)),
+                        false => 1 << rest.min(TOKENS).ilog2(), // 4, 2 and 1
+                    };
                     let first = (token - tokens.start) * stride + (panel - panels.start) * ROWS;
                     tile.tokens = (token, n);
                     tile.multiply(isa, &mut sums[first..], stride);
