@@ -401,12 +401,22 @@ pub(crate) struct ServeArgs {
     /// What embeddings are made of, mean or last_token.
     #[arg(long, default_value = "mean")]
     pub(crate) pooling: String,
-    /// Answers that are computed at the same time.
-    #[arg(long, default_value_t = 8)]
+    /// Answers that are computed together.
+    #[arg(long, default_value_t = 64)]
     pub(crate) max_running: usize,
     /// Answers that may wait for their turn; more are refused.
     #[arg(long, default_value_t = 128)]
     pub(crate) max_waiting: usize,
+    /// Bytes that the caches of answers and shared beginnings of prompts may take together [default: those of
+    /// four answers that fill the context].
+    #[arg(long)]
+    pub(crate) cache_memory: Option<u64>,
+    /// Read every prompt whole, also where it begins as an earlier one.
+    #[arg(long)]
+    pub(crate) no_prefix_cache: bool,
+    /// Give the same answer alone and among others, to the last bit; slower.
+    #[arg(long)]
+    pub(crate) deterministic: bool,
     /// Connections that are open at the same time.
     #[arg(long, default_value_t = 1024)]
     pub(crate) max_connections: usize,

@@ -44,6 +44,9 @@ fn settings(args: &ServeArgs) -> Result<Settings, Failure> {
     settings.pooling = args.pooling.parse()?;
     settings.max_running = args.max_running;
     settings.max_waiting = args.max_waiting;
+    settings.cache_memory = args.cache_memory;
+    settings.prefix_cache = !args.no_prefix_cache;
+    settings.deterministic = args.deterministic;
     settings.max_connections = args.max_connections;
     settings.timeout = Duration::from_secs(args.timeout);
     settings.patience = Duration::from_secs(args.patience);

@@ -6,6 +6,7 @@ mod common;
 use std::sync::Arc;
 use std::task::{Context, Wake, Waker};
 use std::thread::Thread;
+use std::time::{Duration, Instant};
 
 use common::{demo, fixture, load, root, unrounded};
 use qwen2_core::{
@@ -309,6 +310,25 @@ fn a_reader_that_does_not_read_pauses_only_itself() {
     assert_eq!(engine.stats().running, 1);
     assert_eq!(engine.stats().completion_tokens, 500 + 256);
     assert_eq!(unread.finish().unwrap().tokens.len(), 400);
+}
+
+#[test]
+fn a_reader_that_reads_nothing_for_too_long_loses_its_request() {
+    let model = load(demo());
+    let engine = model.engine().reader_patience(Duration::from_millis(50));
+    let engine = engine.build().unwrap();
+    let unread = engine
+        .submit(Prompt::Tokens(tokens(10, 1)), &greedy(400))
+        .unwrap();
+    let start = Instant::now();
+    while engine.stats().finished == 0 {
+        assert!(start.elapsed() < Duration::from_secs(60));
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    let generation = unread.finish().unwrap();
+    assert_eq!(generation.finish_reason, FinishReason::Cancelled);
+    assert_eq!(generation.tokens.len(), 256);
+    assert_eq!(engine.stats().running, 0);
 }
 
 #[test]

@@ -12,11 +12,12 @@ use crate::backend::{Answer, Event, Refusal};
 use crate::error::ApiError;
 use crate::state::{App, Ending};
 
-/// How a request calls what the library calls `max_new_tokens` and `prompt`.
+/// How a request calls what the library calls `max_new_tokens`, `prompt` and `constraint`.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Words {
     pub(crate) limit: &'static str,
     pub(crate) prompt: &'static str,
+    pub(crate) constraint: &'static str,
 }
 
 /// Several answers as one sequence of events; dropping it stops them.
@@ -119,7 +120,7 @@ impl Answers {
 pub(crate) fn explain(refusal: Refusal, words: Words) -> ApiError {
     match refusal {
         Refusal::Full => ApiError::overloaded(),
-        Refusal::Core(error) => ApiError::from_core(&error, words.limit, words.prompt),
+        Refusal::Core(error) => ApiError::from_core(&error, words),
         Refusal::Lost => ApiError::internal("the computation ended without a result"),
     }
 }

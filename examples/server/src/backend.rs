@@ -1,26 +1,26 @@
-//! Where answers are computed: the only file that knows how many are at once, and on which threads.
+//! Where answers are computed: the only file that knows the library's engine, and what waits for it.
 
 use std::sync::Arc;
 use std::task::{Context, Poll};
 
 use qwen2_core::{
-    CancelToken, GenerateOptions, Generation, Model, Piece, Pooling, Prompt, TokenStream,
+    CancelToken, Engine, EngineStats, Error, GenerateOptions, Generation, Model, Piece, Pooling,
+    Prompt, Request, RequestStream, WhenFull,
 };
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::task::spawn_blocking;
 
-/// Pieces that may wait for a client; then the computation waits for it.
-const PIECES_AHEAD: usize = 16;
+use crate::settings::Settings;
 
 /// A model that answers several prompts at once, and keeps the others waiting.
 pub(crate) struct Backend {
-    model: Model,
-    max_running: usize,
-    max_answers: usize,
-    /// Who computes.
-    running: Arc<Semaphore>,
+    engine: Engine,
     /// Who computes or waits for it.
     places: Arc<Semaphore>,
+    /// Whose texts are made vectors: one request at a time, beside the engine's steps.
+    embedding: Arc<Semaphore>,
+    /// A clone for each request for vectors.
+    embeddings: Arc<()>,
 }
 
 /// Why a prompt gets no answer.
@@ -29,17 +29,16 @@ pub(crate) enum Refusal {
     /// As many wait as may.
     Full,
     /// The library's own words.
-    Core(qwen2_core::Error),
+    Core(Error),
     /// A thread of ours ended too early.
     Lost,
 }
 
 /// What becomes of a prompt; dropping it stops the computation.
 pub(crate) struct Answer {
-    pieces: mpsc::Receiver<qwen2_core::Result<Piece>>,
-    end: oneshot::Receiver<Generation>,
-    cancel: CancelToken,
-    is_over: bool,
+    /// Until it has ended.
+    stream: Option<RequestStream>,
+    _place: OwnedSemaphorePermit,
 }
 
 /// A part of an answer.
@@ -51,37 +50,50 @@ pub(crate) enum Event {
 }
 
 impl Backend {
-    pub(crate) fn new(model: Model, max_running: usize, max_waiting: usize) -> Self {
-        let max_running = max_running.clamp(1, Semaphore::MAX_PERMITS / 2);
-        let max_answers = max_running + max_waiting.min(Semaphore::MAX_PERMITS / 2);
-        Self {
-            model,
-            max_running,
-            max_answers,
-            running: Arc::new(Semaphore::new(max_running)),
-            places: Arc::new(Semaphore::new(max_answers)),
+    /// # Errors
+    /// As [`qwen2_core::EngineBuilder::build`].
+    pub(crate) fn new(model: &Model, settings: &Settings) -> qwen2_core::Result<Self> {
+        let max_running = settings.max_running.clamp(1, Semaphore::MAX_PERMITS / 2);
+        let max_answers = max_running + settings.max_waiting.min(Semaphore::MAX_PERMITS / 2);
+        let mut engine = model
+            .engine()
+            .max_sequences(max_running)
+            // The places are the limit. An answer that was dropped leaves its place at once, and the
+            // engine's queue between two steps: the next one waits for that.
+            .queue_limit(max_answers)
+            .when_full(WhenFull::Wait)
+            .reader_patience(settings.patience)
+            .prefix_cache(settings.prefix_cache)
+            .deterministic(settings.deterministic);
+        if let Some(bytes) = settings.cache_memory {
+            engine = engine.cache_bytes(bytes);
         }
+        Ok(Self {
+            engine: engine.build()?,
+            places: Arc::new(Semaphore::new(max_answers)),
+            embedding: Arc::new(Semaphore::new(1)),
+            embeddings: Arc::default(),
+        })
     }
 
     pub(crate) fn model(&self) -> &Model {
-        &self.model
+        self.engine.model()
     }
 
-    /// Answers that are computed now.
-    pub(crate) fn n_running(&self) -> usize {
-        self.max_running - self.running.available_permits()
-    }
-
-    /// Answers that wait for their turn.
-    pub(crate) fn n_waiting(&self) -> usize {
-        let places = self.max_answers - self.places.available_permits();
-        places.saturating_sub(self.n_running())
+    /// What the engine does; requests for vectors are among those that wait and run.
+    pub(crate) fn stats(&self) -> EngineStats {
+        let mut stats = self.engine.stats();
+        let embeddings = Arc::strong_count(&self.embeddings) - 1;
+        let running = embeddings.min(1);
+        stats.running += running;
+        stats.waiting += embeddings - running;
+        stats
     }
 
     /// Checks requests and puts all of them into the queue, or none.
     ///
     /// # Errors
-    /// `Full`, and `Core` for what [`Model::stream`] refuses.
+    /// `Full`, and `Core` for what [`Engine::submit`] refuses.
     pub(crate) async fn submit(
         &self,
         requests: Vec<(Prompt, GenerateOptions)>,
@@ -89,46 +101,25 @@ impl Backend {
         let n = u32::try_from(requests.len()).map_err(|_| Refusal::Full)?;
         let places = self.places.clone().try_acquire_many_owned(n);
         let mut places = places.map_err(|_| Refusal::Full)?;
-        let mut answers = Vec::with_capacity(requests.len());
-        for (prompt, options) in requests {
-            let place = places.split(1).ok_or(Refusal::Full)?;
-            answers.push(self.start(prompt, options, place).await?);
-        }
-        Ok(answers)
-    }
-
-    async fn start(
-        &self,
-        prompt: Prompt,
-        options: GenerateOptions,
-        place: OwnedSemaphorePermit,
-    ) -> Result<Answer, Refusal> {
-        let cancel = CancelToken::new();
-        let options = options.cancel(cancel.clone());
-        let model = self.model.clone();
-        // Tokens of a long text take their time, too.
-        let stream = spawn_blocking(move || model.stream(prompt, &options)).await;
-        let stream = stream.map_err(|_| Refusal::Lost)?.map_err(Refusal::Core)?;
-        let (to_client, pieces) = mpsc::channel(PIECES_AHEAD);
-        let (at_end, end) = oneshot::channel();
-        let running = self.running.clone();
-        tokio::spawn(async move {
-            tokio::select! {
-                () = to_client.closed() => {} // nobody waits for it any more
-                Ok(turn) = running.acquire_owned() => {
-                    spawn_blocking(move || compute(stream, &to_client, at_end, [place, turn]));
-                }
+        let engine = self.engine.clone();
+        // Tokens of a long text take their time, and so does a schema.
+        let submitted = spawn_blocking(move || {
+            let mut answers = Vec::with_capacity(requests.len());
+            for (prompt, options) in requests {
+                let place = places.split(1).ok_or(Refusal::Full)?;
+                let request = Request::new(prompt, &options);
+                let stream = engine.submit_request(request).map_err(Refusal::Core)?;
+                answers.push(Answer {
+                    stream: Some(stream),
+                    _place: place,
+                });
             }
+            Ok(answers)
         });
-        Ok(Answer {
-            pieces,
-            end,
-            cancel,
-            is_over: false,
-        })
+        submitted.await.map_err(|_| Refusal::Lost)?
     }
 
-    /// The embeddings of texts, one after the other in the queue's next turn; dropping the future stops
+    /// The embeddings of texts, one after the other beside the answers; dropping the future stops
     /// before the next text.
     ///
     /// # Errors
@@ -140,13 +131,14 @@ impl Backend {
     ) -> Result<Embeddings, Refusal> {
         let place = self.places.clone().try_acquire_owned();
         let place = place.map_err(|_| Refusal::Full)?;
-        let turn = self.running.clone().acquire_owned().await;
+        let counted = self.embeddings.clone();
+        let turn = self.embedding.clone().acquire_owned().await;
         let turn = turn.map_err(|_| Refusal::Lost)?;
-        let model = self.model.clone();
+        let model = self.model().clone();
         let cancel = CancelToken::new();
         let _guard = CancelOnDrop(cancel.clone());
         let work = spawn_blocking(move || {
-            let _held = [place, turn];
+            let _held = (place, turn, counted);
             let mut done = Embeddings::default();
             for input in inputs {
                 if cancel.is_cancelled() {
@@ -184,47 +176,25 @@ impl Drop for CancelOnDrop {
     }
 }
 
-/// Runs an answer to its end, or as far as somebody reads it.
-fn compute(
-    mut stream: TokenStream,
-    to_client: &mpsc::Sender<qwen2_core::Result<Piece>>,
-    at_end: oneshot::Sender<Generation>,
-    _held: [OwnedSemaphorePermit; 2],
-) {
-    for piece in &mut stream {
-        let failed = piece.is_err();
-        if to_client.blocking_send(piece).is_err() || failed {
-            return;
-        }
-    }
-    let _ = at_end.send(stream.into_generation());
-}
-
 impl Answer {
     /// The next part; `None` after the last one or an error.
     pub(crate) fn poll_next(
         &mut self,
         context: &mut Context<'_>,
     ) -> Poll<Option<Result<Event, Refusal>>> {
-        if self.is_over {
+        let Some(stream) = &mut self.stream else {
             return Poll::Ready(None);
-        }
-        let event = match std::task::ready!(self.pieces.poll_recv(context)) {
+        };
+        let event = match std::task::ready!(stream.poll_next(context)) {
             Some(Ok(piece)) => return Poll::Ready(Some(Ok(Event::Piece(piece)))),
-            Some(Err(error)) => Err(Refusal::Core(error)),
-            // Sent before the pieces' sender was dropped.
-            None => match self.end.try_recv() {
-                Ok(generation) => Ok(Event::End(Box::new(generation))),
-                Err(_) => Err(Refusal::Lost),
+            Some(Err(error)) => Err(error),
+            // It has ended, so this waits for nothing.
+            None => match self.stream.take() {
+                Some(stream) => stream.finish().map(|end| Event::End(Box::new(end))),
+                None => return Poll::Ready(None),
             },
         };
-        self.is_over = true;
-        Poll::Ready(Some(event))
-    }
-}
-
-impl Drop for Answer {
-    fn drop(&mut self) {
-        self.cancel.cancel();
+        self.stream = None;
+        Poll::Ready(Some(event.map_err(Refusal::Core)))
     }
 }

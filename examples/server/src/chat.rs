@@ -45,6 +45,7 @@ impl ChatRequest {
             words: Words {
                 limit: limit.map_or("max_completion_tokens", |(_, key)| key),
                 prompt: "messages",
+                constraint: sampling.constraint_key(),
             },
             model: fields.take("model")?,
             messages: take_messages(&mut fields)?,

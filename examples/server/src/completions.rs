@@ -19,11 +19,6 @@ use crate::response::{self, Chunks, Tally};
 use crate::settings::Settings;
 use crate::state::App;
 
-const WORDS: Words = Words {
-    limit: "max_tokens",
-    prompt: "prompt",
-};
-
 /// OpenAI's, where a request does not say.
 const USUAL_TOKENS: usize = 16;
 
@@ -31,6 +26,7 @@ const USUAL_TOKENS: usize = 16;
 const MAX_ANSWERS: usize = 128;
 
 struct CompletionRequest {
+    words: Words,
     model: Option<String>,
     prompts: Vec<Prompt>,
     echo: bool,
@@ -46,6 +42,11 @@ impl CompletionRequest {
         let logprobs = fields.take("logprobs")?;
         let sampling = Sampling::take(&mut fields, Some(limit.unwrap_or(usual)), settings)?;
         let request = Self {
+            words: Words {
+                limit: "max_tokens",
+                prompt: "prompt",
+                constraint: sampling.constraint_key(),
+            },
             model: fields.take("model")?,
             prompts: prompts("prompt", fields.require("prompt")?)?,
             echo: fields.take("echo")?.unwrap_or(false),
@@ -112,7 +113,7 @@ pub(crate) async fn create(State(app): State<App>, request: Request) -> Result<R
             (prompt.clone(), options)
         })
     });
-    let answers = Answers::submit(&app, WORDS, requests.collect()).await?;
+    let answers = Answers::submit(&app, request.words, requests.collect()).await?;
     let model = app.backend.model().clone();
     let echoes = match request.echo {
         true => request
@@ -125,7 +126,7 @@ pub(crate) async fn create(State(app): State<App>, request: Request) -> Result<R
     let completion = Completion {
         head: Head::new("cmpl", &app.name),
         model,
-        echoes: echoes.map_err(|error| ApiError::from_core(&error, WORDS.limit, WORDS.prompt))?,
+        echoes: echoes.map_err(|error| ApiError::from_core(&error, request.words))?,
         n: sampling.n,
         include_usage: sampling.include_usage,
         tally: Tally::default(),

@@ -22,6 +22,7 @@ const MAX_INPUTS: usize = 2048;
 const WORDS: Words = Words {
     limit: "input",
     prompt: "input",
+    constraint: "input",
 };
 
 struct EmbeddingRequest {

@@ -5,6 +5,8 @@ use axum::response::{IntoResponse, Response};
 use qwen2_core::ErrorKind;
 use serde_json::{Value, json};
 
+use crate::answers::Words;
+
 /// A failed request: a status, and `{"error": {"message", "type", "param", "code"}}`.
 #[derive(Debug)]
 pub(crate) struct ApiError {
@@ -88,9 +90,8 @@ impl ApiError {
         Self::new(StatusCode::INTERNAL_SERVER_ERROR, message)
     }
 
-    /// An error of the library in the request's own words: `max_new_tokens` is its `limit`, and a prompt
-    /// its `prompt`.
-    pub(crate) fn from_core(error: &qwen2_core::Error, limit: &str, prompt: &str) -> Self {
+    /// An error of the library in the request's own words.
+    pub(crate) fn from_core(error: &qwen2_core::Error, words: Words) -> Self {
         let (status, code) = match error.kind() {
             ErrorKind::InvalidArgument => (StatusCode::BAD_REQUEST, None),
             ErrorKind::ContextOverflow => {
@@ -109,15 +110,15 @@ impl ApiError {
             message.push_str(help);
         }
         let param = error.key().map(|key| match key {
-            "max_new_tokens" => limit.to_owned(),
-            "prompt" | "messages" | "tokens" => prompt.to_owned(),
+            "max_new_tokens" => words.limit.to_owned(),
+            "prompt" | "messages" | "tokens" => words.prompt.to_owned(),
             "min_new_tokens" => "min_tokens".to_owned(),
-            "constraint" => "response_format".to_owned(),
+            "constraint" => words.constraint.to_owned(),
             key => key.to_owned(),
         });
         Self {
             status,
-            message: message.replace("max_new_tokens", limit),
+            message: message.replace("max_new_tokens", words.limit),
             param,
             code,
         }

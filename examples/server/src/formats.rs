@@ -30,12 +30,14 @@ struct Schema {
     _strict: Option<bool>,
 }
 
-/// Takes the form that a request asks for.
+/// Takes the form that a request asks for, and under which field.
 ///
 /// # Errors
 /// 400 for a form that is none, and for two of them.
-pub(crate) fn take_constraint(fields: &mut Fields) -> Result<Option<Constraint>, ApiError> {
-    let mut found: Option<(&str, Constraint)> = None;
+pub(crate) fn take_constraint(
+    fields: &mut Fields,
+) -> Result<Option<(&'static str, Constraint)>, ApiError> {
+    let mut found: Option<(&'static str, Constraint)> = None;
     for (key, constraint) in [
         (
             "response_format",
@@ -73,7 +75,7 @@ pub(crate) fn take_constraint(fields: &mut Fields) -> Result<Option<Constraint>,
         }
         found = Some((key, constraint));
     }
-    Ok(found.map(|(_, constraint)| constraint))
+    Ok(found)
 }
 
 fn response_format(format: Option<Format>) -> Option<Constraint> {

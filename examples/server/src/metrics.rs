@@ -18,8 +18,12 @@ pub(crate) struct Metrics {
     prompt_tokens: IntCounter,
     cached_tokens: IntCounter,
     generated_tokens: IntCounter,
+    steps: IntCounter,
+    preempted: IntCounter,
     running: IntGauge,
     waiting: IntGauge,
+    cache_bytes: IntGauge,
+    cache_limit: IntGauge,
     queue: Histogram,
     first_token: Histogram,
     per_token: Histogram,
@@ -59,8 +63,21 @@ impl Metrics {
                 "qwen2_generated_tokens_total",
                 "New tokens, those of stopped answers included.",
             )?,
+            steps: counter(
+                "qwen2_steps_total",
+                "Steps of the network, each for all answers that run.",
+            )?,
+            preempted: counter(
+                "qwen2_preempted_total",
+                "Answers whose cache was dropped for lack of memory, to be computed again.",
+            )?,
             running: gauge("qwen2_answers_running", "Answers that are computed now.")?,
             waiting: gauge("qwen2_answers_waiting", "Answers that wait for their turn.")?,
+            cache_bytes: gauge(
+                "qwen2_cache_bytes",
+                "Bytes of caches and shared beginnings of prompts now.",
+            )?,
+            cache_limit: gauge("qwen2_cache_limit_bytes", "Bytes that they may take.")?,
             queue: seconds(
                 "qwen2_queue_seconds",
                 "From the request to the start of its computation.",
@@ -119,8 +136,15 @@ impl Metrics {
     /// # Errors
     /// If a metric could not be written.
     pub(crate) fn text(&self, backend: &Backend) -> prometheus::Result<String> {
-        self.running.set(backend.n_running() as i64);
-        self.waiting.set(backend.n_waiting() as i64);
+        let stats = backend.stats();
+        self.running.set(stats.running as i64);
+        self.waiting.set(stats.waiting as i64);
+        self.cache_bytes.set(stats.cache_bytes.cast_signed());
+        self.cache_limit.set(stats.cache_limit.cast_signed());
+        self.steps.reset();
+        self.steps.inc_by(stats.steps);
+        self.preempted.reset();
+        self.preempted.inc_by(stats.preempted);
         TextEncoder::new().encode_to_string(&self.registry.gather())
     }
 }

@@ -33,7 +33,8 @@ pub(crate) struct Sampling {
     min_tokens: Option<usize>,
     /// How many of the likeliest tokens are told for each, or not even how likely the chosen one was.
     pub(crate) logprobs: Option<usize>,
-    constraint: Option<Constraint>,
+    /// And the field that has it.
+    constraint: Option<(&'static str, Constraint)>,
     seed: Option<u64>,
     stop: Vec<String>,
     stop_token_ids: Vec<u32>,
@@ -97,6 +98,13 @@ impl Sampling {
         Self { logprobs, ..self }
     }
 
+    /// What the request calls the form of its answers.
+    pub(crate) fn constraint_key(&self) -> &'static str {
+        self.constraint
+            .as_ref()
+            .map_or("response_format", |(key, _)| key)
+    }
+
     /// The options of the answer `index` of the `n`: each has a seed of its own.
     pub(crate) fn options(&self, index: usize) -> GenerateOptions {
         let mut options = GenerateOptions::new()
@@ -114,7 +122,7 @@ impl Sampling {
         options.frequency_penalty = self.frequency_penalty;
         options.min_new_tokens = self.min_tokens;
         options.logprobs = self.logprobs;
-        options.constraint.clone_from(&self.constraint);
+        options.constraint = self.constraint.as_ref().map(|(_, form)| form.clone());
         options.seed = self.seed.map(|seed| seed.wrapping_add(index as u64));
         options
     }

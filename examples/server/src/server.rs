@@ -25,14 +25,14 @@ impl Server {
     /// Listens at `address`; port 0 takes a free one.
     ///
     /// # Errors
-    /// If the address is none, or taken.
+    /// If the address is none, or taken, or the system gives no thread.
     pub fn bind(model: Model, address: impl ToSocketAddrs, settings: Settings) -> io::Result<Self> {
         let listener = TcpListener::bind(address)?;
         listener.set_nonblocking(true)?;
         Ok(Self {
             address: listener.local_addr()?,
             listener,
-            app: App::new(model, settings).map_err(io::Error::other)?,
+            app: App::new(&model, settings)?,
         })
     }
 

@@ -18,10 +18,17 @@ pub struct Settings {
     pub max_new_tokens: Option<usize>,
     /// What becomes of the hidden states of a text's tokens in its embedding. Default: their mean.
     pub pooling: Pooling,
-    /// Answers that are computed at the same time. Default: 8.
+    /// Answers that are computed together; each weight is read once for all of them. Default: 64.
     pub max_running: usize,
     /// Answers that may wait for their turn; more are refused with 429. Default: 128.
     pub max_waiting: usize,
+    /// Bytes that the caches of answers and shared beginnings of prompts may take together. Default: those
+    /// of four answers that fill the context.
+    pub cache_memory: Option<u64>,
+    /// Whether the beginning that a prompt shares with earlier ones is computed once. Default: true.
+    pub prefix_cache: bool,
+    /// Whether an answer is the same alone and among others, to the last bit; slower. Default: false.
+    pub deterministic: bool,
     /// Connections that are open at the same time; more wait to be accepted. Default: 1024.
     pub max_connections: usize,
     /// Longest time from a request to the end of its answer. Default: 10 minutes.
@@ -41,8 +48,11 @@ impl Default for Settings {
             max_body: 8 << 20,
             max_new_tokens: None,
             pooling: Pooling::Mean,
-            max_running: 8,
+            max_running: 64,
             max_waiting: 128,
+            cache_memory: None,
+            prefix_cache: true,
+            deterministic: false,
             max_connections: 1024,
             timeout: Duration::from_secs(600),
             patience: Duration::from_secs(30),

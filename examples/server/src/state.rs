@@ -1,5 +1,6 @@
 //! What all requests share.
 
+use std::io;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -32,16 +33,16 @@ pub(crate) struct Shared {
 
 impl App {
     /// # Errors
-    /// If two metrics had the same name.
-    pub(crate) fn new(model: Model, settings: Settings) -> prometheus::Result<Self> {
+    /// If the engine does not start, or two metrics had the same name.
+    pub(crate) fn new(model: &Model, settings: Settings) -> io::Result<Self> {
         Ok(Self(Arc::new(Shared {
             name: settings
                 .name
                 .clone()
                 .unwrap_or_else(|| model.name().to_owned()),
             created: now(),
-            backend: Backend::new(model, settings.max_running, settings.max_waiting),
-            metrics: Metrics::new()?,
+            backend: Backend::new(model, &settings).map_err(io::Error::other)?,
+            metrics: Metrics::new().map_err(io::Error::other)?,
             settings,
             end: watch::Sender::new(false),
         })))

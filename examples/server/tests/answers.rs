@@ -46,7 +46,10 @@ fn a_chat_is_answered_whole_and_in_pieces_alike() {
         json!({"role": "assistant", "content": ""})
     );
     let (last, rest) = chunks.split_last().unwrap();
-    assert_eq!((&last["choices"], &last["usage"]), (&json!([]), usage));
+    // All of the prompt but the token whose logits are wanted was there already.
+    let mut usage = usage.clone();
+    usage["prompt_tokens_details"]["cached_tokens"] = (prompt.unwrap() - 1).into();
+    assert_eq!((&last["choices"], &last["usage"]), (&json!([]), &usage));
     assert!(
         rest.iter()
             .all(|chunk| chunk["usage"].is_null() && chunk["id"] == last["id"])
@@ -113,6 +116,36 @@ fn several_answers_come_side_by_side_each_with_its_seed() {
         let mine = choices.filter(|choice| choice["index"] == index);
         let pieces = mine.map(|choice| choice["text"].as_str().unwrap());
         assert_eq!(pieces.collect::<String>(), text.as_str().unwrap());
+    }
+}
+
+#[test]
+fn answers_are_computed_together_and_a_prompt_that_was_read_is_not_read_again() {
+    let server = start(endless(), Settings::default());
+    let prompt = "hello ".repeat(200);
+    let body =
+        json!({"prompt": prompt, "n": 4, "max_tokens": 64, "temperature": 0, "ignore_eos": true});
+    let first = server.post(COMPLETIONS, &body).ok();
+    assert_eq!(first["usage"]["completion_tokens"], 4 * 64);
+    let steps = server.metric("qwen2_steps_total");
+    // One for each token of the longest, the chunks of the prompts, and some until all four are in.
+    assert!((64.0..192.0).contains(&steps), "{steps}");
+    assert!(server.metric("qwen2_cache_bytes") > 0.0);
+    assert!(server.metric("qwen2_cache_limit_bytes") > server.metric("qwen2_cache_bytes"));
+    let again = server.post(COMPLETIONS, &body).ok();
+    let cached = again["usage"]["prompt_tokens_details"]["cached_tokens"].as_u64();
+    assert!(cached >= Some(64), "{}", again["usage"]);
+    assert_eq!(again["choices"], first["choices"]);
+
+    let mut settings = Settings::default();
+    settings.prefix_cache = false;
+    settings.deterministic = true;
+    let server = start(endless(), settings);
+    for _ in 0..2 {
+        let answer = server.post(COMPLETIONS, &body).ok();
+        assert_eq!(answer["choices"], first["choices"]);
+        let details = &answer["usage"]["prompt_tokens_details"];
+        assert_eq!(details["cached_tokens"], 0);
     }
 }
 

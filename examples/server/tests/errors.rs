@@ -12,11 +12,13 @@ use serde_json::{Value, json};
 
 const CHAT: &str = "/v1/chat/completions";
 const COMPLETIONS: &str = "/v1/completions";
+const EMBEDDINGS: &str = "/v1/embeddings";
 
 /// A legal request with one field changed.
 fn with(path: &str, key: &str, value: Value) -> Value {
     let mut body = match path {
         CHAT => json!({"messages": [{"role": "user", "content": "hi"}], "max_tokens": 2}),
+        EMBEDDINGS => json!({"input": "hi"}),
         _ => json!({"prompt": "hi", "max_tokens": 2}),
     };
     body[key] = value;
@@ -104,6 +106,7 @@ fn a_field_that_cannot_be_is_named() {
             json!(1_000_000_000),
             "max_tokens",
         ),
+        (COMPLETIONS, "n", json!(1_000_000_000), "n"),
         (COMPLETIONS, "suffix", json!("x"), "suffix"),
         (COMPLETIONS, "best_of", json!(3), "best_of"),
     ];
@@ -114,6 +117,80 @@ fn a_field_that_cannot_be_is_named() {
         let error = reply.error();
         assert_eq!(error["param"], param, "{body}: {error}");
         assert_eq!(error["type"], "invalid_request_error");
+    }
+    server.is_well();
+}
+
+#[test]
+fn a_form_or_a_tool_that_cannot_be_is_named() {
+    let server = start(demo(), Settings::default());
+    let tool = |name: &str| json!({"type": "function", "function": {"name": name, "parameters": {"type": "object"}}});
+    let cases = [
+        (CHAT, "response_format", json!("json"), "response_format"),
+        (
+            CHAT,
+            "response_format",
+            json!({"type": "xml"}),
+            "response_format",
+        ),
+        (
+            CHAT,
+            "response_format",
+            json!({"type": "json_schema"}),
+            "response_format",
+        ),
+        (
+            CHAT,
+            "response_format",
+            json!({"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "colour"}}}),
+            "response_format",
+        ),
+        (CHAT, "guided_regex", json!("(a"), "guided_regex"),
+        (CHAT, "guided_choice", json!([]), "guided_choice"),
+        (CHAT, "guided_choice", json!("x"), "guided_choice"),
+        (CHAT, "guided_grammar", json!("start: ("), "guided_grammar"),
+        (CHAT, "tools", json!({"a": 1}), "tools"),
+        (CHAT, "tools", json!([{"type": "retrieval"}]), "tools[0]"),
+        (CHAT, "tools", json!([{"type": "function"}]), "tools[0]"),
+        (CHAT, "tools", json!([tool("")]), "tools[0]"),
+        (CHAT, "tool_choice", json!("required"), "tool_choice"),
+        (CHAT, "logprobs", json!(3), "logprobs"),
+        (CHAT, "top_logprobs", json!(1_000), "top_logprobs"),
+        (CHAT, "top_logprobs", json!(-1), "top_logprobs"),
+        (CHAT, "logit_bias", json!([1]), "logit_bias"),
+        (CHAT, "logit_bias", json!({"x": 1}), "logit_bias"),
+        (CHAT, "logit_bias", json!({"99999999": 1}), "logit_bias"),
+        (CHAT, "logit_bias", json!({"1": 1e300}), "logit_bias"),
+        (CHAT, "presence_penalty", json!(3), "presence_penalty"),
+        (CHAT, "frequency_penalty", json!("x"), "frequency_penalty"),
+        (COMPLETIONS, "logprobs", json!(true), "logprobs"),
+        (COMPLETIONS, "logprobs", json!(-1), "logprobs"),
+        (COMPLETIONS, "echo", json!("yes"), "echo"),
+        (EMBEDDINGS, "input", json!(null), "input"),
+        (EMBEDDINGS, "input", json!([]), "input"),
+        (EMBEDDINGS, "input", json!(""), "input"),
+        (EMBEDDINGS, "input", json!(7), "input"),
+        (EMBEDDINGS, "input", json!([[1, -1]]), "input[0][1]"),
+        (EMBEDDINGS, "input", json!([4_000_000_000_u32]), "input"),
+        (EMBEDDINGS, "input", json!(vec!["x"; 2049]), "input"),
+        (EMBEDDINGS, "dimensions", json!(7), "dimensions"),
+        (
+            EMBEDDINGS,
+            "encoding_format",
+            json!("hex"),
+            "encoding_format",
+        ),
+        (EMBEDDINGS, "colour", json!("red"), "colour"),
+    ];
+    for (path, key, value, param) in cases {
+        let body = with(path, key, value);
+        let reply = server.post(path, &body);
+        assert_eq!(reply.status, 400, "{body}: {}", reply.body);
+        let found = reply.error()["param"]
+            .as_str()
+            .unwrap_or_default()
+            .to_owned();
+        assert!(found.starts_with(param), "{body}: {}", reply.body);
     }
     server.is_well();
 }

@@ -64,6 +64,43 @@ fn a_client_that_reads_nothing_stops_the_computation_and_is_disconnected() {
 }
 
 #[test]
+fn a_client_that_reads_nothing_keeps_no_other_from_its_answer() {
+    let server = start(endless(), Settings::default());
+    let mut silent = server.connect();
+    silent
+        .write_all(&post_request(
+            COMPLETIONS,
+            endless_request(true).to_string().as_bytes(),
+        ))
+        .unwrap();
+    server.wait_for_metric("qwen2_answers_running", 1.0);
+    for stream in [false, true] {
+        let body = json!({"prompt": "hello", "max_tokens": 300, "ignore_eos": true, "temperature": 0, "stream": stream});
+        let reply = server.post(COMPLETIONS, &body);
+        assert_eq!(reply.status, 200);
+        match stream {
+            true => assert!(reply.events().1),
+            false => assert_eq!(reply.ok()["usage"]["completion_tokens"], 300),
+        }
+    }
+    assert_eq!(server.metric("qwen2_answers_running"), 1.0);
+}
+
+#[test]
+fn an_answer_that_the_memory_cannot_hold_is_refused_and_others_are_not() {
+    let mut settings = Settings::default();
+    settings.cache_memory = Some(1 << 20);
+    let server = start(endless(), settings);
+    let long = json!({"prompt": "hello ".repeat(20_000), "max_tokens": 2});
+    let reply = server.post(COMPLETIONS, &long);
+    assert_eq!(
+        (reply.status, reply.error()["code"].as_str()),
+        (503, Some("out_of_memory"))
+    );
+    server.post(COMPLETIONS, &json!({"prompt": "hello"})).ok();
+}
+
+#[test]
 fn more_than_may_wait_are_refused_and_told_to_come_back() {
     let mut settings = one_at_a_time();
     settings.max_waiting = 1;

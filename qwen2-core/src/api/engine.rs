@@ -1,6 +1,7 @@
 //! The engine's handle: many requests on one model, computed together.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use super::model::{Model, Prompt};
 use crate::engine::{EngineStats, Job, RequestStream, Settings, WhenFull, Worker};
@@ -40,6 +41,7 @@ pub struct EngineBuilder {
     prefill_chunk: usize,
     queue_limit: usize,
     when_full: WhenFull,
+    reader_patience: Duration,
     prefix_cache: bool,
     deterministic: bool,
 }
@@ -65,6 +67,7 @@ impl Model {
             prefill_chunk: 64,
             queue_limit: 1024,
             when_full: WhenFull::default(),
+            reader_patience: Duration::from_secs(60),
             prefix_cache: true,
             deterministic: false,
         }
@@ -102,6 +105,13 @@ impl EngineBuilder {
     /// What becomes of a request when so many wait; default [`WhenFull::Refuse`].
     pub fn when_full(mut self, when_full: WhenFull) -> Self {
         self.when_full = when_full;
+        self
+    }
+
+    /// How long the reader of an answer may leave 256 pieces unread, for which its request pauses, before
+    /// it ends as cancelled; default: a minute.
+    pub fn reader_patience(mut self, patience: Duration) -> Self {
+        self.reader_patience = patience;
         self
     }
 
@@ -149,6 +159,7 @@ impl EngineBuilder {
                 prefill_chunk: self.prefill_chunk,
                 queue_limit: self.queue_limit,
                 when_full: self.when_full,
+                reader_patience: self.reader_patience,
                 prefix_cache: self.prefix_cache,
                 deterministic: self.deterministic,
             })?),

@@ -117,7 +117,8 @@ impl Drop for Outlet {
 /// [`RequestStream::poll_next`] and [`RequestStream::next_piece`], with any executor.
 ///
 /// Dropping it cancels the request. A reader that leaves 256 pieces unread pauses its own request,
-/// never the others; after a minute of that the request ends as cancelled.
+/// never the others; after [`EngineBuilder::reader_patience`](crate::EngineBuilder::reader_patience) of that
+/// the request ends as cancelled.
 pub struct RequestStream {
     channel: Arc<Channel>,
     cancel: CancelToken,

@@ -3,7 +3,7 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use super::outlet::Outlet;
 use super::prefix::{Found, PrefixCache};
@@ -19,8 +19,6 @@ use crate::ops::{Watch, watched};
 
 /// Tokens that a sequence may have to run to count as one that decodes, not reads.
 const FEW: usize = 16;
-/// How long a reader may leave its pieces unread.
-const PATIENCE: Duration = Duration::from_secs(60);
 /// Tokens for which there must be room behind a prompt before it is started.
 const HEADROOM: usize = 128;
 
@@ -135,7 +133,7 @@ impl Scheduler {
             let unread = outlet.full_since();
             sequence.interruption().is_some()
                 || outlet.is_dropped()
-                || unread.is_some_and(|since| since.elapsed() > PATIENCE)
+                || unread.is_some_and(|since| since.elapsed() > self.settings.reader_patience)
         };
         let waiting = self
             .shared

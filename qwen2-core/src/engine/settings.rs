@@ -1,5 +1,7 @@
 //! What an engine is set up with.
 
+use std::time::Duration;
+
 use serde::{Deserialize, Serialize};
 
 /// What becomes of a request when the queue is full.
@@ -26,6 +28,8 @@ pub(crate) struct Settings {
     /// Requests that may wait.
     pub(crate) queue_limit: usize,
     pub(crate) when_full: WhenFull,
+    /// How long a reader may leave unread all that there is room for.
+    pub(crate) reader_patience: Duration,
     /// Whether what prompts have in common is computed once.
     pub(crate) prefix_cache: bool,
     /// Whether a request gets the same tokens alone and among others.
