@@ -4,6 +4,7 @@ use std::collections::HashMap;
 use std::ops::ControlFlow;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use burn::tensor::{Device as BurnDevice, TensorData};
 
@@ -30,6 +31,17 @@ const PREFILL_CHUNK: usize = 512;
 const GPU_PREFILL_CHUNK: usize = 2048;
 
 type ProgressFn = Box<dyn FnMut(Progress) -> ControlFlow<()> + Send>;
+
+/// What comes out of the weights.
+struct LoadedNetwork {
+    qwen2: model::Qwen2,
+    config: ModelConfig,
+    context_length: usize,
+    /// Of the weights before they were packed.
+    dtype: DType,
+    kv_cache: KvCacheType,
+    weights: WeightBytes,
+}
 
 /// Settings for loading a model; [`ModelBuilder::load`] checks them.
 #[must_use]
@@ -237,20 +249,51 @@ impl ModelBuilder {
     ) -> Result<Model> {
         let threads = start_threads(self.threads, self.activations == DType::BF16)?;
         let checkpoint = Checkpoint::open(source, progress)?;
-        let tokenizer = Tokenizer::of_checkpoint(&checkpoint)?;
-        check_vocabulary(&checkpoint, &tokenizer)?;
+        // What is wrong with the tokenizer is not told after minutes of packing.
+        let failed = AtomicBool::new(false);
+        let tokenizer = || {
+            let tokenizer = Tokenizer::of_checkpoint(&checkpoint)
+                .and_then(|tokenizer| check_vocabulary(&checkpoint, tokenizer));
+            failed.store(tokenizer.is_err(), Ordering::Relaxed);
+            tokenizer
+        };
+        let mut go_on = |at| match failed.load(Ordering::Relaxed) {
+            true => ControlFlow::Break(()),
+            false => progress(at),
+        };
+        let network = || self.load_network(&checkpoint, &device, burn_device, &threads, &mut go_on);
+        let (tokenizer, network) = beside(tokenizer, network)?;
+        let (tokenizer, network) = (tokenizer?, network?);
+        let mut generation_config = checkpoint.generation_config.clone();
+        merge_eos(
+            &mut generation_config,
+            &checkpoint.config,
+            tokenizer.eos_token_id(),
+        );
+        let name = display_name(checkpoint.path());
+        self.finish(name, network, generation_config, tokenizer, threads, device)
+    }
+
+    fn load_network(
+        &self,
+        checkpoint: &Checkpoint,
+        device: &Device,
+        burn_device: &BurnDevice,
+        threads: &Threads,
+        progress: &mut dyn FnMut(Progress) -> ControlFlow<()>,
+    ) -> Result<LoadedNetwork> {
         for (key, is_set) in [
             ("dtype", self.dtype.is_some()),
             ("quantize", self.quantize.is_some()),
         ] {
             if is_set {
-                refuse_packed(&checkpoint, key)?;
+                refuse_packed(checkpoint, key)?;
             }
         }
-        let tied = names::audit(&checkpoint)?;
+        let tied = names::audit(checkpoint)?;
         let (config, context_length) = self.with_context(&checkpoint.config)?;
         let expected = names::expected(&checkpoint.config, tied);
-        let adapter = self.open_adapter(&checkpoint, &expected)?;
+        let adapter = self.open_adapter(checkpoint, &expected)?;
         let shapes: HashMap<_, _> = expected.into_iter().collect();
         let kept = self.dtype.filter(|_| !device.is_gpu() || device.is_cuda());
         let stored = match checkpoint.config.packed {
@@ -258,16 +301,16 @@ impl ModelBuilder {
             false => checkpoint.dtype(),
         };
         let dtype = kept.or(stored).unwrap_or(DType::F32);
-        let blocks = checkpoint.has_blocks() && self.kept_dtype(&device).is_none();
+        let blocks = checkpoint.has_blocks() && self.kept_dtype(device).is_none();
         let packed = checkpoint.config.packed || self.quantize.is_some() || blocks;
         let whole = (checkpoint.config.packed || blocks).then(|| checkpoint.total_bytes());
-        self.check_room(&device, &config, dtype, whole)?;
+        self.check_room(device, &config, dtype, whole)?;
         let mut done = 0;
         let mut weights = WeightBytes::new(tied, self.screened_head, &checkpoint.config);
-        self.check_screen(&device, packed)?;
+        self.check_screen(device, packed)?;
         let mut ranks = None;
         let total = checkpoint.total_bytes();
-        let kv_cache = self.kv_cache_type(&device, dtype, packed);
+        let kv_cache = self.kv_cache_type(device, dtype, packed);
         let mut arena = Arena::default();
         let qwen2 = model::load(
             &config,
@@ -281,22 +324,23 @@ impl ModelBuilder {
                 let in_file = stored.bytes.as_ptr_range();
                 done += stored.stored_bytes();
                 if let Some(adapter) = adapter.as_ref().filter(|adapter| adapter.changes(name)) {
-                    stored = merged(name, &stored, adapter, &threads);
+                    stored = merged(name, &stored, adapter, threads);
                 }
                 let mut data = match stored.encoding {
                     Encoding::Packed => keep_packed(name, stored, &shapes, checkpoint.path())?,
                     _ => {
-                        let (dtype, quantize) = (self.kept_dtype(&device), self.quantize);
-                        keep_stored(name, stored, dtype, quantize, &threads, &mut arena)?
+                        let (dtype, quantize) = (self.kept_dtype(device), self.quantize);
+                        let zeros = device.is_cpu(); // their kernels are there alone
+                        keep_stored(name, stored, dtype, quantize, zeros, threads, &mut arena)?
                     }
                 };
                 if self.screened_head && name == head_name(tied) {
-                    ranks = screen(&data, &threads, &mut arena)?;
+                    ranks = screen(&data, threads, &mut arena)?;
                     ranks.iter().for_each(|ranks| weights.count(SCREEN, ranks));
                 }
                 weights.count(name, &data);
                 if self.preload && in_file.contains(&data.bytes().as_ptr()) {
-                    data = copy(name, data, &threads, &mut arena)?;
+                    data = copy(name, data, threads, &mut arena)?;
                 }
                 if !in_file.contains(&data.bytes().as_ptr()) {
                     checkpoint.release(name);
@@ -307,26 +351,14 @@ impl ModelBuilder {
                 Ok(data)
             },
         )?;
-        let mut generation_config = checkpoint.generation_config.clone();
-        merge_eos(
-            &mut generation_config,
-            &checkpoint.config,
-            tokenizer.eos_token_id(),
-        );
-        let name = display_name(checkpoint.path());
-        self.finish(
-            name,
-            config,
-            generation_config,
-            tokenizer,
+        Ok(LoadedNetwork {
             qwen2,
-            threads,
-            device,
+            config,
+            context_length,
             dtype,
             kv_cache,
             weights,
-            context_length,
-        )
+        })
     }
 
     /// Refuses what the device has no room for; `stored` is what packed weights take.
@@ -415,38 +447,41 @@ impl ModelBuilder {
                 }
             },
         )?;
-        let tokenizer = Tokenizer::byte_level()?;
-        let name = format!("random {}", config.hidden_size);
-        self.finish(
-            name,
-            config,
-            GenerationConfig::default(),
-            tokenizer,
+        let network = LoadedNetwork {
             qwen2,
-            threads,
-            device,
+            context_length,
             dtype,
             kv_cache,
             weights,
-            context_length,
+            config,
+        };
+        self.finish(
+            format!("random {}", network.config.hidden_size),
+            network,
+            GenerationConfig::default(),
+            Tokenizer::byte_level()?,
+            threads,
+            device,
         )
     }
 
-    #[allow(clippy::too_many_arguments)] // the parts of a model, each once
     fn finish(
         &self,
         name: String,
-        config: ModelConfig,
+        network: LoadedNetwork,
         generation_config: GenerationConfig,
         tokenizer: Tokenizer,
-        qwen2: model::Qwen2,
         threads: Threads,
         device: Device,
-        dtype: DType,
-        kv_cache: KvCacheType,
-        weights: WeightBytes,
-        context_length: usize,
     ) -> Result<Model> {
+        let LoadedNetwork {
+            qwen2,
+            config,
+            context_length,
+            dtype,
+            kv_cache,
+            weights,
+        } = network;
         let cache_per_token = config.kv_bytes_per_token(kv_cache);
         tracing::info!(name, %device, threads = threads.count(), bytes = weights.all, "loaded");
         Ok(Model {
@@ -543,10 +578,33 @@ pub(super) fn start_threads(n: Option<usize>, bf16_products: bool) -> Result<Thr
 }
 
 /// Ids that the tokenizer may give must have a row in the embedding table.
-fn check_vocabulary(checkpoint: &Checkpoint, tokenizer: &Tokenizer) -> Result<()> {
+/// Does two things at once: a tokenizer takes a thread as long as packed weights take the others.
+///
+/// # Errors
+/// `OutOfMemory` where the system gives no thread.
+fn beside<A: Send, B>(
+    first: impl FnOnce() -> A + Send,
+    second: impl FnOnce() -> B,
+) -> Result<(A, B)> {
+    std::thread::scope(|scope| {
+        let builder = std::thread::Builder::new().name("qwen2-load".to_owned());
+        let first = builder.spawn_scoped(scope, first).map_err(|error| {
+            Error::new(ErrorKind::OutOfMemory, "cannot start a thread for loading")
+                .with_why(error.to_string())
+                .with_source(error)
+        })?;
+        let second = second();
+        match first.join() {
+            Ok(first) => Ok((first, second)),
+            Err(panic) => std::panic::resume_unwind(panic),
+        }
+    })
+}
+
+fn check_vocabulary(checkpoint: &Checkpoint, tokenizer: Tokenizer) -> Result<Tokenizer> {
     let (rows, ids) = (checkpoint.config.vocab_size, tokenizer.vocab_size());
     if ids <= rows {
-        return Ok(());
+        return Ok(tokenizer);
     }
     Err(Error::new(
         ErrorKind::InvalidFile,

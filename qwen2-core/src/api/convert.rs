@@ -212,9 +212,9 @@ fn blocks(
             let (scale, quants) = fit::quantize(format, fit::Effort::Search, block);
             out[..2].copy_from_slice(&scale.to_le_bytes());
             for (i, out) in out[2..].iter_mut().enumerate() {
-                *out = match format {
-                    packed::Format::Q8 => quants[i] as u8,
-                    packed::Format::Q4 => (quants[i] + 8) as u8 | ((quants[i + 16] + 8) as u8) << 4,
+                *out = match kind {
+                    Kind::Q8_0 => quants[i] as u8,
+                    _ => (quants[i] + 8) as u8 | ((quants[i + 16] + 8) as u8) << 4,
                 };
             }
         }

@@ -48,7 +48,7 @@ pub fn inspect(
     for (name, _) in names::expected(&checkpoint.config, tied) {
         let stored = checkpoint.tensor(&name)?;
         *formats.entry(stored.encoding.to_string()).or_default() += stored.stored_bytes();
-        weight_bytes += kept_bytes(&name, &stored);
+        weight_bytes += kept_bytes(&name, &stored, true);
     }
     Ok(CheckpointInfo {
         stored_bytes: checkpoint.total_bytes(),

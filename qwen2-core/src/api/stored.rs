@@ -15,6 +15,7 @@ use crate::ops::{Threads, fit, packed};
 
 /// The tensor in `dtype` or packed, where one of them is asked for; else blocks of another format
 /// packed without loss where ours can hold them, in q8 where not, and everything else as it is.
+/// `zeros`: whether the device takes blocks with zero points.
 ///
 /// # Errors
 /// `OutOfMemory` where there is no room.
@@ -23,6 +24,7 @@ pub(super) fn keep_stored(
     stored: StoredTensor,
     dtype: Option<DType>,
     quantization: Option<Quantization>,
+    zeros: bool,
     threads: &Threads,
     arena: &mut Arena,
 ) -> Result<Kept> {
@@ -36,7 +38,7 @@ pub(super) fn keep_stored(
     let format = match (quantization, dtype) {
         (Some(quantization), _) => quantization.format(name),
         (None, Some(_)) => None,
-        (None, None) => format_of(name, &stored),
+        (None, None) => format_of(name, &stored, zeros),
     };
     let Some(format) = format else {
         return Ok(Kept::Dense(convert(stored, dtype)));
@@ -48,12 +50,14 @@ pub(super) fn keep_stored(
 }
 
 /// Bytes that [`keep_stored`] keeps of a tensor with no wish.
-pub(super) fn kept_bytes(name: &str, stored: &StoredTensor) -> u64 {
+pub(super) fn kept_bytes(name: &str, stored: &StoredTensor, zeros: bool) -> u64 {
     let bytes = match (stored.encoding, stored.shape.as_slice()) {
-        (Encoding::Blocks(_) | Encoding::Grouped, &[rows, cols]) => match format_of(name, stored) {
-            Some(format) => packed::Shape { format, rows, cols }.bytes(),
-            None => rows * cols * size_of::<f32>(),
-        },
+        (Encoding::Blocks(_) | Encoding::Grouped, &[rows, cols]) => {
+            match format_of(name, stored, zeros) {
+                Some(format) => packed::Shape { format, rows, cols }.bytes(),
+                None => rows * cols * size_of::<f32>(),
+            }
+        }
         // Vectors are kept in f32.
         (Encoding::Numbers(_), &[n]) => n * size_of::<f32>(),
         _ => stored.bytes.len(),
@@ -62,17 +66,28 @@ pub(super) fn kept_bytes(name: &str, stored: &StoredTensor) -> u64 {
 }
 
 /// What blocks and groups are packed into with no wish; a router keeps its precision, which f32 holds.
-fn format_of(name: &str, stored: &StoredTensor) -> Option<packed::Format> {
+fn format_of(name: &str, stored: &StoredTensor, zeros: bool) -> Option<packed::Format> {
     let q8 = Quantization::Q8.format(name)?;
-    let q4 = packed::Format::Q4;
-    Some(if is_lossless(stored, q4) { q4 } else { q8 })
+    let four = [packed::Format::Q4, packed::Format::Q4Zero];
+    let four = four
+        .into_iter()
+        .filter(|format| zeros || !format.has_zeros());
+    let found = four.into_iter().find(|format| is_lossless(stored, *format));
+    Some(found.unwrap_or(q8))
 }
 
-/// Whether our format holds the matrix weight for weight.
+/// Whether our format holds the matrix weight for weight; blocks with a minimum but for what f16 rounds away
+/// of their scales.
 fn is_lossless(stored: &StoredTensor, format: packed::Format) -> bool {
     match (stored.encoding, &stored.groups, format) {
         (Encoding::Blocks(Kind::Q8_0), _, packed::Format::Q8)
         | (Encoding::Blocks(Kind::Q4_0), _, packed::Format::Q4) => true,
+        (Encoding::Blocks(kind), _, packed::Format::Q4Zero) => {
+            kind.has_minima() && stored.shape[1].is_multiple_of(packed::BLOCK)
+        }
+        (Encoding::Grouped, Some(groups), packed::Format::Q4Zero) => {
+            groups.bits() == 4 && groups.has_blocks(packed::BLOCK)
+        }
         (Encoding::Grouped, Some(groups), packed::Format::Q8) => groups.has_blocks(packed::BLOCK),
         (Encoding::Grouped, Some(groups), packed::Format::Q4) => {
             groups.bits() == 4 && groups.zeros_are(8) && groups.has_blocks(packed::BLOCK)
@@ -113,14 +128,32 @@ pub(super) fn rows(stored: &StoredTensor, index: usize, out: &mut [f32]) {
     kind.dequantize(&stored.bytes[index * size..][..size], out);
 }
 
-/// Blocks of 32 with an f16 scale into ours, weight for weight.
+/// Blocks of 32 into ours, weight for weight.
 fn transcribe(shape: packed::Shape, stored: &StoredTensor, threads: &Threads, bytes: &mut [u8]) {
+    let zeros = shape.format.has_zeros();
     let block = |row: usize, block: usize| match (&stored.groups, stored.encoding) {
-        (Some(groups), _) => groups.block(row, block * packed::BLOCK),
+        (Some(groups), _) if zeros => {
+            let (scale, zero, quants) = groups.block_with_zero(row, block * packed::BLOCK);
+            packed::Block {
+                scale,
+                zero,
+                quants,
+            }
+        }
+        (Some(groups), _) => packed::Block::centred(groups.block(row, block * packed::BLOCK)),
         (None, Encoding::Blocks(kind)) => {
-            let size = kind.block().1;
-            let at = row * kind.row_bytes(shape.cols) + block * size;
-            ggml_block(kind, &stored.bytes[at..at + size])
+            let size = kind.row_bytes(shape.cols);
+            let row = &stored.bytes[row * size..][..size];
+            match zeros {
+                true => {
+                    let (scale, minimum, quants) = kind.block_with_minimum(row, block);
+                    packed::Block::above(scale, minimum, quants)
+                }
+                false => {
+                    let size = kind.block().1;
+                    packed::Block::centred(ggml_block(kind, &row[block * size..][..size]))
+                }
+            }
         }
         _ => unreachable!("as is_lossless said"),
     };
@@ -239,7 +272,7 @@ mod tests {
     fn kept(name: &str, stored: StoredTensor, quantization: Option<Quantization>) -> Kept {
         let threads = Threads::start(Some(2), false).expect("threads");
         let mut arena = Arena::default();
-        keep_stored(name, stored, None, quantization, &threads, &mut arena).expect("kept")
+        keep_stored(name, stored, None, quantization, true, &threads, &mut arena).expect("kept")
     }
 
     #[test]
@@ -264,6 +297,45 @@ mod tests {
                     }
                 }
             }
+        }
+    }
+
+    #[test]
+    fn blocks_with_a_minimum_are_kept_but_for_what_f16_rounds_away() {
+        for (kind, cols) in [(Kind::Q4_1, 96), (Kind::Q4K, 512)] {
+            let mut stored = blocks(kind, 37, cols);
+            let mut bytes = stored.bytes.to_vec();
+            for (i, block) in bytes.chunks_mut(kind.block().1).enumerate() {
+                let minimum = f16::from_f32(0.003 * (i % 13) as f32 - 0.01);
+                block[2..4].copy_from_slice(&minimum.to_le_bytes());
+            }
+            stored.bytes = bytes.into();
+            let want: Vec<f32> = convert(stored.clone(), None).iter::<f32>().collect();
+            let Kept::Packed(shape, bytes) = kept("x.weight", stored.clone(), None) else {
+                panic!("packed");
+            };
+            assert_eq!(shape.format, packed::Format::Q4Zero);
+            assert_eq!(kept_bytes("x.weight", &stored, true), bytes.len() as u64);
+            let mut row = vec![f32::NAN; cols];
+            for (i, want) in want.chunks(cols).enumerate() {
+                shape.unpack_row(&bytes, i, &mut row);
+                for (got, want) in row.chunks(32).zip(want.chunks(32)) {
+                    let most = want.iter().fold(0.0_f32, |most, x| most.max(x.abs()));
+                    for (got, want) in got.iter().zip(want) {
+                        assert!((got - want).abs() <= most * 1e-3, "{kind:?} {got} {want}");
+                    }
+                }
+            }
+            // Where the kernels know no zero points.
+            let (threads, mut arena) = (
+                Threads::start(Some(2), false).expect("threads"),
+                Arena::default(),
+            );
+            let plain = keep_stored("x.weight", stored, None, None, false, &threads, &mut arena);
+            let Kept::Packed(shape, _) = plain.expect("kept") else {
+                panic!("packed");
+            };
+            assert_eq!(shape.format, packed::Format::Q8);
         }
     }
 
@@ -311,11 +383,12 @@ mod tests {
     fn groups_are_kept_weight_for_weight_where_a_block_has_one_scale() {
         let root = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../conformance/grouped");
         let (q4, q8) = (packed::Format::Q4, packed::Format::Q8);
+        let zero = packed::Format::Q4Zero;
         // How far off, of a row's largest number; gptq8 has an eight-bit -128, which is packed anew.
         for (name, format, bound) in [
             ("gptq4", q4, 0.0),
             ("gptq8", q8, 0.005),
-            ("awq", q8, 0.0),
+            ("awq", zero, 0.0),
             ("gptq4_order", q8, 0.005),
             ("gptq4_v2", q8, 0.005),
         ] {
@@ -330,7 +403,7 @@ mod tests {
             ] {
                 let matrix = format!("model.layers.0.{part}.weight");
                 let stored = checkpoint.tensor(&matrix).expect("there");
-                assert_eq!(kept_bytes(&matrix, &stored), {
+                assert_eq!(kept_bytes(&matrix, &stored, true), {
                     let &[rows, cols] = stored.shape.as_slice() else {
                         panic!("a matrix");
                     };

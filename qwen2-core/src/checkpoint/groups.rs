@@ -120,6 +120,20 @@ impl Groups {
         (f16::from_f32(self.scale(output, group)), quants)
     }
 
+    /// As [`Self::block`] of four bits, with the zero point for itself: scale, zero and `q`.
+    pub(crate) fn block_with_zero<const N: usize>(
+        &self,
+        output: usize,
+        first: usize,
+    ) -> (f16, f16, [i8; N]) {
+        let group = self.group(first);
+        (
+            f16::from_f32(self.scale(output, group)),
+            f16::from_f32(self.zero(output, group) as f32),
+            std::array::from_fn(|i| self.quant(output, first + i) as i8),
+        )
+    }
+
     /// Whether every `n` inputs are of one group, with a scale that f16 holds and numbers `q - zero` of
     /// eight bits.
     pub(crate) fn has_blocks(&self, n: usize) -> bool {

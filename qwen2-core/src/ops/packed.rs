@@ -3,8 +3,9 @@
 //! A panel holds 16 rows, two blocks after two blocks: their scales (f16, `[2][16]`, one cache
 //! line), the quants of the first, the quants of the second. So a product reads one stream. A group
 //! of 64 bytes holds four consecutive columns of each of the 16 rows, row by row: what one 512-bit
-//! integer dot product takes, and two 256-bit or four 128-bit ones. In `q4` a byte holds two
-//! columns, 16 apart. Panels follow each other; rows are padded with zeros to 16, columns to 64.
+//! integer dot product takes, and two 256-bit or four 128-bit ones. In four bits a byte holds two
+//! columns, 16 apart. Where blocks have zero points of their own, these come behind the scales and look
+//! like them. Panels follow each other; rows are padded with zeros to 16, columns to 64.
 
 use half::f16;
 
@@ -17,27 +18,106 @@ pub(crate) const ROWS: usize = 16;
 /// Bytes of one step of a panel: four columns of sixteen rows.
 pub(crate) const GROUP: usize = 64;
 
-/// How a weight is stored in a block; its value is `scale · (q - offset)`.
+/// How a weight is stored in a block; its value is `scale · (q - offset)`, or `scale · (q - zero)`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Format {
     /// Eight bits, `q` in 1..=255, offset 128: 8.5 bits a weight.
     Q8,
     /// Four bits, `q` in 0..=15, offset 8: 4.5 bits a weight.
     Q4,
+    /// Four bits, `q` in 0..=15, with an f16 zero point for each block: 5 bits a weight. What GPTQ, AWQ
+    /// and the blocks of GGUF files that have a minimum become; nothing is quantized into it.
+    Q4Zero,
+    /// [`Self::Q4Zero`] with a byte for each `q`: what it is brought to for many tokens.
+    Q8Zero,
+}
+
+/// A block of a row.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(crate) struct Block {
+    pub(crate) scale: f16,
+    /// Of formats that have zero points.
+    pub(crate) zero: f16,
+    /// Less the offset of the format.
+    pub(crate) quants: [i8; BLOCK],
+}
+
+impl Block {
+    const EMPTY: Self = Self {
+        scale: f16::ZERO,
+        zero: f16::ZERO,
+        quants: [0; BLOCK],
+    };
+
+    /// Of a format without zero points.
+    pub(crate) fn centred((scale, quants): (f16, [i8; BLOCK])) -> Self {
+        Self {
+            scale,
+            zero: f16::ZERO,
+            quants,
+        }
+    }
+
+    /// Four bits whose values are `scale · q + minimum`, off by what f16 rounds away.
+    pub(crate) fn above(scale: f32, minimum: f32, quants: [i8; BLOCK]) -> Self {
+        /// f16 has the integers up to it.
+        const FARTHEST: f32 = 2048.0;
+        let rounded = f16::from_f32(scale);
+        let zero = -minimum / rounded.to_f32();
+        if zero.abs() <= FARTHEST {
+            return Self {
+                scale: rounded,
+                zero: f16::from_f32(zero),
+                quants,
+            };
+        }
+        if minimum == 0.0 {
+            return Self::EMPTY; // and so is the scale
+        }
+        // The values hardly differ: coarser steps are finer than f16 has the minimum.
+        let coarse = f16::from_f32(minimum.abs() / FARTHEST);
+        let step = scale / coarse.to_f32();
+        Self {
+            scale: coarse,
+            zero: f16::from_f32(-minimum / coarse.to_f32()),
+            quants: quants.map(|q| (f32::from(q) * step).round() as i8),
+        }
+    }
 }
 
 impl Format {
     /// Bytes of the quants of one block of one panel.
     pub(crate) const fn block_bytes(self) -> usize {
         match self {
-            Self::Q8 => ROWS * BLOCK,
-            Self::Q4 => ROWS * BLOCK / 2,
+            Self::Q8 | Self::Q8Zero => ROWS * BLOCK,
+            Self::Q4 | Self::Q4Zero => ROWS * BLOCK / 2,
+        }
+    }
+
+    /// Whether blocks have zero points of their own.
+    pub(crate) const fn has_zeros(self) -> bool {
+        matches!(self, Self::Q4Zero | Self::Q8Zero)
+    }
+
+    /// The same with a byte for each quant.
+    pub(crate) const fn wide(self) -> Self {
+        match self {
+            Self::Q8 | Self::Q4 => Self::Q8,
+            Self::Q4Zero | Self::Q8Zero => Self::Q8Zero,
+        }
+    }
+
+    /// Bytes in front of the quants of two blocks.
+    pub(crate) const fn head_bytes(self) -> usize {
+        match self.has_zeros() {
+            true => 2 * GROUP,
+            false => GROUP,
         }
     }
 
     /// Bytes of two blocks of one panel with their scales.
     pub(crate) const fn pair_bytes(self) -> usize {
-        GROUP + 2 * self.block_bytes()
+        self.head_bytes() + 2 * self.block_bytes()
     }
 
     /// Where the scale of a row and block lies in its panel.
@@ -45,9 +125,14 @@ impl Format {
         block / 2 * self.pair_bytes() + (block % 2 * ROWS + row) * 2
     }
 
+    /// Where the zero point of a row and block lies in its panel.
+    pub(crate) const fn zero_at(self, block: usize, row: usize) -> usize {
+        self.scale_at(block, row) + GROUP
+    }
+
     /// Where the quants of a block lie in its panel.
     pub(crate) const fn quants_at(self, block: usize) -> usize {
-        block / 2 * self.pair_bytes() + GROUP + block % 2 * self.block_bytes()
+        block / 2 * self.pair_bytes() + self.head_bytes() + block % 2 * self.block_bytes()
     }
 
     /// What is taken off a quant.
@@ -55,6 +140,7 @@ impl Format {
         match self {
             Self::Q8 => 128,
             Self::Q4 => 8,
+            Self::Q4Zero | Self::Q8Zero => 0,
         }
     }
 }
@@ -106,44 +192,48 @@ impl Shape {
                 row(index, &mut values[..self.cols]);
             }
             for (b, block) in values.as_chunks::<BLOCK>().0.iter().enumerate() {
-                self.place(out, r, b, quantize(self.format, effort, block));
+                let block = Block::centred(quantize(self.format, effort, block));
+                self.place(out, r, b, &block);
             }
         }
     }
 
-    /// Writes one panel of blocks that are there already; `block(i, b)` gives scale and quants of block
-    /// `b` of row `i`. What [`Self::pack_panel`] would not make, an eight-bit -128, is packed anew.
+    /// Writes one panel of blocks that are there already; `block(i, b)` gives block `b` of row `i`. What [`Self::pack_panel`] would not make, an eight-bit -128, is packed anew.
     ///
     /// # Panics
     /// If the rows are no whole blocks.
     pub(crate) fn place_panel(
         self,
         panel: usize,
-        block: &dyn Fn(usize, usize) -> (f16, [i8; BLOCK]),
+        block: &dyn Fn(usize, usize) -> Block,
         out: &mut [u8],
     ) {
         assert_eq!(out.len(), self.panel_bytes(), "panel length");
         assert!(self.cols.is_multiple_of(BLOCK), "whole blocks");
-        let empty = (f16::ZERO, [0; BLOCK]);
         for (r, b) in (0..ROWS).flat_map(|r| (0..self.blocks()).map(move |b| (r, b))) {
             let index = panel * ROWS + r;
             let is_there = index < self.rows && b < self.cols / BLOCK;
-            let (scale, q) = if is_there { block(index, b) } else { empty };
-            // The kernels flip signs in eight bits.
-            let placed = if q.contains(&i8::MIN) {
-                let numbers = q.map(|q| scale.to_f32() * f32::from(q));
-                quantize(self.format, Effort::Search, &numbers)
-            } else {
-                (scale, q)
+            let mut placed = match is_there {
+                true => block(index, b),
+                false => Block::EMPTY,
             };
-            self.place(out, r, b, placed);
+            // The kernels flip signs in eight bits.
+            if placed.quants.contains(&i8::MIN) {
+                let scale = placed.scale.to_f32();
+                let numbers = placed.quants.map(|q| scale * f32::from(q));
+                placed = Block::centred(quantize(self.format, Effort::Search, &numbers));
+            }
+            self.place(out, r, b, &placed);
         }
     }
 
-    /// Writes scale and quants of block `b` of row `r` of a panel.
-    fn place(self, panel: &mut [u8], r: usize, b: usize, (scale, q): (f16, [i8; BLOCK])) {
-        panel[self.format.scale_at(b, r)..][..2].copy_from_slice(&scale.to_le_bytes());
-        self.store(&mut panel[self.format.quants_at(b)..], r, &q);
+    /// Writes block `b` of row `r` of a panel.
+    fn place(self, panel: &mut [u8], r: usize, b: usize, block: &Block) {
+        panel[self.format.scale_at(b, r)..][..2].copy_from_slice(&block.scale.to_le_bytes());
+        if self.format.has_zeros() {
+            panel[self.format.zero_at(b, r)..][..2].copy_from_slice(&block.zero.to_le_bytes());
+        }
+        self.store(&mut panel[self.format.quants_at(b)..], r, &block.quants);
     }
 
     /// Writes the quants of row `r` of a panel into the bytes of a block.
@@ -156,12 +246,12 @@ impl Shape {
         let q = bytes;
         let (first, second) = q.split_at(BLOCK / 2);
         match self.format {
-            Format::Q8 => {
+            Format::Q8 | Format::Q8Zero => {
                 for (group, q) in block.chunks_exact_mut(GROUP).zip(q.as_chunks::<4>().0) {
                     group[r * 4..][..4].copy_from_slice(q);
                 }
             }
-            Format::Q4 => {
+            Format::Q4 | Format::Q4Zero => {
                 let both: [u8; BLOCK / 2] = std::array::from_fn(|c| first[c] | second[c] << 4);
                 for (group, q) in block.chunks_exact_mut(GROUP).zip(both.as_chunks::<4>().0) {
                     group[r * 4..][..4].copy_from_slice(q);
@@ -181,14 +271,20 @@ impl Shape {
         let r = index % ROWS;
         for (c, out) in out.iter_mut().enumerate() {
             let (b, c) = (c / BLOCK, c % BLOCK);
-            let at = self.format.scale_at(b, r);
-            let scale = f16::from_le_bytes([panel[at], panel[at + 1]]).to_f32();
+            let half = |at: usize| f16::from_le_bytes([panel[at], panel[at + 1]]).to_f32();
+            let scale = half(self.format.scale_at(b, r));
             let block = &panel[self.format.quants_at(b)..];
             let q = match self.format {
-                Format::Q8 => block[c / 4 * GROUP + r * 4 + c % 4],
-                Format::Q4 => block[c % 16 / 4 * GROUP + r * 4 + c % 4] >> (c / 16 * 4) & 15,
+                Format::Q8 | Format::Q8Zero => block[c / 4 * GROUP + r * 4 + c % 4],
+                Format::Q4 | Format::Q4Zero => {
+                    block[c % 16 / 4 * GROUP + r * 4 + c % 4] >> (c / 16 * 4) & 15
+                }
             };
-            *out = scale * (i32::from(q) - self.format.offset()) as f32;
+            let zero = match self.format.has_zeros() {
+                true => half(self.format.zero_at(b, r)),
+                false => self.format.offset() as f32,
+            };
+            *out = scale * (f32::from(q) - zero);
         }
     }
 }
@@ -232,6 +328,37 @@ mod tests {
                 }
             }
         }
+    }
+
+    #[test]
+    fn blocks_with_a_minimum_are_off_by_what_f16_rounds_away() {
+        let quants = std::array::from_fn(|i| (i * 7 % 16) as i8);
+        let half = 2.0_f32.powi(-11);
+        for (scale, minimum) in [
+            (0.013, -0.1),
+            (0.013, 0.0),
+            (0.013, 0.7),
+            (-0.02, 0.1),
+            (1e-6, -0.3), // the values hardly differ
+            (0.0, 0.25),  // or not at all
+            (0.0, 0.0),
+            (3e-5, -0.06), // just within reach
+            (0.25, 2.0),   // exact in f16
+        ] {
+            let block = Block::above(scale, minimum, quants);
+            assert!(block.quants.iter().all(|q| (0..16).contains(q)));
+            for (q, kept) in quants.iter().zip(block.quants) {
+                let want = scale * f32::from(*q) + minimum;
+                let got = block.scale.to_f32() * (f32::from(kept) - block.zero.to_f32());
+                let most = minimum.abs().max((scale * 15.0).abs());
+                assert!(
+                    (got - want).abs() <= half * most,
+                    "{scale} {minimum}: {got} {want}"
+                );
+            }
+        }
+        let exact = Block::above(0.25, -2.0, quants);
+        assert_eq!((exact.scale.to_f32(), exact.zero.to_f32()), (0.25, 8.0));
     }
 
     #[test]

@@ -114,6 +114,27 @@ impl Kind {
         }
     }
 
+    /// Whether 32 numbers in a row are 4-bit integers times a scale above a minimum.
+    pub(crate) fn has_minima(self) -> bool {
+        matches!(self, Self::Q4_1 | Self::Q4K)
+    }
+
+    /// Scale, minimum and integers of the 32 numbers `index` of a row, of a type that
+    /// [has minima](Self::has_minima).
+    pub(crate) fn block_with_minimum(self, row: &[u8], index: usize) -> (f32, f32, [i8; SMALL]) {
+        let (numbers, size) = self.block();
+        let block = &row[index * SMALL / numbers * size..][..size];
+        if self == Self::Q4K {
+            let j = index % (LARGE / SMALL);
+            let (scale, m) = scale_min(&block[4..16], j);
+            let quants = &block[16 + j / 2 * SMALL..];
+            let quants = std::array::from_fn(|l| (quants[l] >> (j % 2 * 4) & 15) as i8);
+            return (half_at(block, 0) * scale, -half_at(block, 2) * m, quants);
+        }
+        let quants = std::array::from_fn(|l| (block[4 + l % 16] >> (l / 16 * 4) & 15) as i8);
+        (half_at(block, 0), half_at(block, 2), quants)
+    }
+
     /// The numbers that whole blocks stand for.
     ///
     /// # Panics

@@ -64,8 +64,10 @@ impl Tile<'_> {
                     return unsafe {
                         match (tokens, self.format) {
                             $(
-                                ($n, Format::Q8) => x86::$kernel::<$n, $panels, true>(self, sums, stride),
-                                ($n, Format::Q4) => x86::$kernel::<$n, $panels, false>(self, sums, stride),
+                                ($n, Format::Q8) => x86::$kernel::<$n, $panels, true, false>(self, sums, stride),
+                                ($n, Format::Q4) => x86::$kernel::<$n, $panels, false, false>(self, sums, stride),
+                                ($n, Format::Q8Zero) => x86::$kernel::<$n, $panels, true, true>(self, sums, stride),
+                                ($n, Format::Q4Zero) => x86::$kernel::<$n, $panels, false, true>(self, sums, stride),
                             )*
                             _ => unreachable!("tiles have 1, 2 or 4 tokens, long ones up to 8"),
                         }
@@ -106,20 +108,26 @@ impl Tile<'_> {
     fn portable_block(&self, panel: &[u8], token: usize, block: usize, parts: &mut [f32; ROWS]) {
         let at = (block / SPAN_BLOCKS * self.x.n + token) * SPAN_BLOCKS + block % SPAN_BLOCKS;
         let xs = &self.x.quants[at * BLOCK..][..BLOCK];
-        let start = self.x.starts[at] / (Format::Q8.offset() / self.format.offset());
+        let sum = self.x.starts[at] / -Format::Q8.offset(); // of the activations
         let block = block - self.pairs.start * 2;
         let quants = &panel[self.format.quants_at(block)..][..self.format.block_bytes()];
         for (r, part) in parts.iter_mut().enumerate() {
-            let mut total = start;
+            let mut total = -self.format.offset() * sum;
             for (c, x) in xs.iter().enumerate() {
                 let q = match self.format {
-                    Format::Q8 => quants[c / 4 * GROUP + r * 4 + c % 4],
-                    Format::Q4 => quants[c % 16 / 4 * GROUP + r * 4 + c % 4] >> (c / 16 * 4) & 15,
+                    Format::Q8 | Format::Q8Zero => quants[c / 4 * GROUP + r * 4 + c % 4],
+                    Format::Q4 | Format::Q4Zero => {
+                        quants[c % 16 / 4 * GROUP + r * 4 + c % 4] >> (c / 16 * 4) & 15
+                    }
                 };
                 total += i32::from(q) * i32::from(*x);
             }
-            let at = self.format.scale_at(block, r);
-            *part += total as f32 * f16::from_le_bytes([panel[at], panel[at + 1]]).to_f32();
+            let half = |at: usize| f16::from_le_bytes([panel[at], panel[at + 1]]).to_f32();
+            let mut total = total as f32;
+            if self.format.has_zeros() {
+                total -= half(self.format.zero_at(block, r)) * sum as f32;
+            }
+            *part += total * half(self.format.scale_at(block, r));
         }
     }
 }
@@ -152,12 +160,17 @@ mod x86 {
     /// The instruction set is present; `tile` has `N` tokens and `P` panels, and its lengths were
     /// checked.
     #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma,f16c")]
-    pub(super) unsafe fn avx512_vnni<const N: usize, const P: usize, const Q8: bool>(
+    pub(super) unsafe fn avx512_vnni<
+        const N: usize,
+        const P: usize,
+        const EIGHT: bool,
+        const ZEROS: bool,
+    >(
         tile: &Tile<'_>,
         sums: &mut [f32],
         stride: usize,
     ) {
-        let format = if Q8 { Format::Q8 } else { Format::Q4 }; // a constant of this function
+        let format = format::<EIGHT, ZEROS>(); // a constant of this function
         let low = _mm512_set1_epi8(15);
         // SAFETY: every pointer stays inside the lengths that `Tile::multiply` checked.
         unsafe {
@@ -177,7 +190,9 @@ mod x86 {
                         // The offset of the weights times the sum of the activations.
                         let mut totals: [[__m512i; P]; N] = std::array::from_fn(|i| {
                             let start = _mm512_set1_epi32(*starts.add(i * SPAN_BLOCKS + half));
-                            [if Q8 {
+                            [if ZEROS {
+                                _mm512_setzero_si512()
+                            } else if EIGHT {
                                 start
                             } else {
                                 _mm512_srai_epi32::<4>(start) // 8 of 128
@@ -188,7 +203,7 @@ mod x86 {
                             let w = panels.map(|panel| {
                                 let quants = panel.add(format.quants_at(half) + g * 64);
                                 let first = _mm512_loadu_si512(quants.cast());
-                                if Q8 {
+                                if EIGHT {
                                     (first, _mm512_loadu_si512(quants.add(256).cast()))
                                 } else {
                                     let high = _mm512_srli_epi16::<4>(first);
@@ -208,13 +223,22 @@ mod x86 {
                                 }
                             }
                         }
-                        let scales = panels.map(|panel| {
-                            let scales = panel.add(format.scale_at(half, 0));
-                            _mm512_cvtph_ps(_mm256_loadu_si256(scales.cast()))
+                        let numbers = |panel: *const u8, at: usize| {
+                            _mm512_cvtph_ps(_mm256_loadu_si256(panel.add(at).cast()))
+                        };
+                        let scales = panels.map(|panel| numbers(panel, format.scale_at(half, 0)));
+                        let zeros = panels.map(|panel| match ZEROS {
+                            true => numbers(panel, format.zero_at(half, 0)),
+                            false => _mm512_setzero_ps(),
                         });
-                        for (parts, totals) in parts.iter_mut().zip(totals) {
+                        for (i, (parts, totals)) in parts.iter_mut().zip(totals).enumerate() {
+                            // -128 times the sum of the activations, brought to minus that sum.
+                            let start = *starts.add(i * SPAN_BLOCKS + half) as f32 / 128.0;
                             for p in 0..P {
-                                let total = _mm512_cvtepi32_ps(totals[p]);
+                                let mut total = _mm512_cvtepi32_ps(totals[p]);
+                                if ZEROS {
+                                    total = _mm512_fmadd_ps(zeros[p], _mm512_set1_ps(start), total);
+                                }
                                 parts[p] = _mm512_fmadd_ps(total, scales[p], parts[p]);
                             }
                         }
@@ -241,12 +265,17 @@ mod x86 {
     /// # Safety
     /// As [`avx512_vnni`].
     #[target_feature(enable = "avx2,fma,f16c")]
-    pub(super) unsafe fn avx2<const N: usize, const P: usize, const Q8: bool>(
+    pub(super) unsafe fn avx2<
+        const N: usize,
+        const P: usize,
+        const EIGHT: bool,
+        const ZEROS: bool,
+    >(
         tile: &Tile<'_>,
         sums: &mut [f32],
         stride: usize,
     ) {
-        let format = if Q8 { Format::Q8 } else { Format::Q4 };
+        let format = format::<EIGHT, ZEROS>();
         // SAFETY: as in `avx512_vnni`; a half is eight rows, 32 bytes of every group.
         unsafe {
             for half in 0..2 * P {
@@ -262,17 +291,27 @@ mod x86 {
                     for b in 0..2 * (end - pair) {
                         let block = (pair - tile.pairs.start) * 2 + b;
                         let quants = panel.add(format.quants_at(block) + half % 2 * 32);
-                        let scales = panel.add(format.scale_at(block, half % 2 * 8));
-                        let scale = _mm256_cvtph_ps(_mm_loadu_si128(scales.cast()));
+                        let numbers =
+                            |at: usize| _mm256_cvtph_ps(_mm_loadu_si128(panel.add(at).cast()));
+                        let scale = numbers(format.scale_at(block, half % 2 * 8));
+                        let zero = match ZEROS {
+                            true => numbers(format.zero_at(block, half % 2 * 8)),
+                            false => _mm256_setzero_ps(),
+                        };
                         for (i, part) in parts.iter_mut().enumerate() {
                             let columns = xs.add(i * SPAN + b * BLOCK).cast();
-                            let start = *starts.add(i * SPAN_BLOCKS + b) / 16; // 8 of 128
-                            let total = if Q8 {
-                                eight_bits(quants, columns)
-                            } else {
-                                four_bits(quants, columns, start)
+                            let start = *starts.add(i * SPAN_BLOCKS + b);
+                            let total = match (EIGHT, ZEROS) {
+                                (true, _) => eight_bits::<ZEROS>(quants, columns),
+                                (false, false) => four_bits(quants, columns, start / 16), // 8 of 128
+                                (false, true) => four_bits(quants, columns, 0),
                             };
-                            *part = _mm256_fmadd_ps(_mm256_cvtepi32_ps(total), scale, *part);
+                            let mut total = _mm256_cvtepi32_ps(total);
+                            if ZEROS {
+                                let start = _mm256_set1_ps(start as f32 / 128.0);
+                                total = _mm256_fmadd_ps(zero, start, total);
+                            }
+                            *part = _mm256_fmadd_ps(total, scale, *part);
                         }
                     }
                     for (i, (acc, part)) in acc.iter_mut().zip(parts).enumerate() {
@@ -287,14 +326,23 @@ mod x86 {
         }
     }
 
-    /// A block of eight rows, 64 bytes apart, with a block of activations.
+    const fn format<const EIGHT: bool, const ZEROS: bool>() -> Format {
+        match (EIGHT, ZEROS) {
+            (true, false) => Format::Q8,
+            (false, false) => Format::Q4,
+            (true, true) => Format::Q8Zero,
+            (false, true) => Format::Q4Zero,
+        }
+    }
+
+    /// A block of eight rows, 64 bytes apart, with a block of activations; `PLAIN`: without an offset.
     ///
     /// # Safety
     /// The instruction set is present, and the blocks are there.
     #[inline]
     #[target_feature(enable = "avx2")]
-    unsafe fn eight_bits(quants: *const u8, columns: *const i32) -> __m256i {
-        let flip = _mm256_set1_epi8(-128);
+    unsafe fn eight_bits<const PLAIN: bool>(quants: *const u8, columns: *const i32) -> __m256i {
+        let flip = _mm256_set1_epi8(if PLAIN { 0 } else { -128 });
         let ones = _mm256_set1_epi16(1);
         let mut total = _mm256_setzero_si256();
         for g in 0..8 {

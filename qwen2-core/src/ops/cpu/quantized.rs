@@ -8,7 +8,7 @@ use super::packed_tile::{LONG, PANELS, SPAN_PAIRS, TOKENS, Tile};
 use super::pool;
 use super::product::{self, Product, Sums, Target};
 use super::simd::{Isa, Simd, per_isa};
-use crate::ops::packed::{Format, GROUP, ROWS, Shape};
+use crate::ops::packed::{Format, ROWS, Shape};
 
 /// From so many tokens on the arithmetic is the work, not the weights.
 pub(crate) const MANY: usize = 16;
@@ -65,19 +65,21 @@ impl Packed<'_> {
                     panels: n_panels,
                     pairs: pairs.clone(),
                 };
-                if x.n >= WIDEN && shape.format == Format::Q4 {
+                let eight = shape.format.wide();
+                if x.n >= WIDEN && shape.format != eight {
                     // Once for all tokens.
-                    wide.resize(PANELS * DEPTH * Format::Q8.pair_bytes(), 0);
-                    tile.panel_bytes = DEPTH * Format::Q8.pair_bytes();
+                    wide.resize(PANELS * DEPTH * eight.pair_bytes(), 0);
+                    tile.panel_bytes = DEPTH * eight.pair_bytes();
                     for (p, wide) in wide
                         .chunks_exact_mut(tile.panel_bytes)
                         .enumerate()
                         .take(n_panels)
                     {
                         let bytes = &tile.bytes[p * shape.panel_bytes()..];
-                        widen(isa, &bytes[..pairs.len() * Format::Q4.pair_bytes()], wide);
+                        let bytes = &bytes[..pairs.len() * shape.format.pair_bytes()];
+                        widen(isa, shape.format, bytes, wide);
                     }
-                    (tile.format, tile.bytes) = (Format::Q8, &wide[..]);
+                    (tile.format, tile.bytes) = (eight, &wide[..]);
                 }
                 let mut token = tokens.start;
                 while token < tokens.end {
@@ -96,24 +98,25 @@ impl Packed<'_> {
     }
 }
 
-per_isa!(widen, widen_kernel, (four: &[u8], eight: &mut [u8]));
+per_isa!(widen, widen_kernel, (format: Format, four: &[u8], eight: &mut [u8]));
 
 /// The same weights in eight bits.
 ///
 /// # Safety
 /// The instruction set of `S` is present.
 #[inline(always)]
-unsafe fn widen_kernel<S: Simd>(four: &[u8], eight: &mut [u8]) {
-    const OFFSET: u8 = (Format::Q8.offset() - Format::Q4.offset()) as u8;
-    let pairs = four.chunks_exact(Format::Q4.pair_bytes());
-    for (four, eight) in pairs.zip(eight.chunks_exact_mut(Format::Q8.pair_bytes())) {
-        eight[..GROUP].copy_from_slice(&four[..GROUP]);
-        let blocks = four[GROUP..].chunks_exact(Format::Q4.block_bytes());
-        for (four, eight) in blocks.zip(eight[GROUP..].chunks_exact_mut(Format::Q8.block_bytes())) {
+unsafe fn widen_kernel<S: Simd>(format: Format, four: &[u8], eight: &mut [u8]) {
+    let wide = format.wide();
+    let (offset, head) = ((wide.offset() - format.offset()) as u8, format.head_bytes());
+    let pairs = four.chunks_exact(format.pair_bytes());
+    for (four, eight) in pairs.zip(eight.chunks_exact_mut(wide.pair_bytes())) {
+        eight[..head].copy_from_slice(&four[..head]);
+        let blocks = four[head..].chunks_exact(format.block_bytes());
+        for (four, eight) in blocks.zip(eight[head..].chunks_exact_mut(wide.block_bytes())) {
             // Columns 16 apart share a byte.
-            let (first, second) = eight.split_at_mut(Format::Q4.block_bytes());
+            let (first, second) = eight.split_at_mut(format.block_bytes());
             for ((four, first), second) in four.iter().zip(first).zip(second) {
-                (*first, *second) = ((four & 15) + OFFSET, (four >> 4) + OFFSET);
+                (*first, *second) = ((four & 15) + offset, (four >> 4) + offset);
             }
         }
     }
@@ -294,6 +297,8 @@ mod tests {
     use super::super::product::{Finish, run_all};
     use super::*;
     use crate::ops::fit::Effort;
+    use crate::ops::packed::{BLOCK, Block};
+    use half::f16;
 
     fn wave(len: usize, f: f32) -> Vec<f32> {
         (0..len).map(|i| (i as f32 * f).sin()).collect()
@@ -305,6 +310,23 @@ mod tests {
             let row =
                 |i: usize, out: &mut [f32]| out.copy_from_slice(&w[i * shape.cols..][..shape.cols]);
             shape.pack_panel(panel, Effort::Search, &row, out);
+        }
+        bytes
+    }
+
+    /// Of any format: blocks of numbers that look like noise.
+    fn pack_blocks(shape: Shape) -> Vec<u8> {
+        let block = |r: usize, b: usize| {
+            let noise = |i: usize| (r * 7919 + b * 104_729 + i * 1009) % 251;
+            Block {
+                scale: f16::from_f32((noise(40) as f32 - 125.0) * 1e-3),
+                zero: f16::from_f32(noise(41) as f32 / 12.0 - 3.0),
+                quants: std::array::from_fn(|i| (noise(i) % 16) as i8),
+            }
+        };
+        let mut bytes = vec![0; shape.bytes()];
+        for (panel, out) in bytes.chunks_mut(shape.panel_bytes()).enumerate() {
+            shape.place_panel(panel, &block, out);
         }
         bytes
     }
@@ -370,6 +392,26 @@ mod tests {
         }
     }
 
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(20))]
+        #[test]
+        fn blocks_with_zero_points_match_the_definition(
+            n in 1usize..70, rows in 1usize..100, blocks in 1usize..20,
+        ) {
+            let shape = Shape { format: Format::Q4Zero, rows, cols: blocks * BLOCK };
+            let bytes = pack_blocks(shape);
+            let x = Activations::new(Isa::Portable, &wave(n * shape.cols, 0.73), shape.cols);
+            let bias = wave(rows, 0.9);
+            let want = reference(&x, shape, &bytes, &bias);
+            for isa in Isa::available() {
+                let out = product(isa, &x, shape, &bytes, &bias);
+                for (out, want) in out.iter().zip(&want) {
+                    prop_assert!((out - want).abs() < 2e-4, "{isa:?} {shape:?}: {out} {want}");
+                }
+            }
+        }
+    }
+
     #[test]
     fn a_tokens_results_do_not_depend_on_the_others() {
         for (format, cols) in [
@@ -377,13 +419,17 @@ mod tests {
             (Format::Q4, 70),
             (Format::Q8, 704),
             (Format::Q4, 704),
+            (Format::Q4Zero, 704),
         ] {
             let shape = Shape {
                 format,
                 rows: 90,
                 cols,
             };
-            let bytes = pack(shape, &wave(90 * cols, 0.37));
+            let bytes = match format.has_zeros() {
+                true => pack_blocks(shape),
+                false => pack(shape, &wave(90 * cols, 0.37)),
+            };
             let x = wave(61 * cols, 0.73);
             for isa in Isa::available() {
                 let of = |x: &[f32]| {
