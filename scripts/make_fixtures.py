@@ -1150,7 +1150,7 @@ def q6_k(w: np.ndarray) -> np.ndarray:
 
 
 def make_k_quants() -> None:
-    """conformance/gguf/q4_k_m.gguf with transformers' logits of the numbers that the gguf package reads.
+    """conformance/gguf_mixed: a file with transformers' logits of the numbers that the gguf package reads.
 
     The types are those of llama.cpp's Q4_K_M: Q6_K for the table, the values and the way down, Q4_K for
     other matrices, F32 for vectors. Written by the packing above, judged by the package's unpacking.
@@ -1163,7 +1163,8 @@ def make_k_quants() -> None:
     weights["model.norm.weight"] *= 0.113  # logits of about 4
     tokens = np.random.Generator(np.random.PCG64(seed)).integers(0, 256 + MERGES, 12).tolist()
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN2, 1)
-    path = ROOT / "gguf" / "q4_k_m.gguf"
+    path = ROOT / "gguf_mixed" / "model.gguf"
+    path.parent.mkdir(exist_ok=True)
     writer = gguf.GGUFWriter(path, "qwen2")
     add_config(writer, config)
     add_vocabulary(writer, tokenizer_json())
@@ -1191,7 +1192,7 @@ def make_k_quants() -> None:
         save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
         logits = logits_of(load(directory), tokens)
     reference = {"tokens": tokens, "logits": f32_list(logits)}
-    write_reference(ROOT / "gguf" / "q4_k_m.json", reference)
+    write_reference(path.parent / "reference.json", reference)
     print(f"{path.name:36} {path.stat().st_size / 1024:4.0f} KB  max|logit| {float(logits.abs().max()):.3f}")
 
 

@@ -74,19 +74,21 @@ fn the_embedded_vocabulary_and_template_are_those_of_the_checkpoint() {
 /// llama.cpp's Q4_K_M, whose types are mixed, against transformers with the numbers of the gguf package.
 #[test]
 fn mixed_k_quants_give_the_logits_of_the_numbers_that_they_stand_for() {
-    let reference = json(gguf("q4_k_m.json"));
+    let directory = root().join("conformance/gguf_mixed");
+    let reference = json(directory.join("reference.json"));
+    let file = directory.join("model.gguf");
     let (tokens, want) = (ids(&reference["tokens"]), rows(&reference["logits"]));
-    let found = inspect(gguf("q4_k_m.gguf"), |_| ControlFlow::Continue(())).unwrap();
+    let found = inspect(&file, |_| ControlFlow::Continue(())).unwrap();
     let formats: Vec<_> = found.formats.keys().map(String::as_str).collect();
     assert_eq!(formats, ["Q4_K", "Q6_K", "f32"]);
     let size = want.iter().fold(0.0_f32, |max, x| max.max(x.abs()));
     assert!(size > 3.0, "{size}");
-    let exact = unrounded(gguf("q4_k_m.gguf")).dtype(DType::F32);
+    let exact = unrounded(file.clone()).dtype(DType::F32);
     let exact = exact.load().unwrap().logits(&tokens).unwrap().values;
     let difference = max_difference(&exact, &want);
     assert!(difference <= 1e-4, "{difference} of {size}");
     // Packed in q8: its rounding, and that of activations to eight bits.
-    let packed = unrounded(gguf("q4_k_m.gguf")).load().unwrap();
+    let packed = unrounded(file).load().unwrap();
     let packed = packed.logits(&tokens).unwrap().values;
     let difference = max_difference(&packed, &want);
     assert!(
