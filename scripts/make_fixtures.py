@@ -750,8 +750,35 @@ def pack_words(values: np.ndarray, bits: int, places: list[int]) -> torch.Tensor
     return torch.from_numpy((fields << shifts).sum(-1, dtype=np.uint32).view(np.int32).copy())
 
 
+def group_words(g: Grouped, stem: str, integers: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
+    """The integers of a matrix in the words of its method."""
+    words: dict[str, torch.Tensor] = {}
+    straight = list(range(32 // g.bits))
+    if g.method == "awq":
+        places = [0, 2, 4, 6, 1, 3, 5, 7]
+        words[f"{stem}.qweight"] = pack_words(integers["q"].T, 4, places)
+        words[f"{stem}.qzeros"] = pack_words(integers["zeros"], 4, places)
+    else:
+        words[f"{stem}.qweight"] = pack_words(integers["q"], g.bits, straight).T.contiguous()
+        less = 1 if g.method == "gptq" else 0
+        words[f"{stem}.qzeros"] = pack_words(integers["zeros"] - less, g.bits, straight)
+        words[f"{stem}.g_idx"] = torch.from_numpy(integers["order"].astype(np.int32))
+    return words
+
+
+def group_settings(g: Grouped) -> dict[str, Any]:
+    """`quantization_config` as the method's own tools write it."""
+    settings: dict[str, Any] = {"bits": g.bits, "group_size": g.group_size}
+    if g.method == "awq":
+        settings |= {"quant_method": "awq", "version": "gemm", "zero_point": True}
+    else:
+        settings |= {"quant_method": "gptq", "desc_act": g.act_order, "sym": g.symmetric}
+        settings |= {"checkpoint_format": "gptq_v2"} if g.method == "gptq_v2" else {}
+    return settings
+
+
 def router_lead(model: Any, tokens: list[int]) -> float:
-    """By how much the last expert that a token visits is ahead of the first that it does not, at the least."""
+    """By how much the last expert that a token visits is ahead of the next, at the least."""
     with torch.no_grad():
         states = []
         hooks = [
@@ -763,7 +790,9 @@ def router_lead(model: Any, tokens: list[int]) -> float:
             hook.remove()
         leads = []
         for layer, state in zip(model.model.layers, states, strict=True):
-            scores = (state.reshape(len(tokens), -1) @ layer.mlp.gate.weight.T).sort(-1, descending=True).values
+            scores = (
+                (state.reshape(len(tokens), -1) @ layer.mlp.gate.weight.T).sort(-1, descending=True).values
+            )
             k = model.config.num_experts_per_tok
             leads.append(float((scores[:, k - 1] - scores[:, k]).min()))
         return min(leads)
@@ -786,25 +815,10 @@ def make_grouped(g: Grouped) -> None:
         dense[key] = torch.from_numpy(numbers)
         checksums[key] = zlib.crc32(numbers.astype("<f4").tobytes())
         stem = key.removesuffix(".weight")
-        straight = list(range(32 // g.bits))
-        if g.method == "awq":
-            places = [0, 2, 4, 6, 1, 3, 5, 7]
-            stored[f"{stem}.qweight"] = pack_words(integers["q"].T, 4, places)
-            stored[f"{stem}.qzeros"] = pack_words(integers["zeros"], 4, places)
-        else:
-            stored[f"{stem}.qweight"] = pack_words(integers["q"], g.bits, straight).T.contiguous()
-            less = 1 if g.method == "gptq" else 0
-            stored[f"{stem}.qzeros"] = pack_words(integers["zeros"] - less, g.bits, straight)
-            stored[f"{stem}.g_idx"] = torch.from_numpy(integers["order"].astype(np.int32))
+        stored |= group_words(g, stem, integers)
         stored[f"{stem}.scales"] = scales
         if g.extra_bias and f"{stem}.bias" not in dense:
             stored[f"{stem}.bias"] = torch.zeros(w.shape[0], dtype=torch.float16)
-    quantization: dict[str, Any] = {"bits": g.bits, "group_size": g.group_size}
-    if g.method == "awq":
-        quantization |= {"quant_method": "awq", "version": "gemm", "zero_point": True}
-    else:
-        quantization |= {"quant_method": "gptq", "desc_act": g.act_order, "sym": g.symmetric}
-        quantization |= {"checkpoint_format": "gptq_v2"} if g.method == "gptq_v2" else {}
     directory = ROOT / "grouped" / g.name
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir(parents=True)
@@ -815,7 +829,7 @@ def make_grouped(g: Grouped) -> None:
         while router_lead(model, tokens) < 0.12:
             tokens = rng.integers(0, 256 + MERGES, 16).tolist()
     logits = logits_of(model, tokens)
-    write_json(directory / "config.json", config | {"quantization_config": quantization}, indent=2)
+    write_json(directory / "config.json", config | {"quantization_config": group_settings(g)}, indent=2)
     save_file(stored, directory / "model.safetensors", metadata={"format": "pt"})
     write_json(directory / "tokenizer.json", tokenizer_json(), indent=1)
     write_json(directory / "tokenizer_config.json", tokenizer_config(), indent=2)
@@ -871,7 +885,13 @@ def make_adapters() -> None:
         rank_pattern={"down_proj": 2, r"model\.layers\.0\.self_attn\.q_proj": 3},
         alpha_pattern={"layers.1.mlp.up_proj": 12},
     )
-    make_adapter("second", "tied", r=3, lora_alpha=6, target_modules=["q_proj", "k_proj", "gate_proj", "down_proj"])
+    make_adapter(
+        "second",
+        "tied",
+        r=3,
+        lora_alpha=6,
+        target_modules=["q_proj", "k_proj", "gate_proj", "down_proj"],
+    )
     make_adapters_together()
 
 
@@ -1111,7 +1131,7 @@ def make_gguf(name: str, parts: int) -> None:
 
 
 def q4_k(w: np.ndarray) -> np.ndarray:
-    """Rows [n, inputs] as blocks of Q4_K: eight times 32 numbers with a scale and a minimum of six bits each."""
+    """Rows [n, inputs] as blocks of Q4_K: eight times 32 numbers, scale and minimum of six bits each."""
     parts = w.reshape(-1, 8, 32)
     low = np.minimum(parts.min(2), 0)
     scale, minimum = (parts.max(2) - low) / 15, -low
@@ -1155,9 +1175,7 @@ def make_k_quants() -> None:
     The types are those of llama.cpp's Q4_K_M: Q6_K for the table, the values and the way down, Q4_K for
     other matrices, F32 for vectors. Written by the packing above, judged by the package's unpacking.
     """
-    config = june_2024(
-        hidden_size=256, intermediate_size=256, num_hidden_layers=1, num_attention_heads=8
-    )
+    config = june_2024(hidden_size=256, intermediate_size=256, num_hidden_layers=1, num_attention_heads=8)
     seed = zlib.crc32(b"q4_k_m")
     weights = random_weights(Fixture("q4_k_m", config), seed)
     weights["model.norm.weight"] *= 0.113  # logits of about 4
