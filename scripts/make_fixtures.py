@@ -13,8 +13,10 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import shutil
 import sys
+import tempfile
 import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,7 +28,7 @@ import peft
 import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config
 from transformers.generation.logits_process import (
     MinNewTokensLengthLogitsProcessor,
     MinPLogitsWarper,
@@ -38,6 +40,7 @@ from transformers.generation.logits_process import (
     TopPLogitsWarper,
     TypicalLogitsWarper,
 )
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 ROOT = Path(__file__).resolve().parent.parent / "conformance"
 
@@ -347,6 +350,21 @@ FIXTURES = [
         differs_from={"dual_chunk_attention_config": None},
     ),
     Fixture(
+        "dual_chunk_yarn",  # of YaRN the attention's factor is left, by position
+        june_2024(
+            num_key_value_heads=1,
+            max_position_embeddings=30,
+            dual_chunk_attention_config={
+                "chunk_size": 20,
+                "local_size": 4,
+                "original_max_position_embeddings": 30,
+            },
+            rope_scaling={"factor": 4.0, "original_max_position_embeddings": 30, "type": "yarn"},
+        ),
+        n_tokens=60,
+        differs_from={"dual_chunk_attention_config": None},
+    ),
+    Fixture(
         "sliding",
         june_2024(num_hidden_layers=3, use_sliding_window=True, sliding_window=8, max_window_layers=1),
         n_tokens=40,
@@ -509,7 +527,7 @@ def attend_in_chunks(
     """Dual chunk attention (arXiv:2402.17463) in Qwen2Attention's place, every score written out.
 
     Distances, and what queries are multiplied by, are those of vLLM's DualChunkRotaryEmbedding and its
-    attention; the cache holds keys that are not rotated yet.
+    attention, which does not turn by YaRN's frequencies; the cache holds keys that are not rotated yet.
     """
     config = module.config
     dual = config.dual_chunk_attention_config
@@ -671,6 +689,9 @@ class Grouped:
     act_order: bool = False
     scales: torch.dtype = torch.float16
     extra_bias: bool = False  # of projections that have none: zeros that some quantizers write
+    config: dict[str, Any] = field(
+        default_factory=lambda: june_2024(hidden_size=64, intermediate_size=96, num_hidden_layers=1)
+    )
 
 
 GROUPED = [
@@ -679,6 +700,20 @@ GROUPED = [
     Grouped("gptq4_v2", "gptq_v2", 4, -1, symmetric=False, scales=torch.bfloat16),
     Grouped("gptq8", "gptq", 8, 32),
     Grouped("awq", "awq", 4, 32, symmetric=False),
+    Grouped(  # as the official 57B-A14B: the routers stay as they are
+        "gptq4_moe",
+        "gptq",
+        4,
+        128,
+        config=june_2024_moe(
+            hidden_size=128,
+            moe_intermediate_size=128,
+            num_experts=4,
+            num_hidden_layers=1,
+            shared_expert_intermediate_size=128,
+            tie_word_embeddings=True,
+        ),
+    ),
 ]
 
 
@@ -715,51 +750,91 @@ def pack_words(values: np.ndarray, bits: int, places: list[int]) -> torch.Tensor
     return torch.from_numpy((fields << shifts).sum(-1, dtype=np.uint32).view(np.int32).copy())
 
 
+def group_words(g: Grouped, stem: str, integers: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
+    """The integers of a matrix in the words of its method."""
+    words: dict[str, torch.Tensor] = {}
+    straight = list(range(32 // g.bits))
+    if g.method == "awq":
+        places = [0, 2, 4, 6, 1, 3, 5, 7]
+        words[f"{stem}.qweight"] = pack_words(integers["q"].T, 4, places)
+        words[f"{stem}.qzeros"] = pack_words(integers["zeros"], 4, places)
+    else:
+        words[f"{stem}.qweight"] = pack_words(integers["q"], g.bits, straight).T.contiguous()
+        less = 1 if g.method == "gptq" else 0
+        words[f"{stem}.qzeros"] = pack_words(integers["zeros"] - less, g.bits, straight)
+        words[f"{stem}.g_idx"] = torch.from_numpy(integers["order"].astype(np.int32))
+    return words
+
+
+def group_settings(g: Grouped) -> dict[str, Any]:
+    """`quantization_config` as the method's own tools write it."""
+    settings: dict[str, Any] = {"bits": g.bits, "group_size": g.group_size}
+    if g.method == "awq":
+        settings |= {"quant_method": "awq", "version": "gemm", "zero_point": True}
+    else:
+        settings |= {"quant_method": "gptq", "desc_act": g.act_order, "sym": g.symmetric}
+        settings |= {"checkpoint_format": "gptq_v2"} if g.method == "gptq_v2" else {}
+    return settings
+
+
+def router_lead(model: Any, tokens: list[int]) -> float:
+    """By how much the last expert that a token visits is ahead of the next, at the least."""
+    with torch.no_grad():
+        states = []
+        hooks = [
+            layer.mlp.gate.register_forward_pre_hook(lambda _, inputs: states.append(inputs[0]))
+            for layer in model.model.layers
+        ]
+        logits_of(model, tokens)
+        for hook in hooks:
+            hook.remove()
+        leads = []
+        for layer, state in zip(model.model.layers, states, strict=True):
+            scores = (
+                (state.reshape(len(tokens), -1) @ layer.mlp.gate.weight.T).sort(-1, descending=True).values
+            )
+            k = model.config.num_experts_per_tok
+            leads.append(float((scores[:, k - 1] - scores[:, k]).min()))
+        return min(leads)
+
+
 def make_grouped(g: Grouped) -> None:
     """conformance/grouped/NAME: the checkpoint, and transformers' logits of the numbers it stands for."""
-    config = june_2024(hidden_size=64, intermediate_size=96, num_hidden_layers=1, torch_dtype="float16")
+    config = g.config | {"torch_dtype": "float16"}
     fixture = Fixture(g.name, config)
     rng = np.random.Generator(np.random.PCG64(zlib.crc32(g.name.encode())))
     tokens = rng.integers(0, 256 + MERGES, 16).tolist()
     dense = {k: w.half().float() for k, w in random_weights(fixture, zlib.crc32(g.name.encode())).items()}
     stored: dict[str, torch.Tensor] = {}
+    checksums: dict[str, int] = {}
     for key, w in dense.items():
         if not key.endswith("_proj.weight"):
             stored[key] = w.half()
             continue
         numbers, integers, scales = quantize_groups(w.numpy(), g, rng)
         dense[key] = torch.from_numpy(numbers)
+        checksums[key] = zlib.crc32(numbers.astype("<f4").tobytes())
         stem = key.removesuffix(".weight")
-        straight = list(range(32 // g.bits))
-        if g.method == "awq":
-            places = [0, 2, 4, 6, 1, 3, 5, 7]
-            stored[f"{stem}.qweight"] = pack_words(integers["q"].T, 4, places)
-            stored[f"{stem}.qzeros"] = pack_words(integers["zeros"], 4, places)
-        else:
-            stored[f"{stem}.qweight"] = pack_words(integers["q"], g.bits, straight).T.contiguous()
-            less = 1 if g.method == "gptq" else 0
-            stored[f"{stem}.qzeros"] = pack_words(integers["zeros"] - less, g.bits, straight)
-            stored[f"{stem}.g_idx"] = torch.from_numpy(integers["order"].astype(np.int32))
+        stored |= group_words(g, stem, integers)
         stored[f"{stem}.scales"] = scales
         if g.extra_bias and f"{stem}.bias" not in dense:
             stored[f"{stem}.bias"] = torch.zeros(w.shape[0], dtype=torch.float16)
-    quantization: dict[str, Any] = {"bits": g.bits, "group_size": g.group_size}
-    if g.method == "awq":
-        quantization |= {"quant_method": "awq", "version": "gemm", "zero_point": True}
-    else:
-        quantization |= {"quant_method": "gptq", "desc_act": g.act_order, "sym": g.symmetric}
-        quantization |= {"checkpoint_format": "gptq_v2"} if g.method == "gptq_v2" else {}
     directory = ROOT / "grouped" / g.name
     shutil.rmtree(directory, ignore_errors=True)
     directory.mkdir(parents=True)
     write_json(directory / "config.json", config, indent=2)
     save_file(dense, directory / "model.safetensors", metadata={"format": "pt"})
-    logits = logits_of(load(directory), tokens)
-    write_json(directory / "config.json", config | {"quantization_config": quantization}, indent=2)
+    model = load(directory)
+    if "num_experts" in config:  # no choice of experts may hang on the rounding of activations
+        while router_lead(model, tokens) < 0.12:
+            tokens = rng.integers(0, 256 + MERGES, 16).tolist()
+    logits = logits_of(model, tokens)
+    write_json(directory / "config.json", config | {"quantization_config": group_settings(g)}, indent=2)
     save_file(stored, directory / "model.safetensors", metadata={"format": "pt"})
     write_json(directory / "tokenizer.json", tokenizer_json(), indent=1)
     write_json(directory / "tokenizer_config.json", tokenizer_config(), indent=2)
-    write_reference(directory / "reference.json", {"tokens": tokens, "logits": f32_list(logits)})
+    reference = {"tokens": tokens, "crc32": checksums, "logits": f32_list(logits)}
+    write_reference(directory / "reference.json", reference)
     for file in directory.iterdir():
         file.chmod(0o644)
     size_kb = sum(f.stat().st_size for f in directory.iterdir()) / 1024
@@ -810,6 +885,41 @@ def make_adapters() -> None:
         rank_pattern={"down_proj": 2, r"model\.layers\.0\.self_attn\.q_proj": 3},
         alpha_pattern={"layers.1.mlp.up_proj": 12},
     )
+    make_adapter(
+        "second",
+        "tied",
+        r=3,
+        lora_alpha=6,
+        target_modules=["q_proj", "k_proj", "gate_proj", "down_proj"],
+    )
+    make_adapters_together()
+
+
+def make_adapters_together() -> None:
+    """conformance/adapters/together.json: PEFT with no adapter, one of two, and both at once."""
+    base = load(ROOT / "models" / "tied")
+    model = peft.PeftModel.from_pretrained(base, ROOT / "adapters" / "plain", adapter_name="plain")
+    model.load_adapter(ROOT / "adapters" / "second", adapter_name="second")
+    model.eval()
+    rng = np.random.Generator(np.random.PCG64(zlib.crc32(b"together")))
+    cases: list[dict[str, Any]] = []
+    while len(cases) < 4:  # until no choice of the four is too close to call
+        tokens = rng.integers(0, 256 + MERGES, 12).tolist()
+        cases = []
+        for active in [[], ["plain"], ["second"], ["plain", "second"]]:
+            model.base_model.enable_adapter_layers()
+            if active:
+                model.base_model.set_adapter(active)
+            else:
+                model.base_model.disable_adapter_layers()
+            greedy, lead = greedy_by_recompute(model, tokens, 12)
+            if lead < 5e-3 or max(greedy) >= 256 + MERGES:
+                break
+            case = {"name": " and ".join(active) or "none", "adapters": active, "tokens": tokens}
+            case |= {"greedy": greedy, "logits": f32_list(logits_of(model, tokens)[-1])}
+            cases.append(case)
+    assert len({tuple(case["greedy"]) for case in cases}) == 4
+    write_cases(ROOT / "adapters" / "together.json", "The last token's logits, and greedy tokens.", cases)
 
 
 # ---------------------------------------------------------------------------------------------- context
@@ -835,6 +945,79 @@ def make_stretched() -> None:
         case = {"name": f"{name} {context}", "model": name, "context_length": context, "tokens": tokens}
         cases.append(case | {"logits": f32_list(last)})
     write_cases(ROOT / "stretched.json", "The last token's logits with a stretched context.", cases)
+
+
+# ---------------------------------------------------------------------------------------------- yarn
+
+YARN_CASES: list[tuple[str, float, int, dict[str, Any]]] = [
+    ("the model cards' factor 4", 1e6, 128, {"factor": 4.0, "original_max_position_embeddings": 32768}),
+    ("factor 1", 1e6, 64, {"factor": 1.0, "original_max_position_embeddings": 32768}),
+    ("a fraction as factor", 1e4, 64, {"factor": 2.5, "original_max_position_embeddings": 128}),
+    ("other rotations", 1e6, 128, {"factor": 8.0, "beta_fast": 24.0, "beta_slow": 2.0}),
+    ("ends at one dimension", 1e4, 8, {"factor": 4.0, "beta_fast": 3.0, "beta_slow": 2.9}),
+    ("an attention factor", 1e6, 64, {"factor": 4.0, "attention_factor": 1.25}),
+    ("mscale and mscale_all_dim", 1e6, 64, {"factor": 40.0, "mscale": 0.707, "mscale_all_dim": 1.0}),
+    ("mscale alone", 1e6, 64, {"factor": 40.0, "mscale": 0.707}),
+    ("mscale of 0", 1e6, 64, {"factor": 40.0, "mscale": 0.0, "mscale_all_dim": 1.0}),
+    ("attention_factor beside mscale", 1e6, 64,
+     {"factor": 4.0, "attention_factor": 0.5, "mscale": 1.0, "mscale_all_dim": 0.5}),
+    ("without truncation", 1e6, 128, {"factor": 4.0, "truncate": False}),
+    ("without truncation, other rotations", 5e4, 80,
+     {"factor": 3.0, "truncate": False, "beta_fast": 20.0, "beta_slow": 1.5}),
+    ("attn_factor", 1e6, 128, {"factor": 4.0, "attn_factor": 0.75}),
+    ("extrapolation_factor", 1e6, 128, {"factor": 4.0, "extrapolation_factor": 0.5}),
+    ("apply_yarn_scaling off", 1e6, 64, {"factor": 4.0, "apply_yarn_scaling": False}),
+    ("apply_yarn_scaling off beside attn_factor", 1e6, 64,
+     {"factor": 4.0, "apply_yarn_scaling": False, "attn_factor": 1.5}),
+    ("all of vLLM's keys", 1e6, 96,
+     {"factor": 6.0, "attn_factor": 1.1, "extrapolation_factor": 0.9, "beta_fast": 28.0, "beta_slow": 1.2,
+      "truncate": False}),
+]  # fmt: skip
+VLLM_KEYS = {"attn_factor", "extrapolation_factor", "apply_yarn_scaling"}
+
+
+def yarn_of_vllm(theta: float, head_dim: int, rope: dict[str, Any]) -> tuple[torch.Tensor, float]:
+    """Frequencies and attention factor as vLLM's YaRNScalingRotaryEmbedding defines them."""
+    factor = rope["factor"]
+    ends = [
+        head_dim
+        * math.log(rope["original_max_position_embeddings"] / (rotations * 2 * math.pi))
+        / (2 * math.log(theta))
+        for rotations in (rope.get("beta_fast", 32), rope.get("beta_slow", 1))
+    ]
+    if rope.get("truncate", True):
+        ends = [math.floor(ends[0]), math.ceil(ends[1])]
+    low, high = max(ends[0], 0), min(ends[1], head_dim - 1)
+    high += 0.001 if low == high else 0
+    ramp = ((torch.arange(head_dim // 2, dtype=torch.float32) - low) / (high - low)).clamp(0, 1)
+    kept = (1 - ramp) * rope.get("extrapolation_factor", 1)
+    plain = 1.0 / theta ** (torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim)
+    scale = 1.0 if factor <= 1 or not rope.get("apply_yarn_scaling", True) else 0.1 * math.log(factor) + 1
+    return plain / factor * (1 - kept) + plain * kept, scale * rope.get("attn_factor", 1)
+
+
+def make_yarn() -> None:
+    """conformance/yarn.json: what transformers, or for keys that only vLLM has vLLM, make of rope_scaling."""
+    cases = []
+    for name, theta, head_dim, changes in YARN_CASES:
+        rope = {"rope_type": "yarn", "original_max_position_embeddings": 32768} | changes
+        config = Qwen2Config(
+            hidden_size=2 * head_dim,
+            num_attention_heads=2,
+            max_position_embeddings=32768,
+            rope_parameters={k: v for k, v in rope.items() if k not in VLLM_KEYS} | {"rope_theta": theta},
+        )
+        inv_freq, attention_factor = ROPE_INIT_FUNCTIONS["yarn"](config, torch.device("cpu"))
+        vllm = yarn_of_vllm(theta, head_dim, rope)
+        if VLLM_KEYS & set(rope):
+            assert not torch.equal(vllm[0], inv_freq) or vllm[1] != attention_factor, name
+            inv_freq, attention_factor = vllm
+        elif not {"attention_factor", "mscale_all_dim"} & set(rope):  # which only transformers has
+            torch.testing.assert_close(vllm[0], inv_freq, rtol=1e-6, atol=0)
+            assert vllm[1] == attention_factor, name
+        case = {"name": name, "rope_theta": theta, "head_dim": head_dim, "rope_scaling": rope}
+        cases.append(case | {"inv_freq": f32_list(inv_freq), "attention_factor": attention_factor})
+    write_cases(ROOT / "yarn.json", "Rotary frequencies and attention factors of YaRN.", cases)
 
 
 # ---------------------------------------------------------------------------------------------- perplexity
@@ -945,6 +1128,90 @@ def make_gguf(name: str, parts: int) -> None:
     for file in (ROOT / "gguf").glob(f"{name}*.gguf"):
         file.chmod(0o644)
         print(f"{file.name:36} {file.stat().st_size / 1024:4.0f} KB")
+
+
+def q4_k(w: np.ndarray) -> np.ndarray:
+    """Rows [n, inputs] as blocks of Q4_K: eight times 32 numbers, scale and minimum of six bits each."""
+    parts = w.reshape(-1, 8, 32)
+    low = np.minimum(parts.min(2), 0)
+    scale, minimum = (parts.max(2) - low) / 15, -low
+    d, d_min = (np.maximum(x.max(1), 1e-8)[:, None].astype(np.float16) / 63 for x in (scale, minimum))
+    d, d_min = d.astype(np.float16), d_min.astype(np.float16)
+    scales = np.clip(np.round(scale / d), 0, 63).astype(np.uint8)
+    minima = np.clip(np.round(minimum / d_min), 0, 63).astype(np.uint8)
+    step = np.maximum(d.astype(np.float32) * scales, 1e-8)[..., None]
+    offset = (d_min.astype(np.float32) * minima)[..., None]
+    q = np.clip(np.round((parts + offset) / step), 0, 15).astype(np.uint8)
+    six_bits = np.concatenate(
+        [
+            scales[:, :4] | (scales[:, 4:] >> 4 << 6),
+            minima[:, :4] | (minima[:, 4:] >> 4 << 6),
+            (scales[:, 4:] & 15) | (minima[:, 4:] & 15) << 4,
+        ],
+        1,
+    )
+    nibbles = (q[:, 0::2] | q[:, 1::2] << 4).reshape(len(q), -1)
+    blocks = np.concatenate([d.view(np.uint8), d_min.view(np.uint8), six_bits, nibbles], 1)
+    return blocks.reshape(len(w), -1)
+
+
+def q6_k(w: np.ndarray) -> np.ndarray:
+    """Rows [n, inputs] as blocks of Q6_K: sixteen times 16 numbers with a scale of eight bits."""
+    parts = w.reshape(-1, 16, 16)
+    scale = np.abs(parts).max(2) / 31
+    d = (scale.max(1)[:, None] / 127).astype(np.float16)
+    scales = np.clip(np.round(scale / d), 1, 127).astype(np.int8)
+    step = (d.astype(np.float32) * scales)[..., None]
+    q = (np.clip(np.round(parts / step), -32, 31) + 32).astype(np.uint8).reshape(-1, 2, 4, 32)
+    low = (q[:, :, :2] & 15 | (q[:, :, 2:] & 15) << 4).reshape(len(q), -1)
+    high = (q >> 4 << np.array([0, 2, 4, 6], dtype=np.uint8)[:, None]).sum(2, dtype=np.uint8)
+    blocks = np.concatenate([low, high.reshape(len(q), -1), scales.view(np.uint8), d.view(np.uint8)], 1)
+    return blocks.reshape(len(w), -1)
+
+
+def make_k_quants() -> None:
+    """conformance/gguf_mixed: a file with transformers' logits of the numbers that the gguf package reads.
+
+    The types are those of llama.cpp's Q4_K_M: Q6_K for the table, the values and the way down, Q4_K for
+    other matrices, F32 for vectors. Written by the packing above, judged by the package's unpacking.
+    """
+    config = june_2024(hidden_size=256, intermediate_size=256, num_hidden_layers=1, num_attention_heads=8)
+    seed = zlib.crc32(b"q4_k_m")
+    weights = random_weights(Fixture("q4_k_m", config), seed)
+    weights["model.norm.weight"] *= 0.113  # logits of about 4
+    tokens = np.random.Generator(np.random.PCG64(seed)).integers(0, 256 + MERGES, 12).tolist()
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN2, 1)
+    path = ROOT / "gguf_mixed" / "model.gguf"
+    path.parent.mkdir(exist_ok=True)
+    writer = gguf.GGUFWriter(path, "qwen2")
+    add_config(writer, config)
+    add_vocabulary(writer, tokenizer_json())
+    for key, tensor in weights.items():
+        new, values = names.get_name(key, try_suffixes=(".weight", ".bias")), tensor.numpy()
+        if values.ndim == 1:
+            writer.add_tensor(new, values)
+            continue
+        six = any(part in key for part in ("embed_tokens", "v_proj", "down_proj"))
+        kind = gguf.GGMLQuantizationType.Q6_K if six else gguf.GGMLQuantizationType.Q4_K
+        blocks = q6_k(values) if six else q4_k(values)
+        numbers = gguf.quants.dequantize(blocks, kind)
+        error = np.abs(numbers - values).mean() / np.abs(values).mean()
+        assert error < (0.03 if six else 0.1), f"{key}: {error}"
+        weights[key] = torch.from_numpy(numbers)
+        writer.add_tensor(new, blocks, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    path.chmod(0o644)
+    with tempfile.TemporaryDirectory() as folder:
+        directory = Path(folder)
+        write_json(directory / "config.json", config)
+        save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
+        logits = logits_of(load(directory), tokens)
+    reference = {"tokens": tokens, "logits": f32_list(logits)}
+    write_reference(path.parent / "reference.json", reference)
+    print(f"{path.name:36} {path.stat().st_size / 1024:4.0f} KB  max|logit| {float(logits.abs().max()):.3f}")
 
 
 def add_config(writer: gguf.GGUFWriter, config: dict[str, Any]) -> None:
@@ -1351,11 +1618,13 @@ def main() -> None:
             make_grouped(grouped)
         make_adapters()
         make_stretched()
+        make_yarn()
         make_perplexity()
         make_embed()
         make_gguf_blocks()
         make_gguf("moe", 1)
         make_gguf("bf16_shards", 2)
+        make_k_quants()
 
 
 if __name__ == "__main__":

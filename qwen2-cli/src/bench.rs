@@ -75,7 +75,7 @@ pub(crate) fn run(args: &BenchArgs) -> Result<(), Failure> {
         threads: args.threads,
     };
     let start = Instant::now();
-    let model = load::finish(load::apply(builder, &load_args)?)?;
+    let model = load::finish(builder, &load_args)?;
     let load_s = start.elapsed().as_secs_f64();
     // The first run pays for pages and threads that later ones find ready.
     generate(&model, args.prompt.min(16), 2)?.finish()?;

@@ -6,7 +6,9 @@ use std::path::Path;
 use std::time::Duration;
 
 use indicatif::{ProgressBar, ProgressStyle};
-use qwen2_core::{KvCacheType, Model, ModelBuilder, Progress, Source};
+use qwen2_core::{
+    KvCacheType, LongContext, Model, ModelBuilder, ModelConfig, Progress, RopeScaling, Source,
+};
 
 use crate::args::LoadArgs;
 use crate::failure::Failure;
@@ -18,7 +20,7 @@ pub(crate) fn load(model: Option<&OsStr>, args: &LoadArgs) -> Result<Model, Fail
         Some(model) => source(model),
         None => Source::from(demo::directory()?),
     };
-    finish(apply(Model::builder(source), args)?)
+    finish(Model::builder(source), args)
 }
 
 /// A path or an id of the hub; what is not Unicode can only be a path.
@@ -29,7 +31,7 @@ pub(crate) fn source(model: &OsStr) -> Source {
 }
 
 /// The builder with the settings of the arguments.
-pub(crate) fn apply(mut builder: ModelBuilder, args: &LoadArgs) -> Result<ModelBuilder, Failure> {
+fn apply(mut builder: ModelBuilder, args: &LoadArgs) -> Result<ModelBuilder, Failure> {
     builder = builder.device(args.device.parse()?);
     if let Some(dtype) = &args.dtype {
         builder = builder.dtype(dtype.parse()?);
@@ -61,11 +63,51 @@ pub(crate) fn apply(mut builder: ModelBuilder, args: &LoadArgs) -> Result<ModelB
     Ok(builder)
 }
 
-/// Loads, with a bar where a person looks on.
-pub(crate) fn finish(builder: ModelBuilder) -> Result<Model, Failure> {
-    Ok(with_bar("loading", |progress| {
-        builder.progress(progress).load()
-    })?)
+/// Loads with the settings of the arguments and a bar where a person looks on, and says on stderr if the
+/// context is a stretched one.
+pub(crate) fn finish(builder: ModelBuilder, args: &LoadArgs) -> Result<Model, Failure> {
+    let builder = apply(builder, args)?;
+    let model = with_bar("loading", |progress| builder.progress(progress).load())?;
+    let by = match &args.long_context {
+        Some(by) => by.parse()?,
+        None => LongContext::default(),
+    };
+    if let Some(stretch) = stretch(model.config(), model.context_length(), by) {
+        output::note(&stretch);
+    }
+    Ok(model)
+}
+
+/// What reaches beyond the trained length, and how far; `None` where nothing has to.
+fn stretch(config: &ModelConfig, context_length: usize, by: LongContext) -> Option<String> {
+    let factor = |factor: f64, trained: usize| {
+        let factor = (factor * 1000.0).round() / 1000.0;
+        format!(", factor {factor} over the {trained} of training")
+    };
+    let how = if let Some(chunks) = config.dual_chunk_attention {
+        if context_length <= chunks.chunk_length() {
+            return None; // as without chunks
+        }
+        let far = chunks
+            .original_max_position_embeddings
+            .filter(|trained| context_length > *trained)
+            .map(|trained| factor(context_length as f64 / trained as f64, trained));
+        let length = chunks.chunk_length();
+        let far = far.unwrap_or_default();
+        format!("dual chunk attention, chunks of {length}{far}")
+    } else {
+        let Some(RopeScaling::Yarn { factor: times, .. }) = config.rope_scaling else {
+            return None;
+        };
+        let trained = config.trained_length();
+        let when = match by {
+            LongContext::YarnWhenNeeded if context_length <= trained => return None,
+            LongContext::YarnWhenNeeded => "for longer texts only",
+            _ => "for short texts as well",
+        };
+        format!("YaRN{}, {when}", factor(times, trained))
+    };
+    Some(format!("context of {context_length} tokens: {how}"))
 }
 
 /// What is called while work goes on.

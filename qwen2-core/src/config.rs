@@ -99,6 +99,11 @@ pub enum RopeScaling {
         beta_fast: f64,
         /// Rotations below which a dimension is stretched fully; default 1.
         beta_slow: f64,
+        /// How much of a dimension that is left alone is left alone, above 0 and at most 1; default 1.
+        /// vLLM's key.
+        extrapolation_factor: f64,
+        /// Whether the ends between which dimensions are stretched in part are whole ones; default true.
+        truncate: bool,
     },
 }
 

@@ -7,8 +7,8 @@ use std::fs;
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 
-use common::{fixture, ids, json, max_difference, root, rows, unrounded};
-use qwen2_core::{ErrorKind, GenerateOptions, Quantization, merge_lora, quantize};
+use common::{fixture, floats, ids, json, max_difference, root, rows, unrounded};
+use qwen2_core::{ErrorKind, GenerateOptions, Prompt, Quantization, Request, merge_lora, quantize};
 use safetensors::SafeTensors;
 use safetensors::tensor::{Dtype, TensorView};
 use serde_json::{Value, json as value};
@@ -20,7 +20,7 @@ fn adapter(name: &str) -> PathBuf {
 #[test]
 fn logits_equal_those_of_peft() {
     let directory = tempfile::tempdir().unwrap();
-    for name in ["plain", "patterns"] {
+    for name in ["plain", "patterns", "second"] {
         let reference = json(adapter(name).join("reference.json"));
         let base = fixture(reference["base"].as_str().unwrap());
         let (tokens, want) = (ids(&reference["tokens"]), rows(&reference["logits"]));
@@ -70,7 +70,7 @@ fn logits_equal_those_of_peft() {
 
 #[test]
 fn adapters_beside_the_weights_give_the_same_and_leave_the_model_alone() {
-    for name in ["plain", "patterns"] {
+    for name in ["plain", "patterns", "second"] {
         let reference = json(adapter(name).join("reference.json"));
         let base = fixture(reference["base"].as_str().unwrap());
         let (tokens, want) = (ids(&reference["tokens"]), rows(&reference["logits"]));
@@ -98,6 +98,47 @@ fn adapters_beside_the_weights_give_the_same_and_leave_the_model_alone() {
         assert_eq!(adapted.adapters(), [adapter(name)]);
         assert!(model.adapters().is_empty());
         assert!(adapted.memory().weights > model.memory().weights);
+    }
+}
+
+/// Two adapters of PEFT's: none, either, and both at once, each for a request of its own, in one engine.
+#[test]
+fn several_at_once_equal_peft_request_by_request() {
+    let vectors = json(root().join("conformance/adapters/together.json"));
+    let cases = vectors["cases"].as_array().unwrap();
+    assert_eq!(cases.len(), 4);
+    let model = unrounded(fixture("tied")).load().unwrap();
+    let of = |case: &Value| {
+        let names = case["adapters"].as_array().unwrap().iter();
+        names.fold(model.clone(), |model, name| {
+            let path = adapter(name.as_str().unwrap());
+            model.with_adapter(path).unwrap()
+        })
+    };
+    let engine = model.engine().build().unwrap();
+    let submitted: Vec<_> = cases
+        .iter()
+        .map(|case| {
+            let (model, want) = (of(case), floats(&case["logits"]));
+            let tokens = ids(&case["tokens"]);
+            let logits = model.logits(&tokens).unwrap();
+            let last = &logits.values[logits.values.len() - logits.vocab_size..];
+            let size = want.iter().fold(0.0_f32, |max, x| max.max(x.abs()));
+            let difference = max_difference(last, &want);
+            assert!(
+                difference <= 1e-4 * (size / 4.0).max(1.0),
+                "{}: {difference} of {size}",
+                case["name"]
+            );
+            let mut options = GenerateOptions::greedy().max_new_tokens(12);
+            options.ignore_eos = true;
+            let request = Request::new(Prompt::Tokens(tokens), &options).model(&model);
+            (engine.submit_request(request).unwrap(), case)
+        })
+        .collect();
+    for (stream, case) in submitted {
+        let got = stream.finish().unwrap().tokens;
+        assert_eq!(got, ids(&case["greedy"]), "{}", case["name"]);
     }
 }
 

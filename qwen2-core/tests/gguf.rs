@@ -3,11 +3,13 @@
 
 mod common;
 
+use std::fs;
 use std::ops::ControlFlow;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
-use common::{demo, fixture, ids, json, root, unrounded};
-use qwen2_core::{ErrorKind, Message, Quantization, Tokenizer, convert, quantize};
+use common::{demo, fixture, ids, json, max_difference, root, rows, unrounded};
+use qwen2_core::{DType, ErrorKind, Message, Quantization, Tokenizer, convert, inspect, quantize};
+use serde_json::{Value, json as value};
 
 fn gguf(name: &str) -> PathBuf {
     root().join("conformance/gguf").join(name)
@@ -69,6 +71,32 @@ fn the_embedded_vocabulary_and_template_are_those_of_the_checkpoint() {
     }
 }
 
+/// llama.cpp's Q4_K_M, whose types are mixed, against transformers with the numbers of the gguf package.
+#[test]
+fn mixed_k_quants_give_the_logits_of_the_numbers_that_they_stand_for() {
+    let directory = root().join("conformance/gguf_mixed");
+    let reference = json(directory.join("reference.json"));
+    let file = directory.join("model.gguf");
+    let (tokens, want) = (ids(&reference["tokens"]), rows(&reference["logits"]));
+    let found = inspect(&file, |_| ControlFlow::Continue(())).unwrap();
+    let formats: Vec<_> = found.formats.keys().map(String::as_str).collect();
+    assert_eq!(formats, ["Q4_K", "Q6_K", "f32"]);
+    let size = want.iter().fold(0.0_f32, |max, x| max.max(x.abs()));
+    assert!(size > 3.0, "{size}");
+    let exact = unrounded(file.clone()).dtype(DType::F32);
+    let exact = exact.load().unwrap().logits(&tokens).unwrap().values;
+    let difference = max_difference(&exact, &want);
+    assert!(difference <= 1e-4, "{difference} of {size}");
+    // Packed in q8: its rounding, and that of activations to eight bits.
+    let packed = unrounded(file).load().unwrap();
+    let packed = packed.logits(&tokens).unwrap().values;
+    let difference = max_difference(&packed, &want);
+    assert!(
+        difference > 0.0 && difference <= 0.05 * size,
+        "{difference} of {size}"
+    );
+}
+
 #[test]
 fn packing_a_file_gives_what_packing_its_checkpoint_gives() {
     let directory = tempfile::tempdir().unwrap();
@@ -128,6 +156,48 @@ fn a_checkpoint_comes_back_from_gguf_as_it_was() {
         }
     }
     assert_eq!(std::fs::read_dir(directory.path()).unwrap().count(), 16);
+}
+
+/// A copy of the YaRN fixture with another `rope_scaling`.
+fn with_yarn(to: &Path, scaling: Value) {
+    fs::create_dir(to).unwrap();
+    for entry in fs::read_dir(fixture("yarn")).unwrap() {
+        let from = entry.unwrap().path();
+        fs::copy(&from, to.join(from.file_name().unwrap())).unwrap();
+    }
+    let mut config = json(to.join("config.json"));
+    config["rope_scaling"] = scaling;
+    fs::write(to.join("config.json"), config.to_string()).unwrap();
+}
+
+#[test]
+fn keys_of_vllm_come_back_from_gguf_and_what_it_has_no_key_for_is_refused() {
+    let directory = tempfile::tempdir().unwrap();
+    let tokens = ids(&json(fixture("yarn").join("reference.json"))["tokens"]);
+    let yarn = value!({"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 20});
+    let mut scaling = yarn.clone();
+    scaling["extrapolation_factor"] = value!(0.5);
+    scaling["attention_factor"] = value!(1.25);
+    let from = directory.path().join("vllm");
+    with_yarn(&from, scaling);
+    let file = directory.path().join("vllm.gguf");
+    convert(&from, &file, None, |_| ControlFlow::Continue(())).unwrap();
+    let logits = |path: &Path| {
+        let model = unrounded(path.to_owned()).load().unwrap();
+        model.logits(&tokens).unwrap().values
+    };
+    assert_eq!(logits(&file), logits(&from));
+    assert!(max_difference(&logits(&from), &logits(&fixture("yarn"))) > 0.01);
+    let mut scaling = yarn;
+    scaling["truncate"] = value!(false);
+    let from = directory.path().join("whole");
+    with_yarn(&from, scaling);
+    let file = directory.path().join("whole.gguf");
+    let error = convert(&from, file, None, |_| ControlFlow::Continue(())).unwrap_err();
+    assert_eq!(
+        (error.kind(), error.key()),
+        (ErrorKind::Unsupported, Some("rope_scaling.truncate"))
+    );
 }
 
 #[test]

@@ -14,7 +14,14 @@ use safetensors::SafeTensors;
 use safetensors::tensor::TensorView;
 use serde_json::{Value, json as value};
 
-const NAMES: [&str; 5] = ["gptq4", "gptq4_order", "gptq4_v2", "gptq8", "awq"];
+const NAMES: [&str; 6] = [
+    "gptq4",
+    "gptq4_order",
+    "gptq4_v2",
+    "gptq8",
+    "awq",
+    "gptq4_moe",
+];
 
 fn grouped(name: &str) -> PathBuf {
     root().join("conformance/grouped").join(name)
@@ -81,6 +88,38 @@ fn a_checkpoint_is_converted_and_packed_from_its_numbers() {
     let formats: Vec<_> = found.formats.keys().map(String::as_str).collect();
     assert_eq!(formats, ["f16", "grouped"]);
     assert!(found.weight_bytes > found.stored_bytes / 2);
+}
+
+/// The checksum of zip and PNG.
+fn crc32(bytes: &[u8]) -> u32 {
+    !bytes.iter().fold(!0, |crc: u32, byte| {
+        (0..8).fold(crc ^ u32::from(*byte), |crc, _| {
+            (crc >> 1) ^ (0xEDB8_8320 & (crc & 1).wrapping_neg())
+        })
+    })
+}
+
+#[test]
+fn numbers_are_bit_for_bit_those_of_numpy() {
+    assert_eq!(crc32(b"123456789"), 0xCBF4_3926);
+    let directory = tempfile::tempdir().unwrap();
+    for (name, matrices) in NAMES.map(|name| (name, if name == "gptq4_moe" { 19 } else { 7 })) {
+        let dense = directory.path().join(name);
+        convert(grouped(name), &dense, Some(DType::F32), |_| {
+            ControlFlow::Continue(())
+        })
+        .unwrap();
+        let bytes = fs::read(dense.join("model.safetensors")).unwrap();
+        let stored = SafeTensors::deserialize(&bytes).unwrap();
+        let reference = json(grouped(name).join("reference.json"));
+        let want = reference["crc32"].as_object().unwrap();
+        assert_eq!(want.len(), matrices, "{name}");
+        for (matrix, want) in want {
+            let view = stored.tensor(matrix).unwrap();
+            assert_eq!(view.dtype(), safetensors::Dtype::F32);
+            assert_eq!(u64::from(crc32(view.data())), *want, "{name}: {matrix}");
+        }
+    }
 }
 
 type Tensors = BTreeMap<String, (safetensors::Dtype, Vec<usize>, Vec<u8>)>;

@@ -6,10 +6,11 @@ mod common;
 use std::fs;
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use common::{fixture, json, root};
 use peak_alloc::PeakAlloc;
-use qwen2_core::{Error, ErrorKind, Model, inspect};
+use qwen2_core::{Error, ErrorKind, Model, Tokenizer, inspect};
 use serde_json::{Value, json as value};
 
 #[global_allocator]
@@ -17,6 +18,8 @@ static MEMORY: PeakAlloc = PeakAlloc;
 
 /// What a refusal may hold at its worst.
 const MOST: usize = 1 << 20;
+/// The same where regular expressions are compiled, with their tables of Unicode.
+const EXPRESSIONS: usize = 64 << 20;
 
 /// The most memory that `body` holds beyond what was held before.
 fn peak<R>(body: impl FnOnce() -> R) -> (R, usize) {
@@ -25,6 +28,19 @@ fn peak<R>(body: impl FnOnce() -> R) -> (R, usize) {
     let result = body();
     (result, MEMORY.peak_usage() - before)
 }
+
+/// The shortest of five times: others have the processor as well.
+fn fastest<R>(mut body: impl FnMut() -> R) -> Duration {
+    let times = (0..5).map(|_| {
+        let start = Instant::now();
+        body();
+        start.elapsed()
+    });
+    times.min().unwrap()
+}
+
+/// What a refusal may take.
+const LONGEST: Duration = Duration::from_millis(10);
 
 struct Case {
     name: &'static str,
@@ -129,6 +145,11 @@ fn changed(directory: &Path, change: impl Fn(&mut Value), weights: Option<&[u8]>
     directory.to_owned()
 }
 
+/// A terabyte of nothing that takes no room on the disk.
+fn sparse(path: &Path) {
+    fs::File::create(path).unwrap().set_len(1 << 40).unwrap();
+}
+
 /// A safetensors file of one tensor without bytes.
 fn empty_tensor(name: &str, dtype: &str, shape: &[u64]) -> Vec<u8> {
     let header =
@@ -147,6 +168,62 @@ fn directory_cases() -> Vec<Case> {
         }),
         checkpoint("a header of 100 MB that is not there", "", |to| {
             changed(to, |_| (), Some(&100_000_000_u64.to_le_bytes()))
+        }),
+        checkpoint("2^64 numbers in no bytes", "l.weight", |to| {
+            let file = empty_tensor("l.weight", "F32", &[1 << 32, 1 << 32]);
+            changed(to, |_| (), Some(&file))
+        }),
+        checkpoint("offsets up to 2^64", "l.weight", |to| {
+            let tensor =
+                value!({"dtype": "F32", "shape": [1_u64 << 62], "data_offsets": [0, u64::MAX]});
+            let header = value!({ "l.weight": tensor }).to_string();
+            let length = (header.len() as u64).to_le_bytes();
+            let file = [length.as_slice(), header.as_bytes()].concat();
+            changed(to, |_| (), Some(&file))
+        }),
+        checkpoint("a tensor of 10,000 dimensions", "l.weight", |to| {
+            let file = empty_tensor("l.weight", "F32", &[1; 10_000]);
+            changed(to, |_| (), Some(&file))
+        }),
+        checkpoint("lists in lists in a header", "", |to| {
+            let header = format!("{{\"l\":{}", "[".repeat(50_000));
+            let length = (header.len() as u64).to_le_bytes();
+            let file = [length.as_slice(), header.as_bytes()].concat();
+            changed(to, |_| (), Some(&file))
+        }),
+        checkpoint("an index of a terabyte", "", |to| {
+            changed(to, |_| (), None);
+            fs::remove_file(to.join("model.safetensors")).unwrap();
+            sparse(&to.join("model.safetensors.index.json"));
+            to.to_owned()
+        }),
+        checkpoint("an index of lists in lists", "", |to| {
+            changed(to, |_| (), None);
+            fs::remove_file(to.join("model.safetensors")).unwrap();
+            let index = format!("{{\"weight_map\":{}", "[".repeat(50_000));
+            fs::write(to.join("model.safetensors.index.json"), index).unwrap();
+            to.to_owned()
+        }),
+        checkpoint("a config of a terabyte", "", |to| {
+            changed(to, |_| (), None);
+            sparse(&to.join("config.json"));
+            to.to_owned()
+        }),
+        checkpoint("a config of lists in lists", "", |to| {
+            changed(to, |_| (), None);
+            let config = format!("{{\"hidden_size\":{}", "[".repeat(50_000));
+            fs::write(to.join("config.json"), config).unwrap();
+            to.to_owned()
+        }),
+        checkpoint("a vocabulary of 2^64", "vocab_size", |to| {
+            changed(to, |config| config["vocab_size"] = value!(u64::MAX), None)
+        }),
+        checkpoint("layers of 2^53 as a float", "num_hidden_layers", |to| {
+            changed(
+                to,
+                |config| config["num_hidden_layers"] = value!(9e15),
+                None,
+            )
         }),
         checkpoint("a million experts", "num_experts", |to| {
             let change = |config: &mut Value| {
@@ -182,6 +259,42 @@ fn directory_cases() -> Vec<Case> {
     ]
 }
 
+/// tokenizer.json of `tied` with another part; what the error's key ends in.
+fn tokenizer_cases() -> Vec<Case> {
+    fn tokenizer(directory: &Path, change: impl Fn(&mut Value)) -> PathBuf {
+        let mut tokenizer = json(fixture("tied").join("tokenizer.json"));
+        change(&mut tokenizer);
+        fs::write(directory.join("tokenizer.json"), tokenizer.to_string()).unwrap();
+        directory.to_owned()
+    }
+    vec![
+        checkpoint("a token of id 2^32 - 1", "", |to| {
+            tokenizer(to, |json| json["model"]["vocab"]["a"] = value!(u32::MAX))
+        }),
+        checkpoint("an added token of id 2^32 - 1", "", |to| {
+            tokenizer(to, |json| json["added_tokens"][0]["id"] = value!(u32::MAX))
+        }),
+        checkpoint("a token of id 2^64 - 1", "", |to| {
+            tokenizer(to, |json| json["model"]["vocab"]["a"] = value!(u64::MAX))
+        }),
+        checkpoint("lists in lists", "", |to| {
+            let text = format!("{{\"model\":{}", "[".repeat(50_000));
+            fs::write(to.join("tokenizer.json"), text).unwrap();
+            to.to_owned()
+        }),
+        checkpoint("a tokenizer of a terabyte", "", |to| {
+            sparse(&to.join("tokenizer.json"));
+            to.to_owned()
+        }),
+        checkpoint("a pattern of gigabytes", "", |to| {
+            tokenizer(to, |json| {
+                let pattern = value!({"Regex": "((a{1000}){1000}){1000}"});
+                json["pre_tokenizer"]["pretokenizers"][0]["pattern"] = pattern;
+            })
+        }),
+    ]
+}
+
 /// An adapter for a projection of `tied`, of these settings and with halves of these shapes.
 fn write_adapter(directory: &Path, settings: &Value, shapes: [[u64; 2]; 2]) {
     let mut config = value!({"peft_type": "LORA", "r": 4, "lora_alpha": 4});
@@ -204,8 +317,8 @@ fn write_adapter(directory: &Path, settings: &Value, shapes: [[u64; 2]; 2]) {
     fs::write(directory.join("adapter_model.safetensors"), file).unwrap();
 }
 
-fn check(name: &str, key: &str, held: usize, error: &Error) {
-    assert!(held <= MOST, "{name}: {held} bytes");
+fn check(name: &str, key: &str, held: usize, most: usize, error: &Error) {
+    assert!(held <= most, "{name}: {held} bytes");
     assert_eq!(error.kind(), ErrorKind::InvalidFile, "{name}: {error}");
     assert!(
         error.path().is_some() && error.help().is_some(),
@@ -217,12 +330,37 @@ fn check(name: &str, key: &str, held: usize, error: &Error) {
 
 /// One test for all, because the counter is one for all threads.
 #[test]
-fn what_lies_is_refused_within_a_megabyte() {
+fn what_lies_is_refused_within_a_megabyte_and_ten_milliseconds() {
     for case in gguf_cases().into_iter().chain(directory_cases()) {
         let directory = tempfile::tempdir().unwrap();
         let path = (case.write)(directory.path());
-        let (outcome, held) = peak(|| inspect(path, |_| ControlFlow::Continue(())));
-        check(case.name, case.key, held, &outcome.expect_err(case.name));
+        let open = || inspect(&path, |_| ControlFlow::Continue(()));
+        let (outcome, held) = peak(open);
+        let took = fastest(open);
+        assert!(took < LONGEST, "{}: {took:?}", case.name);
+        check(
+            case.name,
+            case.key,
+            held,
+            MOST,
+            &outcome.expect_err(case.name),
+        );
+    }
+    for case in tokenizer_cases() {
+        let directory = tempfile::tempdir().unwrap();
+        let path = (case.write)(directory.path());
+        let (outcome, held) = peak(|| Tokenizer::load(&path));
+        let is_pattern = case.name.contains("pattern");
+        let most = if is_pattern { EXPRESSIONS } else { MOST };
+        let took = fastest(|| Tokenizer::load(&path));
+        assert!(is_pattern || took < LONGEST, "{}: {took:?}", case.name);
+        check(
+            case.name,
+            case.key,
+            held,
+            most,
+            &outcome.expect_err(case.name),
+        );
     }
     let model = Model::load(fixture("tied")).unwrap();
     let whole = [[4, 32], [32, 4]];
@@ -252,6 +390,6 @@ fn what_lies_is_refused_within_a_megabyte() {
         let directory = tempfile::tempdir().unwrap();
         write_adapter(directory.path(), &settings, shapes);
         let (outcome, held) = peak(|| model.with_adapter(directory.path()));
-        check(name, key, held, &outcome.expect_err(name));
+        check(name, key, held, MOST, &outcome.expect_err(name));
     }
 }

@@ -3,8 +3,11 @@
 
 mod common;
 
+use std::fs;
+
 use common::{fixture, ids, json, max_difference, root, unrounded};
 use qwen2_core::{GenerateOptions, KvCacheType, LongContext, Model, Prompt};
+use serde_json::Value;
 
 const TRAINED: usize = 128;
 
@@ -117,6 +120,58 @@ fn chunks_change_nothing_for_sequences_of_one() {
         .generate(Prompt::Tokens(prompt.to_vec()), &greedy(60))
         .unwrap();
     assert_eq!(generation.tokens, greedy_by_recompute(&chunked, prompt, 60));
+}
+
+/// A copy of a fixture with another config.json.
+fn changed(name: &str, change: impl Fn(&mut Value)) -> tempfile::TempDir {
+    let directory = tempfile::tempdir().unwrap();
+    for entry in fs::read_dir(fixture(name)).unwrap() {
+        let from = entry.unwrap().path();
+        fs::copy(&from, directory.path().join(from.file_name().unwrap())).unwrap();
+    }
+    let path = directory.path().join("config.json");
+    let mut config = json(path.clone());
+    change(&mut config);
+    fs::write(path, config.to_string()).unwrap();
+    directory
+}
+
+/// tests/parity.rs compares the fixture with the reference.
+#[test]
+fn chunks_take_of_yarn_what_the_trained_length_is_and_nothing_else() {
+    let name = "dual_chunk_yarn";
+    let tokens = ids(&json(fixture(name).join("reference.json"))["tokens"]);
+    let of = |change: fn(&mut Value)| {
+        let directory = changed(name, change);
+        logits(
+            &unrounded(directory.path().to_owned()).load().unwrap(),
+            &tokens,
+        )
+    };
+    let both = logits(&unrounded(fixture(name)).load().unwrap(), &tokens);
+    let of_yarn = of(|config| {
+        let chunks = config["dual_chunk_attention_config"].as_object_mut();
+        chunks
+            .unwrap()
+            .remove("original_max_position_embeddings")
+            .unwrap();
+    });
+    assert_eq!(of_yarn, both, "the trained length is that of rope_scaling");
+    let without_yarn = of(|config| {
+        config["rope_scaling"] = Value::Null;
+        config["max_position_embeddings"] = 120.into();
+    });
+    assert_eq!(without_yarn, both);
+    let unscaled = of(|config| {
+        config["rope_scaling"] = Value::Null;
+        config["max_position_embeddings"] = 120.into();
+        let chunks = config["dual_chunk_attention_config"].as_object_mut();
+        chunks
+            .unwrap()
+            .remove("original_max_position_embeddings")
+            .unwrap();
+    });
+    assert!(max_difference(&unscaled, &both) > 0.001);
 }
 
 #[test]

@@ -6,7 +6,7 @@ mod common;
 use common::{builder, device, fixture, floats, ids, json, max_difference, root, rows, unrounded};
 use qwen2_core::{DType, ErrorKind, GenerateOptions, KvCacheType, Prompt, RopeScaling};
 
-const MODELS: [&str; 17] = [
+const MODELS: [&str; 18] = [
     "tied",
     "untied",
     "tied_flag_untied_weights",
@@ -19,6 +19,7 @@ const MODELS: [&str; 17] = [
     "yarn",
     "yarn5",
     "dual_chunk",
+    "dual_chunk_yarn",
     "sliding",
     "sliding5",
     "moe",

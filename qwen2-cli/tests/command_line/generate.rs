@@ -231,3 +231,41 @@ fn loading_options_reach_the_library() {
     );
     assert!(overflow.stderr.contains("\nhelp: "), "{}", overflow.stderr);
 }
+
+#[test]
+fn a_context_that_is_stretched_is_said_on_stderr() {
+    let model = |name: &str| {
+        let path = root().join("conformance/models").join(name);
+        path.display().to_string()
+    };
+    let said = |model: &str, options: &[&str]| {
+        let args = ["generate", model, "hi", "--max-new-tokens", "1", "--json"];
+        let outcome = qwen2(&[&args, options].concat());
+        outcome.json(); // stdout is as without
+        outcome.stderr
+    };
+    let longer = ["--context-length", "320"];
+    let by = |by: &'static str| [&longer[..], &["--long-context", by]].concat();
+    let yarn = "context of 320 tokens: YaRN, factor 2.5 over the 128 of training, for ";
+    assert_eq!(
+        said(&tied(), &longer),
+        format!("{yarn}short texts as well\n")
+    );
+    let when_needed = said(&tied(), &by("yarn_when_needed"));
+    assert_eq!(when_needed, format!("{yarn}longer texts only\n"));
+    let chunks = "dual chunk attention, chunks of 88, factor 2.5 over the 128 of training\n";
+    assert_eq!(
+        said(&tied(), &by("dual_chunk")),
+        format!("context of 320 tokens: {chunks}")
+    );
+    // What a checkpoint asks for by itself is said as well.
+    assert_eq!(
+        said(&model("yarn"), &[]),
+        "context of 80 tokens: YaRN, factor 4 over the 20 of training, for short texts as well\n"
+    );
+    assert_eq!(
+        said(&model("dual_chunk"), &[]),
+        "context of 128 tokens: dual chunk attention, chunks of 18, factor 3.2 over the 40 of training\n"
+    );
+    assert_eq!(said(&tied(), &["--context-length", "128"]), "");
+}

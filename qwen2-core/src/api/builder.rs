@@ -542,10 +542,17 @@ impl ModelBuilder {
         let wanted = self.context_length.unwrap_or(config.context_length());
         let stretched = config.stretched_to(wanted, self.long_context)?;
         if stretched != *config {
+            let trained = config.trained_length();
+            // A config that has chunks stays with them, whatever is asked for.
+            let long_context = match stretched.dual_chunk_attention {
+                Some(_) => LongContext::DualChunk,
+                None => self.long_context,
+            };
             tracing::info!(
                 context_length = wanted,
-                trained = config.max_position_embeddings,
-                long_context = self.long_context.name(),
+                trained,
+                factor = wanted as f64 / trained as f64,
+                long_context = long_context.name(),
                 "stretched"
             );
         }

@@ -73,12 +73,15 @@ impl Directory {
         let shown = self.path.join(name);
         let failed = |error| Error::io("file cannot be read", &shown, error);
         let file = File::open(real).map_err(failed)?;
+        let length = file.metadata().map_err(failed)?.len();
         let mut bytes = Vec::new();
-        // One byte more than allowed tells a file that is too long, however it grows meanwhile.
-        file.take(most + 1)
-            .read_to_end(&mut bytes)
-            .map_err(failed)?;
-        if bytes.len() as u64 > most {
+        if length <= most {
+            // One byte more than allowed tells a file that is too long, however it grows meanwhile.
+            file.take(most + 1)
+                .read_to_end(&mut bytes)
+                .map_err(failed)?;
+        }
+        if length.max(bytes.len() as u64) > most {
             return Err(Error::new(ErrorKind::InvalidFile, "file is too long")
                 .with_path(shown)
                 .with_why(format!("at most {most} bytes are read"))

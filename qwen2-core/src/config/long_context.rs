@@ -148,6 +148,8 @@ impl ModelConfig {
                 attention_factor: None,
                 beta_fast: DEFAULT_BETA_FAST,
                 beta_slow: DEFAULT_BETA_SLOW,
+                extrapolation_factor: 1.0,
+                truncate: true,
             }),
             ..self.clone()
         })

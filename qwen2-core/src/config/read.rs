@@ -289,25 +289,24 @@ fn yarn(table: &Fields<'_>, max_position: usize, rope_theta: f64) -> Result<Rope
             format!("yarn divides by its logarithm, so it must be above 1, found {rope_theta}");
         return Err(table.contradiction("rope_theta", why));
     }
-    if table.boolean("truncate")? == Some(false) {
-        let help = "remove the key: Qwen2's cards do not ask for it";
-        return Err(table.unsupported(
-            "yarn without truncation is not supported",
-            "truncate",
-            "false",
-            help,
-        ));
-    }
+    let extrapolation_factor = table
+        .number("extrapolation_factor", "above 0, at most 1", |factor| {
+            factor > 0.0 && factor <= 1.0
+        })?
+        .unwrap_or(1.0);
     Ok(RopeScaling::Yarn {
         factor,
         original_max_position_embeddings: original,
         attention_factor: attention_factor(table, factor)?,
         beta_fast,
         beta_slow,
+        extrapolation_factor,
+        truncate: table.boolean("truncate")?.unwrap_or(true),
     })
 }
 
-/// As transformers: the key itself, or the ratio of `mscale` to `mscale_all_dim`.
+/// As transformers: the key itself, or the ratio of `mscale` to `mscale_all_dim`; else as vLLM: `attn_factor`
+/// times what YaRN takes, or alone where `apply_yarn_scaling` is false.
 fn attention_factor(table: &Fields<'_>, factor: f64) -> Result<Option<f64>> {
     let explicit = table.positive("attention_factor")?;
     let scale = table
@@ -318,7 +317,29 @@ fn attention_factor(table: &Fields<'_>, factor: f64) -> Result<Option<f64>> {
         .unwrap_or(0.0);
     let mscale = |scale: f64| 0.1 * scale * factor.ln() + 1.0;
     let ratio = (scale > 0.0 && scale_all > 0.0).then(|| mscale(scale) / mscale(scale_all));
-    Ok(explicit.or(ratio))
+    let absolute = explicit.or(ratio);
+    let relative = table.positive("attn_factor")?;
+    let own = match table.boolean("apply_yarn_scaling")? {
+        Some(false) => 1.0,
+        _ => mscale(1.0),
+    };
+    if own == mscale(1.0) && relative.is_none() {
+        return Ok(absolute);
+    }
+    let of_vllm = relative.unwrap_or(1.0) * own;
+    match absolute {
+        Some(absolute) if (absolute - of_vllm).abs() > 1e-6 * absolute => {
+            let key = if relative.is_some() {
+                "attn_factor"
+            } else {
+                "apply_yarn_scaling"
+            };
+            let why = format!("it makes {of_vllm}, other keys make {absolute}");
+            Err(table.contradiction(key, why))
+        }
+        Some(absolute) => Ok(Some(absolute)),
+        None => Ok(Some(of_vllm)),
+    }
 }
 
 /// The rules of transformers 5.23, `configuration_qwen2.py` and `configuration_qwen2_moe.py`.

@@ -142,8 +142,67 @@ fn yarn_is_read_from_both_keys_and_stretches_the_context() {
             attention_factor: None,
             beta_fast: 32.0,
             beta_slow: 1.0,
+            extrapolation_factor: 1.0,
+            truncate: true,
         })
     );
+}
+
+#[test]
+fn keys_of_vllm_and_transformers_agree_on_yarns_attention_or_are_refused() {
+    let factor = |changes: Value| -> Result<Option<f64>> {
+        let mut yarn = json!({"type": "yarn", "factor": 4.0});
+        for (key, value) in changes.as_object().expect("changes") {
+            yarn[key] = value.clone();
+        }
+        match parse(&with(json!({ "rope_scaling": yarn })))?.rope_scaling {
+            Some(RopeScaling::Yarn {
+                attention_factor, ..
+            }) => Ok(attention_factor),
+            None => panic!("no yarn"),
+        }
+    };
+    let own = 0.1 * 4_f64.ln() + 1.0;
+    assert_eq!(factor(json!({})).expect("none"), None);
+    assert_eq!(
+        factor(json!({"attn_factor": 2.0})).expect("vLLM"),
+        Some(2.0 * own)
+    );
+    assert_eq!(
+        factor(json!({"attn_factor": 2.0, "attention_factor": 2.0 * own})).expect("both"),
+        Some(2.0 * own)
+    );
+    assert_eq!(
+        factor(json!({"apply_yarn_scaling": true})).expect("as by default"),
+        None
+    );
+    assert_eq!(
+        factor(json!({"apply_yarn_scaling": false})).expect("off"),
+        Some(1.0)
+    );
+    for (changes, key) in [
+        (
+            json!({"attn_factor": 1.0, "attention_factor": 1.5}),
+            "attn_factor",
+        ),
+        (
+            json!({"attn_factor": 1.5, "mscale": 1.0, "mscale_all_dim": 1.0}),
+            "attn_factor",
+        ),
+        (
+            json!({"apply_yarn_scaling": false, "attention_factor": 1.5}),
+            "apply_yarn_scaling",
+        ),
+        (json!({"extrapolation_factor": 0.0}), "extrapolation_factor"),
+        (json!({"extrapolation_factor": "1"}), "extrapolation_factor"),
+        (json!({"attn_factor": -1.0}), "attn_factor"),
+        (json!({"truncate": 0}), "truncate"),
+    ] {
+        let error = factor(changes.clone()).expect_err("refused");
+        assert_eq!(error.kind(), ErrorKind::InvalidFile, "{changes}: {error}");
+        let key = format!("rope_scaling.{key}");
+        assert_eq!(error.key(), Some(key.as_str()), "{changes}: {error}");
+    }
 }
 
 #[test]

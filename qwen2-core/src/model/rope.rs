@@ -132,13 +132,16 @@ impl Frequencies {
                 attention_factor,
                 beta_fast,
                 beta_slow,
-                ..
+                extrapolation_factor,
+                truncate,
             }) => {
                 let length = *original_max_position_embeddings as f64;
-                let (low, high) = ramp_ends(config, length, *beta_fast, *beta_slow);
+                let ends = [*beta_fast, *beta_slow];
+                let (low, high) = ramp_ends(config, length, ends, *truncate);
                 let blend = |j: usize| {
                     let ramp = ((j as f64 - low) / (high - low)).clamp(0.0, 1.0);
-                    (plain(j) / factor * ramp + plain(j) * (1.0 - ramp)) as f32
+                    let kept = (1.0 - ramp) * extrapolation_factor;
+                    (plain(j) / factor * (1.0 - kept) + plain(j) * kept) as f32
                 };
                 let attention =
                     attention_factor.unwrap_or_else(|| default_attention_factor(*factor));
@@ -188,15 +191,56 @@ fn default_attention_factor(factor: f64) -> f64 {
     }
 }
 
-/// The dimensions between which YaRN goes over from extrapolation to interpolation.
-fn ramp_ends(config: &ModelConfig, length: f64, beta_fast: f64, beta_slow: f64) -> (f64, f64) {
+/// The dimensions between which YaRN goes over from extrapolation to interpolation: those that make as
+/// many `rotations` over the trained length, whole ones with `truncate`.
+fn ramp_ends(config: &ModelConfig, length: f64, rotations: [f64; 2], truncate: bool) -> (f64, f64) {
     let d = config.head_dim as f64;
-    let dimension = |rotations: f64| {
+    let [low, high] = rotations.map(|rotations| {
         d * (length / (rotations * 2.0 * std::f64::consts::PI)).ln()
             / (2.0 * config.rope_theta.ln())
+    });
+    let (low, high) = match truncate {
+        true => (low.floor(), high.ceil()),
+        false => (low, high),
     };
-    let low = dimension(beta_fast).floor().max(0.0);
-    let high = dimension(beta_slow).ceil().min(d - 1.0);
+    let (low, high) = (low.max(0.0), high.min(d - 1.0));
     // transformers: a ramp of no width would divide by zero.
     (low, if low == high { high + 0.001 } else { high })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use serde_json::{Value, json};
+
+    use super::*;
+
+    /// Their powers are of f32, each off by a few units in the last place; ours are of f64.
+    #[test]
+    fn yarn_equals_transformers_and_vllm_for_every_key() {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../conformance/yarn.json");
+        let text = std::fs::read_to_string(path).expect("vectors");
+        let vectors: Value = serde_json::from_str(&text).expect("json");
+        let cases = vectors["cases"].as_array().expect("cases");
+        assert_eq!(cases.len(), 17);
+        for case in cases {
+            let name = &case["name"];
+            let mut config = json!(ModelConfig::default());
+            for key in ["rope_theta", "head_dim", "rope_scaling"] {
+                config[key] = case[key].clone();
+            }
+            let config = ModelConfig::from_json(config.to_string().as_bytes(), Path::new("c"))
+                .expect("config");
+            let got = Frequencies::new(&config, config.rope_scaling.as_ref());
+            let want = case["inv_freq"].as_array().expect("numbers");
+            assert_eq!(got.inv_freq.len(), want.len(), "{name}");
+            for (got, want) in got.inv_freq.iter().zip(want) {
+                let want = want.as_f64().expect("number") as f32;
+                assert!((got - want).abs() <= 1e-6 * want, "{name}: {got} {want}");
+            }
+            let want = case["attention_factor"].as_f64().expect("number") as f32;
+            assert_eq!(got.attention_factor, want, "{name}");
+        }
+    }
 }

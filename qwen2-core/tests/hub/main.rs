@@ -7,6 +7,7 @@ mod gguf;
 mod huggingface;
 mod modelscope;
 mod server;
+mod tls;
 
 use std::fs;
 use std::ops::ControlFlow;

@@ -4,12 +4,15 @@ use std::collections::BTreeMap;
 use std::fmt::Write as _;
 use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};
-use std::net::{TcpListener, TcpStream};
+use std::net::TcpListener;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
+use rustls::pki_types::pem::PemObject;
+use rustls::pki_types::{CertificateDer, PrivateKeyDer};
+use rustls::{ServerConfig, ServerConnection, StreamOwned};
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 
@@ -46,6 +49,8 @@ pub struct State {
     /// List names and nothing else, as a plain mirror may.
     pub names_only: bool,
     pub etag: Option<String>,
+    /// Storage is spoken to as the hub is.
+    pub scheme: &'static str,
     /// The branches and tags, beside the commit itself.
     pub revisions: Vec<String>,
 }
@@ -63,19 +68,49 @@ impl Hub {
         Self::with(files_of(&directory, "reference.json"))
     }
 
+    /// Over TLS, with a certificate of an authority that nobody knows.
+    pub fn encrypted(fixture: &str) -> Self {
+        let directory = self::fixture("models").join(fixture);
+        let chain = CertificateDer::pem_file_iter(certificate("server.pem")).expect("file");
+        let chain = chain.map(|item| item.expect("certificate")).collect();
+        let key = PrivateKeyDer::from_pem_file(certificate("server.key")).expect("key");
+        let provider = Arc::new(rustls::crypto::ring::default_provider());
+        let config = ServerConfig::builder_with_provider(provider)
+            .with_safe_default_protocol_versions()
+            .expect("versions")
+            .with_no_client_auth()
+            .with_single_cert(chain, key)
+            .expect("certificate of the key");
+        let files = files_of(&directory, "reference.json");
+        Self::serve(files, Some(Arc::new(config)))
+    }
+
     pub fn with(files: BTreeMap<String, Vec<u8>>) -> Self {
+        Self::serve(files, None)
+    }
+
+    fn serve(files: BTreeMap<String, Vec<u8>>, tls: Option<Arc<ServerConfig>>) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").expect("bind");
-        let endpoint = format!("http://{}", listener.local_addr().expect("address"));
+        let scheme = if tls.is_some() { "https" } else { "http" };
+        let address = listener.local_addr().expect("address");
+        let endpoint = format!("{scheme}://{address}");
         let state = Arc::new(Mutex::new(State {
             files,
+            scheme,
             revisions: vec!["main".to_owned(), "master".to_owned()],
             ..State::default()
         }));
         let shared = state.clone();
         std::thread::spawn(move || {
             for stream in listener.incoming().flatten() {
-                let shared = shared.clone();
-                std::thread::spawn(move || answer(stream, &shared));
+                let (shared, tls) = (shared.clone(), tls.clone());
+                std::thread::spawn(move || match tls {
+                    None => answer(stream, &shared),
+                    Some(config) => {
+                        let server = ServerConnection::new(config).expect("config");
+                        answer(StreamOwned::new(server, stream), &shared);
+                    }
+                });
             }
         });
         Self {
@@ -110,7 +145,7 @@ impl Hub {
         command.args(["child_loads_what_the_environment_says", "--exact"]);
         for (name, _) in std::env::vars_os() {
             let upper = name.to_string_lossy().to_ascii_uppercase();
-            let ours = ["HF_", "MODELSCOPE_", "QWEN2_"];
+            let ours = ["HF_", "MODELSCOPE_", "QWEN2_", "SSL_CERT_", "REQUESTS_CA_"];
             if ours.iter().any(|prefix| upper.starts_with(prefix)) || upper.ends_with("_PROXY") {
                 command.env_remove(name);
             }
@@ -194,6 +229,12 @@ pub fn fixture(path: &str) -> PathBuf {
     conformance.join(path)
 }
 
+/// One of the files that `certificates/make` has made.
+pub fn certificate(name: &str) -> PathBuf {
+    let tests = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests");
+    tests.join("hub/certificates").join(name)
+}
+
 pub fn read_outcome(outcome: &Path) -> Value {
     let text = fs::read(outcome).expect("the child wrote no outcome");
     serde_json::from_slice(&text).expect("json")
@@ -225,8 +266,8 @@ pub fn all_files(directory: &Path) -> Vec<PathBuf> {
     found
 }
 
-fn answer(mut stream: TcpStream, state: &Mutex<State>) {
-    let mut reader = BufReader::new(stream.try_clone().expect("clone"));
+fn answer(mut stream: impl Read + Write, state: &Mutex<State>) {
+    let mut reader = BufReader::new(&mut stream);
     let mut head = Vec::new();
     loop {
         let mut line = String::new();
@@ -328,7 +369,8 @@ fn respond(state: &State, path: &str, range: &str, storage: &str) -> Response {
     let etag = state.etag.clone().unwrap_or_else(|| tag(bytes));
     let identity = format!("ETag: \"{etag}\"\r\nX-Repo-Commit: {COMMIT}\r\n");
     if bytes.len() >= LARGE && on_cdn.is_none() {
-        let location = format!("Location: http://{storage}/cdn/{name}\r\n");
+        let scheme = state.scheme;
+        let location = format!("Location: {scheme}://{storage}/cdn/{name}\r\n");
         let size = format!("X-Linked-Size: {}\r\n", bytes.len());
         let headers = format!("{identity}X-Linked-ETag: \"{etag}\"\r\n{size}{location}");
         return plain("302 Found", &headers, b"");

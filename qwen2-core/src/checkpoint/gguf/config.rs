@@ -86,7 +86,20 @@ pub(super) fn config(metadata: &Metadata<'_>, experts: &[usize]) -> Result<Value
     Ok(config)
 }
 
-fn rope_scaling(metadata: &Metadata<'_>, key: &dyn Fn(&str) -> String) -> Result<Option<Value>> {
+pub(super) fn rope_scaling(
+    metadata: &Metadata<'_>,
+    key: &dyn Fn(&str) -> String,
+) -> Result<Option<Value>> {
+    // Of other architectures, and of files that are older than the keys below.
+    for (name, neutral) in [
+        ("rope.scale_linear", 1.0),
+        ("rope.scaling.yarn_attn_factor", 1.0),
+        ("rope.scaling.yarn_log_multiplier", 0.0),
+    ] {
+        if let Some(number) = metadata.float(&key(name))?.filter(|n| *n != neutral) {
+            return Err(metadata.unsupported(&key(name), number.to_string()));
+        }
+    }
     let kind = metadata.text(&key("rope.scaling.type"))?;
     let Some(kind) = kind.filter(|kind| *kind != "none") else {
         return Ok(None);
@@ -99,6 +112,7 @@ fn rope_scaling(metadata: &Metadata<'_>, key: &dyn Fn(&str) -> String) -> Result
     for (from, to) in [
         ("rope.scaling.yarn_beta_fast", "beta_fast"),
         ("rope.scaling.yarn_beta_slow", "beta_slow"),
+        ("rope.scaling.yarn_ext_factor", "extrapolation_factor"),
     ] {
         if let Some(number) = metadata.float(&key(from))? {
             scaling[to] = json!(shortest(number));

@@ -24,6 +24,15 @@ impl<'a> Metadata<'a> {
             .with_help("convert the checkpoint again with a current llama.cpp")
     }
 
+    /// An error about a value that changes the arithmetic in a way that is not followed.
+    pub(super) fn unsupported(&self, key: &str, why: impl Into<String>) -> Error {
+        Error::new(ErrorKind::Unsupported, "GGUF value is not supported")
+            .with_path(self.path)
+            .with_key(one_line(key))
+            .with_why(why)
+            .with_help("convert the checkpoint again with a current llama.cpp")
+    }
+
     fn get(&self, key: &str) -> Option<&'a Value> {
         self.header.metadata.get(key)
     }

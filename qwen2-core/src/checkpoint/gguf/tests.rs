@@ -377,6 +377,45 @@ fn missing_and_foreign_metadata_names_its_key() {
     }
 }
 
+#[test]
+fn yarn_in_a_file_is_followed_or_refused_by_key() {
+    const F32: u32 = 6;
+    let scaling = |keys: &[(&str, f32)]| {
+        let mut file = File::new(3, 0, keys.len() as u64 + 1);
+        file = file.text("q.rope.scaling.type").u32(TEXT).text("yarn");
+        for (name, number) in keys {
+            let key = format!("q.{name}");
+            file = file.text(&key).u32(F32).u32(number.to_bits());
+        }
+        let header = file.read().expect("valid");
+        let metadata = Metadata {
+            header: &header,
+            file: &file.0,
+            path: Path::new("/m/model.gguf"),
+        };
+        config::rope_scaling(&metadata, &|key| format!("q.{key}"))
+    };
+    let factor = ("rope.scaling.factor", 4.0);
+    let followed = scaling(&[
+        factor,
+        ("rope.scaling.yarn_ext_factor", 0.5),
+        ("rope.scaling.yarn_attn_factor", 1.0),
+        ("rope.scaling.yarn_log_multiplier", 0.0),
+    ]);
+    let want = serde_json::json!({"type": "yarn", "factor": 4.0, "extrapolation_factor": 0.5});
+    assert_eq!(followed.expect("followed"), Some(want));
+    for (name, number) in [
+        ("rope.scale_linear", 4.0),
+        ("rope.scaling.yarn_attn_factor", 1.5),
+        ("rope.scaling.yarn_log_multiplier", 0.1),
+    ] {
+        let error = scaling(&[factor, (name, number)]).expect_err(name);
+        assert_eq!(error.kind(), ErrorKind::Unsupported, "{error}");
+        assert_eq!(error.key(), Some(format!("q.{name}").as_str()), "{error}");
+        assert!(error.path().is_some() && error.help().is_some());
+    }
+}
+
 proptest! {
     #[test]
     fn no_change_of_the_header_is_more_than_an_error(

@@ -187,8 +187,13 @@ fn model_keys(checkpoint: &Checkpoint, plan: &[Planned], keys: &mut Keys) -> Res
         attention_factor,
         beta_fast,
         beta_slow,
+        extrapolation_factor,
+        truncate,
     }) = &config.rope_scaling
     {
+        if !truncate {
+            return unsupported("rope_scaling.truncate", "llama.cpp truncates");
+        }
         keys.text(&key("rope.scaling.type"), "yarn");
         keys.f32(&key("rope.scaling.factor"), *factor);
         keys.u32(
@@ -197,6 +202,9 @@ fn model_keys(checkpoint: &Checkpoint, plan: &[Planned], keys: &mut Keys) -> Res
         );
         keys.f32(&key("rope.scaling.yarn_beta_fast"), *beta_fast);
         keys.f32(&key("rope.scaling.yarn_beta_slow"), *beta_slow);
+        if *extrapolation_factor != 1.0 {
+            keys.f32(&key("rope.scaling.yarn_ext_factor"), *extrapolation_factor);
+        }
         if let Some(attention_factor) = attention_factor {
             let relative = attention_factor / yarn_attention_factor(*factor);
             keys.f32(&key("rope.scaling.attn_factor"), relative);

@@ -1,10 +1,12 @@
 //! Requests to a hub, and what its refusals mean.
 
 use std::io;
+use std::path::Path;
 
 use serde::de::DeserializeOwned;
 use ureq::config::RedirectAuthHeaders;
 use ureq::http::{Response, header};
+use ureq::tls::{Certificate, PemItem, RootCerts, TlsConfig, parse_pem};
 use ureq::{Agent, Body};
 
 use super::super::hub_id::Hub;
@@ -14,6 +16,8 @@ use crate::error::{Error, ErrorKind, Result};
 
 /// Listings of published models have a hundred kilobytes.
 const MAX_LISTING: u64 = 64 << 20;
+/// Bundles of all public authorities have a quarter of a megabyte.
+const MAX_CERTIFICATES: u64 = 16 << 20;
 
 pub(super) struct Client<'a> {
     pub(super) settings: &'a HubSettings,
@@ -29,10 +33,17 @@ pub(super) struct Failed {
 }
 
 impl<'a> Client<'a> {
-    pub(super) fn new(id: &'a str, settings: &'a HubSettings) -> Self {
+    /// # Errors
+    /// Those of reading the certificates that the environment names.
+    pub(super) fn new(id: &'a str, settings: &'a HubSettings) -> Result<Self> {
         let limit = Some(settings.stall);
+        let trusted = match &settings.certificates {
+            None => RootCerts::WebPki,
+            Some((variable, path)) => RootCerts::new_with_certs(&certificates(variable, path)?),
+        };
         let agent = Agent::config_builder()
             .user_agent(concat!("qwen2-core/", env!("CARGO_PKG_VERSION")))
+            .tls_config(TlsConfig::builder().root_certs(trusted).build())
             .http_status_as_error(false)
             // Storage on other hosts takes its leave from the address and must not see the token.
             .redirect_auth_headers(RedirectAuthHeaders::SameHost)
@@ -42,11 +53,11 @@ impl<'a> Client<'a> {
             .timeout_per_read(limit)
             .build()
             .new_agent();
-        Self {
+        Ok(Self {
             settings,
             id,
             agent,
-        }
+        })
     }
 
     /// The answer to a `GET` of `path` on the hub, for the bytes from `start` on.
@@ -146,6 +157,24 @@ impl<'a> Client<'a> {
 
     /// A request without an answer.
     fn broken(&self, name: &str, error: ureq::Error) -> Failed {
+        let text = error.to_string();
+        // The types of the layer below are not ours to name.
+        if text.contains("certificate") {
+            let variable = match &self.settings.certificates {
+                Some((variable, _)) => variable,
+                None => "SSL_CERT_FILE",
+            };
+            let error = self
+                .network("server is not trusted", name, one_line(&text))
+                .with_help(format!(
+                    "a server with a certificate of its own needs {variable}, a PEM file of its authority"
+                ))
+                .with_source(error);
+            return Failed {
+                error,
+                again: false,
+            };
+        }
         let error = match error {
             ureq::Error::Timeout(_) => self.stalled(name),
             ureq::Error::Io(error) => self.cut(name, error),
@@ -190,6 +219,46 @@ impl<'a> Client<'a> {
             "" => self.id.to_owned(),
             name => format!("{}/{name}", self.id),
         }
+    }
+}
+
+/// The certificates of a PEM file, which `variable` names; other items in it are passed over.
+fn certificates(variable: &str, path: &Path) -> Result<Vec<Certificate<'static>>> {
+    let unusable = |kind, why: String| {
+        Error::new(kind, "no certificates to trust")
+            .with_path(path)
+            .with_key(variable)
+            .with_why(why)
+            .with_help(format!("set {variable} to a PEM file, or unset it"))
+    };
+    let failed = |error: io::Error| {
+        let kind = match error.kind() {
+            io::ErrorKind::NotFound => ErrorKind::NotFound,
+            io::ErrorKind::PermissionDenied => ErrorKind::PermissionDenied,
+            _ => ErrorKind::Io,
+        };
+        unusable(kind, error.to_string()).with_source(error)
+    };
+    let metadata = std::fs::metadata(path).map_err(failed)?;
+    // Opening a pipe would hang.
+    if !metadata.is_file() || metadata.len() > MAX_CERTIFICATES {
+        let why = format!("not a regular file of at most {MAX_CERTIFICATES} bytes");
+        return Err(unusable(ErrorKind::InvalidFile, why));
+    }
+    let mut found = Vec::new();
+    for item in parse_pem(&std::fs::read(path).map_err(failed)?) {
+        match item {
+            Ok(PemItem::Certificate(certificate)) => found.push(certificate),
+            Ok(_) => {}
+            Err(error) => {
+                let why = one_line(&error.to_string());
+                return Err(unusable(ErrorKind::InvalidFile, why).with_source(error));
+            }
+        }
+    }
+    match found.is_empty() {
+        true => Err(unusable(ErrorKind::InvalidFile, "it holds none".to_owned())),
+        false => Ok(found),
     }
 }
 

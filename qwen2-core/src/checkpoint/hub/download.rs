@@ -40,7 +40,7 @@ pub(super) fn fetch(
         .name("qwen2-hub".to_owned())
         .spawn(move || {
             let (id, want, settings) = job;
-            let client = Client::new(&id, &settings);
+            let client = Client::new(&id, &settings)?;
             Download::new(&client, &id, want, cached, events).run()
         })
         .map_err(|error| Error::io("cannot start a thread", &settings.cache, error))?;

@@ -10,6 +10,8 @@ use crate::error::{Error, ErrorKind, Result};
 
 /// Variables that keep us from the network, whichever hub it is.
 const OFFLINE: [&str; 3] = ["QWEN2_OFFLINE", "HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"];
+/// Variables that name a file of certificates, as httpx and requests read them.
+const CERTIFICATES: [&str; 2] = ["SSL_CERT_FILE", "REQUESTS_CA_BUNDLE"];
 /// Seconds without a byte.
 const STALL: u64 = 30;
 
@@ -28,6 +30,9 @@ pub(crate) struct HubSettings {
     pub(super) offline: Option<&'static str>,
     /// `HF_HUB_DOWNLOAD_TIMEOUT`; `MODELSCOPE_DOWNLOAD_TIMEOUT`.
     pub(super) stall: Duration,
+    /// The file of certificates that servers are trusted by, and the variable that names it; `None`: those
+    /// of Mozilla's list.
+    pub(super) certificates: Option<(&'static str, PathBuf)>,
 }
 
 /// What the help of an error names.
@@ -178,6 +183,9 @@ impl<'a> Environment<'a> {
                 .filter(|token| !token.is_empty()),
             offline: OFFLINE.into_iter().find(|name| on(name)),
             stall: Duration::from_secs(seconds.unwrap_or(STALL).max(1)),
+            certificates: CERTIFICATES
+                .into_iter()
+                .find_map(|name| Some((name, self.path(name)?))),
         };
         let cache = cache.ok_or_else(|| no_cache(settings.variables().cache))?;
         settings.cache = absolute(&cache)?;
@@ -275,18 +283,22 @@ mod tests {
     fn endpoint_token_and_switches_are_read() {
         let plain = settings(None, &[("HOME", "/none")]).expect("settings");
         assert_eq!(plain.endpoint, "https://huggingface.co");
-        assert!(plain.token.is_none() && plain.offline.is_none());
+        assert!(plain.token.is_none() && plain.offline.is_none() && plain.certificates.is_none());
         let values = [
             ("HOME", "/none"),
             ("HF_ENDPOINT", "http://mirror/"),
             ("HF_TOKEN", " secret\n"),
             ("HF_HUB_OFFLINE", "true"),
             ("HF_HUB_DOWNLOAD_TIMEOUT", "7"),
+            ("REQUESTS_CA_BUNDLE", "/bundle.pem"),
+            ("SSL_CERT_FILE", "~/own.pem"),
         ];
         let set = settings(None, &values).expect("settings");
         assert_eq!(set.endpoint, "http://mirror");
         assert_eq!(set.token.as_deref(), Some("secret"));
         assert_eq!(set.offline, Some("HF_HUB_OFFLINE"));
+        let own = PathBuf::from("/none/own.pem");
+        assert_eq!(set.certificates, Some(("SSL_CERT_FILE", own)));
         assert_eq!(set.stall, Duration::from_secs(7));
         let values = [
             ("HOME", "/none"),
