@@ -1230,6 +1230,26 @@ const char *qwen2_generation_tool_call_arguments(const qwen2_generation *generat
                                                  size_t index,
                                                  size_t *len);
 
+// The number of calls of tools that became whole with the last piece, whose text is in no piece; 0 before
+// the first piece, behind the end, and for a handle that is none.
+size_t qwen2_stream_n_tool_calls(const qwen2_stream *stream);
+
+// As `qwen2_generation_tool_call_name`, of the last piece; valid until the next call on this stream.
+const char *qwen2_stream_tool_call_name(const qwen2_stream *stream, size_t index, size_t *len);
+
+// As `qwen2_generation_tool_call_arguments`, of the last piece; valid until the next call on this stream.
+const char *qwen2_stream_tool_call_arguments(const qwen2_stream *stream, size_t index, size_t *len);
+
+// As `qwen2_stream_n_tool_calls`, of a request to an engine.
+size_t qwen2_request_n_tool_calls(const qwen2_request *request);
+
+// As `qwen2_stream_tool_call_name`, of a request to an engine; inside its callback valid during the call.
+const char *qwen2_request_tool_call_name(const qwen2_request *request, size_t index, size_t *len);
+
+// As `qwen2_stream_tool_call_arguments`, of a request to an engine; inside its callback valid during the
+// call.
+const char *qwen2_request_tool_call_arguments(const qwen2_request *request, size_t index, size_t *len);
+
 // The text, NUL-terminated; `len` (may be NULL) gets its length in bytes. Valid until the text is
 // freed. NULL, and 0 in `len`, for a handle that is none.
 const char *qwen2_text_data(const qwen2_text *text, size_t *len);
