@@ -627,6 +627,14 @@ qwen2_status qwen2_model_embed(const qwen2_model *model,
                                float *embedding,
                                qwen2_error **error);
 
+// As `qwen2_model_embed`, until `cancel` (may be NULL) ends it with `QWEN2_ERROR_CANCELLED`.
+qwen2_status qwen2_model_embed_with(const qwen2_model *model,
+                                    const qwen2_prompt *prompt,
+                                    int32_t pooling,
+                                    const qwen2_cancel *cancel,
+                                    float *embedding,
+                                    qwen2_error **error);
+
 // An empty prompt. Freed with `qwen2_prompt_free`.
 qwen2_prompt *qwen2_prompt_new(void);
 
