@@ -627,6 +627,14 @@ qwen2_status qwen2_model_embed(const qwen2_model *model,
                                float *embedding,
                                qwen2_error **error);
 
+// As `qwen2_model_embed`, until `cancel` (may be NULL) ends it with `QWEN2_ERROR_CANCELLED`.
+qwen2_status qwen2_model_embed_with(const qwen2_model *model,
+                                    const qwen2_prompt *prompt,
+                                    int32_t pooling,
+                                    const qwen2_cancel *cancel,
+                                    float *embedding,
+                                    qwen2_error **error);
+
 // An empty prompt. Freed with `qwen2_prompt_free`.
 qwen2_prompt *qwen2_prompt_new(void);
 
@@ -1229,6 +1237,26 @@ const char *qwen2_generation_tool_call_name(const qwen2_generation *generation, 
 const char *qwen2_generation_tool_call_arguments(const qwen2_generation *generation,
                                                  size_t index,
                                                  size_t *len);
+
+// The number of calls of tools that became whole with the last piece, whose text is in no piece; 0 before
+// the first piece, behind the end, and for a handle that is none.
+size_t qwen2_stream_n_tool_calls(const qwen2_stream *stream);
+
+// As `qwen2_generation_tool_call_name`, of the last piece; valid until the next call on this stream.
+const char *qwen2_stream_tool_call_name(const qwen2_stream *stream, size_t index, size_t *len);
+
+// As `qwen2_generation_tool_call_arguments`, of the last piece; valid until the next call on this stream.
+const char *qwen2_stream_tool_call_arguments(const qwen2_stream *stream, size_t index, size_t *len);
+
+// As `qwen2_stream_n_tool_calls`, of a request to an engine.
+size_t qwen2_request_n_tool_calls(const qwen2_request *request);
+
+// As `qwen2_stream_tool_call_name`, of a request to an engine; inside its callback valid during the call.
+const char *qwen2_request_tool_call_name(const qwen2_request *request, size_t index, size_t *len);
+
+// As `qwen2_stream_tool_call_arguments`, of a request to an engine; inside its callback valid during the
+// call.
+const char *qwen2_request_tool_call_arguments(const qwen2_request *request, size_t index, size_t *len);
 
 // The text, NUL-terminated; `len` (may be NULL) gets its length in bytes. Valid until the text is
 // freed. NULL, and 0 in `len`, for a handle that is none.

@@ -64,6 +64,23 @@ inline std::string text(qwen2_text *raw) {
 }
 } // namespace detail
 
+/// A call of a tool that the model asks for.
+struct ToolCall {
+    std::string name;
+    std::string arguments;                                           ///< the text of a JSON object
+};
+
+namespace detail {
+template <class T, class Count, class Get> std::vector<ToolCall> calls(const T *raw, Count count, Get name, Get arguments) {
+    std::vector<ToolCall> found;
+    for (std::size_t i = 0, n = count(raw), name_len = 0, len = 0; i < n; i++) {
+        const char *called = name(raw, i, &name_len), *given = arguments(raw, i, &len);
+        found.push_back({std::string(called, name_len), std::string(given, len)});
+    }
+    return found;
+}
+} // namespace detail
+
 /// Ends generations from any thread; copies share one switch only through Options and streams.
 class Cancel {
 public:
@@ -102,6 +119,35 @@ public:
         detail::call(qwen2_options_add_bad_word, raw_.get(), v.data(), v.size());
         return *this;
     }
+    Options &json_schema(std::string_view v) {
+        detail::call(qwen2_options_set_json_schema, raw_.get(), v.data(), v.size());
+        return *this;
+    }
+    Options &regex(std::string_view v) {
+        detail::call(qwen2_options_set_regex, raw_.get(), v.data(), v.size());
+        return *this;
+    }
+    Options &grammar(std::string_view v) {
+        detail::call(qwen2_options_set_grammar, raw_.get(), v.data(), v.size());
+        return *this;
+    }
+    /// A tool as OpenAI's interface describes it in JSON.
+    Options &tool(std::string_view json) {
+        detail::call(qwen2_options_add_tool, raw_.get(), json.data(), json.size());
+        return *this;
+    }
+    Options &tool_choice(std::int32_t v) {                           ///< QWEN2_TOOL_CHOICE_*
+        detail::call(qwen2_options_set_tool_choice, raw_.get(), v);
+        return *this;
+    }
+    Options &tool_choice(std::string_view name) {
+        detail::call(qwen2_options_set_tool_choice_name, raw_.get(), name.data(), name.size());
+        return *this;
+    }
+    Options &tool_format(std::int32_t v) {                           ///< QWEN2_TOOL_FORMAT_*
+        detail::call(qwen2_options_set_tool_format, raw_.get(), v);
+        return *this;
+    }
     /// `user_data` is borrowed until what is generated with these settings has ended.
     Options &logits_processor(qwen2_logits_processor_fn processor, void *user_data) {
         return qwen2_options_set_logits_processor(raw_.get(), processor, user_data), *this;
@@ -138,6 +184,11 @@ public:
         detail::call(qwen2_prompt_add_message, raw_.get(), role.data(), role.size(), content.data(), content.size());
         return *this;
     }
+    /// Adds a call to the last message, which is the assistant's.
+    Prompt &tool_call(std::string_view name, std::string_view arguments) & {
+        detail::call(qwen2_prompt_add_tool_call, raw_.get(), name.data(), name.size(), arguments.data(), arguments.size());
+        return *this;
+    }
     Prompt message(std::string_view role, std::string_view content) && { return std::move(message(role, content)); }
     const qwen2_prompt *get() const noexcept { return raw_.get(); }
     static Prompt user(std::string_view content) { return Prompt().message("user", content); }
@@ -166,6 +217,11 @@ public:
     std::uint64_t draft_tokens() const { return qwen2_generation_draft_tokens(raw_.get()); }
     std::uint64_t accepted_tokens() const { return qwen2_generation_accepted_tokens(raw_.get()); }
     double decode_tokens_per_s() const { return qwen2_generation_decode_tokens_per_s(raw_.get()); }
+    /// Calls of tools that the model asks for.
+    std::vector<ToolCall> tool_calls() const {
+        return detail::calls(raw_.get(), qwen2_generation_n_tool_calls, qwen2_generation_tool_call_name,
+                             qwen2_generation_tool_call_arguments);
+    }
     const qwen2_generation *get() const noexcept { return raw_.get(); }            ///< for the other getters
 private:
     detail::Handle<qwen2_generation, qwen2_generation_free> raw_;
@@ -183,6 +239,11 @@ public:
         return std::string_view(data, len);
     }
     std::uint32_t token() const { return qwen2_stream_token(raw_.get()); }
+    /// Calls of tools that became whole with the last piece.
+    std::vector<ToolCall> tool_calls() const {
+        return detail::calls(raw_.get(), qwen2_stream_n_tool_calls, qwen2_stream_tool_call_name,
+                             qwen2_stream_tool_call_arguments);
+    }
     Cancel cancel() const { return Cancel(qwen2_stream_cancel(raw_.get())); }
     Generation finish() {
         qwen2_generation *out = nullptr;
@@ -409,6 +470,11 @@ public:
         return std::string_view(data, len);
     }
     std::uint32_t token() const { return qwen2_request_token(raw_.get()); }
+    /// Calls of tools that became whole with the last piece.
+    std::vector<ToolCall> tool_calls() const {
+        return detail::calls(raw_.get(), qwen2_request_n_tool_calls, qwen2_request_tool_call_name,
+                             qwen2_request_tool_call_arguments);
+    }
     Cancel cancel() const { return Cancel(qwen2_request_cancel(raw_.get())); }
     Generation finish() {
         qwen2_generation *out = nullptr;

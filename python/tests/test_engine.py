@@ -6,7 +6,9 @@ import asyncio
 import copy
 import gc
 import itertools
+import json
 import pickle
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -23,6 +25,7 @@ from qwen2_rs import (
     Engine,
     EngineStats,
     InvalidArgumentError,
+    InvalidConstraintError,
     Model,
     OutOfMemoryError,
     UnsupportedError,
@@ -112,6 +115,81 @@ def test_threads_share_the_pieces_of_a_request(busy: Engine) -> None:
     for thread in threads:
         thread.join()
     assert sorted(itertools.chain(*taken)) == sorted(stream.finish().tokens)
+
+
+SIZE = {
+    "type": "object",
+    "properties": {"size": {"enum": ["small", "large"]}},
+    "required": ["size"],
+    "additionalProperties": False,
+}
+MEASURE = {"type": "function", "function": {"name": "measure", "parameters": SIZE, "strict": True}}
+
+
+def only_77(_tokens: npt.NDArray[np.uint32], logits: npt.NDArray[np.float32]) -> None:
+    logits[:77] = -np.inf
+    logits[78:] = -np.inf
+
+
+OWN: dict[str, dict[str, Any]] = {
+    "plain": {"temperature": 0},
+    "json": {"temperature": 0, "json_schema": SIZE},
+    "regex": {"temperature": 0, "regex": "[0-9]{5}"},
+    "choice": {"temperature": 0, "choice": ["small", "large"]},
+    "tools": {"temperature": 0, "tools": [MEASURE], "tool_choice": "required"},
+    "first seed": {"temperature": 2.0, "seed": 1, "ignore_eos": True, "max_new_tokens": 24},
+    "second seed": {"temperature": 2.0, "seed": 2, "ignore_eos": True, "max_new_tokens": 24},
+    "logprobs": {"temperature": 0, "logprobs": 3, "prompt_logprobs": 2},
+    "processor": {"temperature": 0, "processor": only_77, "max_new_tokens": 4},
+}
+
+
+def test_each_request_keeps_its_own_options_among_the_others(demo: Model) -> None:
+    with demo.engine(deterministic=True, prefix_cache=False) as engine:
+        alone = {name: engine.chat(QUESTION, **options) for name, options in OWN.items()}
+        streams = {name: engine.chat(QUESTION, stream=True, **options) for name, options in OWN.items()}
+        calls = {name: [call for piece in stream for call in piece.tool_calls] for name, stream in streams.items()}
+        for name, stream in streams.items():
+            answer = stream.finish()
+            assert (answer.tokens, answer.text) == (alone[name].tokens, alone[name].text), name
+            assert answer.finish_reason == alone[name].finish_reason
+            assert repr(answer.logprobs) == repr(alone[name].logprobs)
+            assert repr(answer.prompt_logprobs) == repr(alone[name].prompt_logprobs)
+            assert answer.tokens == demo.chat(QUESTION, **OWN[name]).tokens
+    assert json.loads(alone["json"].text)["size"] in {"small", "large"}
+    assert re.fullmatch("[0-9]{5}", alone["regex"].text)
+    assert alone["choice"].text in {"small", "large"}
+    assert [call.name for call in calls.pop("tools")] == ["measure"]
+    assert alone["tools"].finish_reason == "tool_calls"
+    assert set(map(tuple, calls.values())) == {()}
+    assert alone["first seed"].tokens != alone["second seed"].tokens
+    likely = alone["logprobs"]
+    assert [len(each.top) for each in likely.logprobs] == [3] * len(likely.tokens)
+    assert len(likely.prompt_logprobs) == likely.usage.prompt_tokens - 1
+    assert alone["processor"].tokens == [77] * 4
+
+
+def test_a_higher_priority_goes_first(demo: Model) -> None:
+    with demo.engine(max_sequences=1) as engine:
+        first, low, high = (
+            engine.submit([1], temperature=0, ignore_eos=True, max_new_tokens=60, priority=priority)
+            for priority in (0, 0, 1)
+        )
+        high.finish()
+        assert engine.stats.finished < 3
+        assert [len(stream.finish().tokens) for stream in (first, low)] == [60, 60]
+
+
+def test_a_bad_constraint_fails_its_own_request(demo: Model, engine: Engine) -> None:
+    failed = engine.stats.failed
+    good = engine.submit(COUNTING, temperature=0)
+    with pytest.raises(InvalidConstraintError):
+        engine.submit("x", regex="(a")
+    bad = engine.submit("x", temperature=0, regex="[0-9]{5}", processor=only_77)
+    with pytest.raises(InvalidConstraintError, match="no token is possible"):
+        bad.finish()
+    assert good.finish().tokens == demo.chat(COUNTING, temperature=0).tokens
+    assert engine.stats.failed == failed + 1
 
 
 @pytest.mark.parametrize(

@@ -44,6 +44,8 @@ LONG = {
     "the reading of a stream's prompt": ("next(model.stream(tokens, temperature=0, ignore_eos=True))", ""),
     "stream": ("stream()", "print(kept.finish().finish_reason)"),
     "the scores of a long text": ("model.score(tokens)", ""),
+    "the embedding of a long text": ("model.embed(tokens)", ""),
+    "the perplexity of a long text": ("model.perplexity(tokens)", ""),
     "a batch": ("model.generate_batch([[1, 2, 3]] * 50, temperature=0, ignore_eos=True)", ""),
     "a session": (
         "session.generate(temperature=0, ignore_eos=True)",

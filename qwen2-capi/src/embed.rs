@@ -4,7 +4,8 @@ use qwen2_core::Pooling;
 
 use crate::error::{QWEN2_OK, qwen2_error, qwen2_status};
 use crate::fence;
-use crate::model::qwen2_model;
+use crate::model::{or_off, qwen2_model};
+use crate::options::qwen2_cancel;
 use crate::prompt::qwen2_prompt;
 
 /// The mean of the tokens' hidden states.
@@ -20,6 +21,19 @@ pub unsafe extern "C" fn qwen2_model_embed(
     model: *const qwen2_model,
     prompt: *const qwen2_prompt,
     pooling: i32,
+    embedding: *mut f32,
+    error: *mut *mut qwen2_error,
+) -> qwen2_status {
+    qwen2_model_embed_with(model, prompt, pooling, std::ptr::null(), embedding, error)
+}
+
+/// As `qwen2_model_embed`, until `cancel` (may be NULL) ends it with `QWEN2_ERROR_CANCELLED`.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn qwen2_model_embed_with(
+    model: *const qwen2_model,
+    prompt: *const qwen2_prompt,
+    pooling: i32,
+    cancel: *const qwen2_cancel,
     embedding: *mut f32,
     error: *mut *mut qwen2_error,
 ) -> qwen2_status {
@@ -40,7 +54,9 @@ pub unsafe extern "C" fn qwen2_model_embed(
                 ));
             }
         };
-        let computed = model.model.embed(prompt.get(), pooling)?;
+        let computed = model
+            .model
+            .embed_with(prompt.get(), pooling, &or_off(cancel)?)?;
         // SAFETY: not NULL, and the caller promises room for `hidden_size` numbers.
         unsafe { embedding.copy_from_nonoverlapping(computed.as_ptr(), computed.len()) };
         Ok(QWEN2_OK)

@@ -4,6 +4,7 @@ use std::ffi::c_char;
 
 use qwen2_core::{FinishReason, Generation, StopMatch};
 
+use crate::calls::Calls;
 use crate::fence::{self, Handle};
 use crate::logprobs::Recorded;
 use crate::values::{Terminated, show};
@@ -35,16 +36,9 @@ pub struct qwen2_generation {
     result: Generation,
     text: Terminated,
     stop_text: Terminated,
-    /// Name and arguments of each.
-    tool_calls: Vec<(Terminated, Terminated)>,
+    pub(crate) calls: Calls,
     pub(crate) logprobs: Recorded,
     pub(crate) prompt_logprobs: Recorded,
-}
-
-impl qwen2_generation {
-    pub(crate) fn tool_calls(&self) -> &[(Terminated, Terminated)] {
-        &self.tool_calls
-    }
 }
 
 impl Handle for qwen2_generation {
@@ -57,11 +51,8 @@ impl From<Generation> for qwen2_generation {
             Some(StopMatch::Text(text)) => Terminated::from(text.as_str()),
             _ => Terminated::default(),
         };
-        let show = |text: &str| Terminated::from(text);
-        let calls = result.tool_calls.iter();
-        let calls = calls.map(|call| (show(&call.name), show(&call.arguments)));
         Self {
-            tool_calls: calls.collect(),
+            calls: Calls::from(&result.tool_calls[..]),
             text: Terminated::from(result.text.as_str()),
             stop_text,
             logprobs: result.logprobs.iter().collect(),

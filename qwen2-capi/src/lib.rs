@@ -15,6 +15,7 @@
 #![allow(non_camel_case_types, reason = "these are C's names")]
 
 mod adapter;
+mod calls;
 mod courier;
 mod embed;
 mod engine;
@@ -22,6 +23,7 @@ mod error;
 mod fence;
 mod generation;
 mod inspect;
+mod last;
 mod load;
 mod log;
 mod logprobs;
@@ -38,6 +40,7 @@ mod values;
 mod version;
 
 pub use adapter::*;
+pub use calls::*;
 pub use embed::*;
 pub use engine::*;
 pub use error::*;

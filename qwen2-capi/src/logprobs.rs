@@ -114,7 +114,7 @@ pub unsafe extern "C" fn qwen2_generation_prompt_top_logprobs(
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn qwen2_stream_logprob(stream: *const qwen2_stream) -> f32 {
     fence::read(stream, f32::NAN, |stream| {
-        let found = stream.with_logprobs(|logprobs| logprobs.chosen.first().copied());
+        let found = stream.with_last(|last| last.logprobs.chosen.first().copied());
         found.flatten().unwrap_or(f32::NAN)
     })
 }
@@ -128,7 +128,7 @@ pub unsafe extern "C" fn qwen2_stream_top_logprobs(
     logprobs: *mut *const f32,
 ) -> usize {
     fence::read(stream, 0, |stream| {
-        let shown = stream.with_logprobs(|last| last.show_top(0, tokens, logprobs));
+        let shown = stream.with_last(|last| last.logprobs.show_top(0, tokens, logprobs));
         shown.unwrap_or(0)
     })
 }
@@ -137,7 +137,7 @@ pub unsafe extern "C" fn qwen2_stream_top_logprobs(
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn qwen2_request_logprob(request: *const qwen2_request) -> f32 {
     fence::read(request, f32::NAN, |request| {
-        let found = request.with_logprobs(|logprobs| logprobs.chosen.first().copied());
+        let found = request.with_last(|last| last.logprobs.chosen.first().copied());
         found.flatten().unwrap_or(f32::NAN)
     })
 }
@@ -150,7 +150,7 @@ pub unsafe extern "C" fn qwen2_request_top_logprobs(
     logprobs: *mut *const f32,
 ) -> usize {
     fence::read(request, 0, |request| {
-        let shown = request.with_logprobs(|last| last.show_top(0, tokens, logprobs));
+        let shown = request.with_last(|last| last.logprobs.show_top(0, tokens, logprobs));
         shown.unwrap_or(0)
     })
 }

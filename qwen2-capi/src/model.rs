@@ -219,7 +219,7 @@ unsafe fn give_scores(computed: &[f32], scores: *mut f32) -> Outcome<qwen2_statu
 }
 
 /// The switch behind a handle; NULL stands for one that stays off.
-unsafe fn or_off(cancel: *const qwen2_cancel) -> Outcome<CancelToken> {
+pub(crate) unsafe fn or_off(cancel: *const qwen2_cancel) -> Outcome<CancelToken> {
     let cancel = fence::borrow_optional(cancel)?;
     Ok(cancel.map(|cancel| cancel.0.clone()).unwrap_or_default())
 }

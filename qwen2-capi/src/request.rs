@@ -10,7 +10,7 @@ use crate::courier::in_callback;
 use crate::error::{QWEN2_DONE, QWEN2_PENDING, qwen2_error, qwen2_status};
 use crate::fence::{self, Handle, Outcome};
 use crate::generation::qwen2_generation;
-use crate::logprobs::Recorded;
+use crate::last::Last;
 use crate::options::qwen2_cancel;
 use crate::session::in_use;
 use crate::values::Terminated;
@@ -48,30 +48,6 @@ enum Reader {
 
 impl Handle for qwen2_request {
     const TYPE: &'static str = "qwen2_request";
-}
-
-/// What the last piece was, besides its text.
-struct Last {
-    token: u32,
-    logprobs: Recorded,
-}
-
-impl Default for Last {
-    fn default() -> Self {
-        Self {
-            token: u32::MAX,
-            logprobs: Recorded::default(),
-        }
-    }
-}
-
-impl From<&Piece> for Last {
-    fn from(piece: &Piece) -> Self {
-        Self {
-            token: piece.token,
-            logprobs: piece.logprobs.iter().collect(),
-        }
-    }
 }
 
 /// How a request ended; the result is there once, an error as often as it is asked for.
@@ -139,6 +115,7 @@ impl Own {
         if let Some(Ok(piece)) = next {
             return Ok(Ok(piece));
         }
+        self.last.end();
         let result = match (next, self.stream.take()) {
             (Some(Err(error)), _) => Err(error.into()),
             (_, Some(stream)) => stream.finish().map_err(Into::into),
@@ -184,8 +161,9 @@ impl Called {
     /// Before a piece is told; `false` where nobody wants to hear it any more.
     pub(crate) fn begin(&self, piece: Option<&Piece>) -> bool {
         let mut state = self.lock();
-        if let Some(piece) = piece {
-            state.last = Last::from(piece);
+        match piece {
+            Some(piece) => state.last = Last::from(piece),
+            None => state.last.end(),
         }
         state.calling = !state.freed;
         state.calling
@@ -269,15 +247,11 @@ impl qwen2_request {
     }
 
     /// The last piece; `None` while another thread waits for the next one.
-    fn with_last<T>(&self, body: impl FnOnce(&Last) -> T) -> Option<T> {
+    pub(crate) fn with_last<T>(&self, body: impl FnOnce(&Last) -> T) -> Option<T> {
         match &self.reader {
             Reader::Host(own) => Some(body(&own.lock()?.last)),
             Reader::Callback(called) => Some(body(&called.lock().last)),
         }
-    }
-
-    pub(crate) fn with_logprobs<T>(&self, body: impl FnOnce(&Recorded) -> T) -> Option<T> {
-        self.with_last(|last| body(&last.logprobs))
     }
 }
 

@@ -11,7 +11,7 @@ use qwen2_core::{
 use crate::error::{QWEN2_DONE, qwen2_error, qwen2_status};
 use crate::fence::{self, Handle, Outcome};
 use crate::generation::qwen2_generation;
-use crate::logprobs::Recorded;
+use crate::last::Last;
 use crate::model::qwen2_model;
 use crate::options::{or_default, qwen2_cancel, qwen2_options};
 use crate::prompt::qwen2_prompt;
@@ -29,8 +29,7 @@ struct State {
     run: Run,
     /// The last piece; the caller may hold a pointer into it.
     text: Terminated,
-    token: u32,
-    logprobs: Recorded,
+    last: Last,
 }
 
 enum Run {
@@ -102,8 +101,7 @@ impl qwen2_stream {
         let state = State {
             run,
             text: Terminated::default(),
-            token: u32::MAX,
-            logprobs: Recorded::default(),
+            last: Last::default(),
         };
         Self {
             state: Exclusive::new(state),
@@ -120,9 +118,9 @@ impl qwen2_stream {
         self.state.lock().ok_or_else(|| in_use("stream"))
     }
 
-    /// The log-probabilities of the last piece, unless the stream itself is asking.
-    pub(crate) fn with_logprobs<T>(&self, body: impl FnOnce(&Recorded) -> T) -> Option<T> {
-        Some(body(&self.state.lock()?.logprobs))
+    /// The last piece; `None` where the stream itself is asking.
+    pub(crate) fn with_last<T>(&self, body: impl FnOnce(&Last) -> T) -> Option<T> {
+        Some(body(&self.state.lock()?.last))
     }
 }
 
@@ -174,12 +172,14 @@ pub unsafe extern "C" fn qwen2_stream_next(
     fence::entry(error, || {
         let text = fence::out(text, "text")?;
         let mut state = fence::borrow(stream)?.lock()?;
-        match state.run.next() {
+        let next = state.run.next().transpose();
+        if !matches!(next, Ok(Some(_))) {
+            state.last.end();
+        }
+        match next? {
             None => Ok(QWEN2_DONE),
             Some(piece) => {
-                let piece = piece?;
-                state.token = piece.token;
-                state.logprobs = piece.logprobs.iter().collect();
+                state.last = Last::from(&piece);
                 state.text = piece.text.into();
                 Ok(text.set(state.text.show(len)))
             }
@@ -191,7 +191,7 @@ pub unsafe extern "C" fn qwen2_stream_next(
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn qwen2_stream_token(stream: *const qwen2_stream) -> u32 {
     fence::read(stream, u32::MAX, |stream| {
-        stream.lock().map_or(u32::MAX, |state| state.token)
+        stream.with_last(|last| last.token).unwrap_or(u32::MAX)
     })
 }
 
@@ -217,6 +217,7 @@ pub unsafe extern "C" fn qwen2_stream_finish(
     fence::entry(error, || {
         let out = fence::out(out, "out")?;
         let mut state = fence::borrow(stream)?.lock()?;
+        state.last.end();
         let generation = finish(&mut state.run)?;
         Ok(out.set(fence::give(qwen2_generation::from(generation))))
     })

@@ -6,7 +6,6 @@ use qwen2_core::{Constraint, Tool, ToolCall, ToolChoice, ToolFormat};
 
 use crate::error::{QWEN2_OK, qwen2_error, qwen2_status};
 use crate::fence;
-use crate::generation::qwen2_generation;
 use crate::options::qwen2_options;
 use crate::prompt::qwen2_prompt;
 
@@ -206,43 +205,5 @@ pub unsafe extern "C" fn qwen2_prompt_add_tool_call(
             }
         }
         Ok(QWEN2_OK)
-    })
-}
-
-/// The number of tools that the model asks for; 0 for a handle that is none.
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn qwen2_generation_n_tool_calls(
-    generation: *const qwen2_generation,
-) -> usize {
-    fence::read(generation, 0, |generation| generation.tool_calls().len())
-}
-
-/// The name in the call at `index`, NUL-terminated, or NULL; `len` (may be NULL) gets its length in
-/// bytes. Valid until the generation is freed.
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn qwen2_generation_tool_call_name(
-    generation: *const qwen2_generation,
-    index: usize,
-    len: *mut usize,
-) -> *const c_char {
-    fence::set_optional(len, 0);
-    fence::read(generation, std::ptr::null(), |generation| {
-        let call = generation.tool_calls().get(index);
-        call.map_or(std::ptr::null(), |(name, _)| name.show(len))
-    })
-}
-
-/// The arguments in the call at `index`: the text of a JSON object, NUL-terminated, or NULL; `len` (may
-/// be NULL) gets its length in bytes. Valid until the generation is freed.
-#[unsafe(no_mangle)]
-pub unsafe extern "C" fn qwen2_generation_tool_call_arguments(
-    generation: *const qwen2_generation,
-    index: usize,
-    len: *mut usize,
-) -> *const c_char {
-    fence::set_optional(len, 0);
-    fence::read(generation, std::ptr::null(), |generation| {
-        let call = generation.tool_calls().get(index);
-        call.map_or(std::ptr::null(), |(_, arguments)| arguments.show(len))
     })
 }

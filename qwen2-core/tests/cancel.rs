@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex};
 
 use common::{fixture, json};
 use qwen2_core::{
-    CancelToken, ErrorKind, FinishReason, GenerateOptions, Model, ModelConfig, Prompt,
+    CancelToken, ErrorKind, FinishReason, GenerateOptions, Model, ModelConfig, Pooling, Prompt,
 };
 
 /// Deep and narrow: 16 layers, chunks of 32 tokens.
@@ -113,7 +113,17 @@ fn a_switch_that_is_set_ends_everything_before_it_begins() {
     assert_eq!(free, model.logits(&tokens).unwrap());
     let scores = model.score_with(&tokens, &cancel).unwrap();
     assert_eq!(scores, model.score(&tokens).unwrap());
+    for pooling in [Pooling::Mean, Pooling::LastToken] {
+        let embedding = model.embed_with(tokens.clone(), pooling, &cancel).unwrap();
+        assert_eq!(embedding, model.embed(tokens.clone(), pooling).unwrap());
+    }
+    let perplexity = model.perplexity_with(&tokens, 50, 20, &cancel).unwrap();
+    assert_eq!(perplexity, model.perplexity(&tokens, 50, 20).unwrap());
     cancel.cancel();
+    let embedding = model.embed_with(tokens.clone(), Pooling::Mean, &cancel);
+    assert_eq!(embedding.unwrap_err().kind(), ErrorKind::Cancelled);
+    let perplexity = model.perplexity_with(&tokens, 50, 20, &cancel);
+    assert_eq!(perplexity.unwrap_err().kind(), ErrorKind::Cancelled);
     let logits = model.logits_with(&tokens, &cancel).unwrap_err();
     let scores = model.score_with(&tokens, &cancel).unwrap_err();
     assert_eq!(logits.kind(), ErrorKind::Cancelled);

@@ -346,8 +346,9 @@ impl Model {
     ) -> PyResult<Bound<'py, PyArray1<f32>>> {
         let model = self.get()?;
         let pooling = pooling.parse::<Pooling>().map_err(Failure::from)?;
-        let work = || Ok(model.embed(prompt.0, pooling)?);
-        let embedding = enter::long(py, &CancelToken::new(), work)?;
+        let cancel = CancelToken::new();
+        let work = || Ok(model.embed_with(prompt.0, pooling, &cancel)?);
+        let embedding = enter::long(py, &cancel, work)?;
         Ok(PyArray1::from_vec(py, embedding))
     }
 
@@ -362,8 +363,9 @@ impl Model {
         stride: usize,
     ) -> PyResult<f64> {
         let model = self.get()?;
-        let found = enter::long(py, &CancelToken::new(), || {
-            Ok(model.perplexity(&tokens.0, window, stride)?)
+        let cancel = CancelToken::new();
+        let found = enter::long(py, &cancel, || {
+            Ok(model.perplexity_with(&tokens.0, window, stride, &cancel)?)
         })?;
         Ok(found.perplexity)
     }

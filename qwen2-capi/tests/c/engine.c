@@ -219,6 +219,130 @@ static void full(const qwen2_model *model) {
     qwen2_prompt_free(prompt);
 }
 
+/* The only token that it leaves is the one behind `user_data`. */
+static int32_t only(const uint32_t *tokens, size_t n_tokens, float *logits, size_t n_logits, void *user_data) {
+    CHECK(tokens != NULL && n_tokens > 0);
+    for (size_t i = 0; i < n_logits; i++)
+        if (i != *(const size_t *)user_data) logits[i] = -INFINITY;
+    return 0;
+}
+
+static qwen2_options *sampling(uint64_t seed) {
+    qwen2_options *options = qwen2_options_new();
+    qwen2_options_set_temperature(options, 2.0f);
+    qwen2_options_set_ignore_eos(options, 1);
+    qwen2_options_set_max_new_tokens(options, 24);
+    qwen2_options_set_seed(options, seed);
+    return options;
+}
+
+/* Constraint, seeds, processor and log-probabilities are each request's own, and in a deterministic engine it gets
+ * among the others what the model gives it alone. */
+static void own_options(const qwen2_model *model) {
+    enum { N = 6 };
+    qwen2_error *error = NULL;
+    qwen2_engine *engine = NULL;
+    qwen2_engine_options *settings = qwen2_engine_options_new();
+    qwen2_engine_options_set_deterministic(settings, 1);
+    OK(qwen2_engine_new(model, settings, &engine, &error));
+    qwen2_engine_options_free(settings);
+    size_t token = 77, n = 0;
+    qwen2_options *options[N] = {greedy(40), greedy(40), sampling(1), sampling(2), greedy(4), greedy(12)};
+    OK(qwen2_options_set_regex(options[0], "[0-9]{5}", NUL, &error));
+    OK(qwen2_options_set_json_schema(options[1], "{\"enum\": [\"small\", \"large\"]}", NUL, &error));
+    qwen2_options_set_logits_processor(options[4], only, &token);
+    qwen2_options_set_logprobs(options[5], 3);
+    qwen2_options_set_prompt_logprobs(options[5], 0);
+    qwen2_prompt *prompt = message("What is 2 plus 3?");
+    qwen2_request *requests[N];
+    qwen2_generation *alone[N], *among[N];
+    for (int i = 0; i < N; i++) {
+        requests[i] = NULL;
+        OK(qwen2_engine_submit(engine, prompt, options[i], 0, NULL, &requests[i], &error));
+    }
+    for (int i = 0; i < N; i++) {
+        alone[i] = among[i] = NULL;
+        OK(qwen2_generate(model, prompt, options[i], &alone[i], &error));
+        OK(qwen2_request_finish(requests[i], &among[i], &error));
+        same(among[i], alone[i]);
+        qwen2_request_free(requests[i]);
+        qwen2_options_free(options[i]);
+    }
+    CHECK(strspn(qwen2_generation_text(among[0], NULL), "0123456789") == 5);
+    CHECK(strlen(qwen2_generation_text(among[0], NULL)) == 5);
+    const char *size = qwen2_generation_text(among[1], NULL);
+    CHECK(strcmp(size, "\"small\"") == 0 || strcmp(size, "\"large\"") == 0);
+    CHECK(memcmp(qwen2_generation_tokens(among[2], NULL), qwen2_generation_tokens(among[3], NULL),
+                 24 * sizeof(uint32_t)) != 0);
+    const uint32_t *tokens = qwen2_generation_tokens(among[4], &n);
+    CHECK(n == 4 && tokens[0] == 77 && tokens[3] == 77);
+    CHECK(qwen2_generation_logprobs(among[5], &n)[0] <= 0 && n == 12);
+    CHECK(qwen2_generation_top_logprobs(among[5], 11, NULL, NULL) == 3);
+    (void)qwen2_generation_prompt_logprobs(among[5], &n);
+    CHECK(n + 1 == qwen2_generation_prompt_tokens(among[5]));
+    (void)qwen2_generation_logprobs(among[0], &n);
+    CHECK(n == 0);
+    for (int i = 0; i < N; i++) {
+        qwen2_generation_free(alone[i]);
+        qwen2_generation_free(among[i]);
+    }
+    qwen2_engine_free(engine);
+    qwen2_prompt_free(prompt);
+}
+
+/* One runs; of the two that wait the later one is more urgent. */
+static void priorities(const qwen2_model *model) {
+    qwen2_error *error = NULL;
+    qwen2_engine *engine = NULL;
+    qwen2_engine_options *settings = qwen2_engine_options_new();
+    qwen2_engine_options_set_max_sequences(settings, 1);
+    OK(qwen2_engine_new(model, settings, &engine, &error));
+    qwen2_engine_options_free(settings);
+    qwen2_prompt *prompt = message("Hi");
+    qwen2_options *options = greedy(40);
+    qwen2_request *first = submit(engine, "Hi", 60), *low = NULL, *high = NULL;
+    OK(qwen2_engine_submit(engine, prompt, options, 0, NULL, &low, &error));
+    OK(qwen2_engine_submit(engine, prompt, options, 1, NULL, &high, &error));
+    qwen2_generation *generation = NULL;
+    OK(qwen2_request_finish(high, &generation, &error));
+    CHECK(stat_of(engine, QWEN2_STATS_FINISHED) < 3);
+    qwen2_generation_free(generation);
+    qwen2_request_free(first);
+    qwen2_request_free(low);
+    qwen2_request_free(high);
+    qwen2_engine_free(engine);
+    qwen2_options_free(options);
+    qwen2_prompt_free(prompt);
+}
+
+/* A constraint that cannot be compiled is refused, one that a processor contradicts fails alone. */
+static void bad_constraints(const qwen2_model *model) {
+    qwen2_error *error = NULL;
+    qwen2_request *bad = NULL;
+    qwen2_generation *generation = NULL;
+    qwen2_engine *engine = engine_of(model);
+    qwen2_prompt *prompt = message("Hi");
+    qwen2_options *options = greedy(20);
+    qwen2_request *good = submit(engine, "Hi", 20);
+    OK(qwen2_options_set_regex(options, "([0-9]", NUL, &error));
+    FAILS(qwen2_engine_submit(engine, prompt, options, 0, NULL, &bad, &error), QWEN2_ERROR_INVALID_CONSTRAINT,
+          "constraint");
+    size_t token = 77;
+    OK(qwen2_options_set_regex(options, "[0-9]{5}", NUL, &error));
+    qwen2_options_set_logits_processor(options, only, &token);
+    OK(qwen2_engine_submit(engine, prompt, options, 0, NULL, &bad, &error));
+    FAILS(qwen2_request_finish(bad, &generation, &error), QWEN2_ERROR_INVALID_CONSTRAINT, "constraint");
+    OK(qwen2_request_finish(good, &generation, &error));
+    CHECK(qwen2_generation_completion_tokens(generation) == 20);
+    CHECK(stat_of(engine, QWEN2_STATS_FAILED) == 1);
+    qwen2_generation_free(generation);
+    qwen2_request_free(good);
+    qwen2_request_free(bad);
+    qwen2_engine_free(engine);
+    qwen2_options_free(options);
+    qwen2_prompt_free(prompt);
+}
+
 static void bad_settings(const qwen2_model *model) {
     qwen2_error *error = NULL;
     qwen2_engine *engine = NULL;
@@ -385,6 +509,9 @@ int main(int argc, char **argv) {
     cancelled(model);
     freed_with_running_requests(model);
     full(model);
+    own_options(model);
+    priorities(model);
+    bad_constraints(model);
     bad_settings(model);
     bad_requests(model, other);
     short_arrays(model);

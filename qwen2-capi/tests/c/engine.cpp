@@ -49,6 +49,32 @@ static void requests(const qwen2::Model &model) {
     CHECK(cancelled.finish().finish_reason() == QWEN2_FINISH_CANCELLED);
 }
 
+static const char *const TOOL = R"({"type": "function", "function": {"name": "measure", "strict": true, "parameters":
+    {"type": "object", "properties": {"size": {"enum": ["small"]}}, "required": ["size"], "additionalProperties": false}}})";
+
+/* The calls of everything that is read. */
+template <class Reader> static std::vector<qwen2::ToolCall> calls_of(Reader reader) {
+    std::vector<qwen2::ToolCall> calls;
+    while (reader.next())
+        for (auto &call : reader.tool_calls()) calls.push_back(std::move(call));
+    CHECK(reader.tool_calls().empty());
+    return calls;
+}
+
+static void tools(const qwen2::Model &model) {
+    const qwen2::Engine engine(model);
+    auto options = qwen2::Options::greedy();
+    options.tool(TOOL).tool_choice("measure").tool_format(QWEN2_TOOL_FORMAT_HERMES);
+    auto prompt = qwen2::Prompt::user("What is 2 plus 3?");
+    const auto whole = model.generate(prompt, options).tool_calls();
+    CHECK(whole.size() == 1 && whole[0].name == "measure");
+    CHECK(whole[0].arguments.find("\"small\"") != std::string::npos);
+    for (const auto &calls : {calls_of(model.stream(prompt, options)), calls_of(engine.submit(prompt, options))})
+        CHECK(calls.size() == 1 && calls[0].name == "measure" && calls[0].arguments == whole[0].arguments);
+    prompt.message("assistant", "").tool_call(whole[0].name, whole[0].arguments).message("tool", "5");
+    CHECK(!model.generate(prompt, qwen2::Options::greedy().regex("[0-9]")).text().empty());
+}
+
 static void adapters(const char *fixture, const char *adapter) {
     const auto model = qwen2::Model::load(fixture);
     const auto adapted = model.with_adapter(adapter);
@@ -74,6 +100,7 @@ static void adapters(const char *fixture, const char *adapter) {
 int main(int argc, char **argv) {
     CHECK(argc == 4);
     requests(qwen2::Model::load(argv[1]));
+    tools(qwen2::Model::load(argv[1]));
     adapters(argv[2], argv[3]);
     std::puts("engine: all well");
 }

@@ -879,6 +879,18 @@ static void other_options(const qwen2_model *model) {
     CHECK(squares > 0.9999 && squares < 1.0001);
     FAILS_WITH(qwen2_model_embed(model, prompt, 5, embedding, &error), QWEN2_ERROR_INVALID_ARGUMENT,
           "unknown pooling: pooling: 5");
+    float *again = (float *)malloc(hidden_size * sizeof *again);
+    CHECK(again != NULL);
+    qwen2_cancel *cancel = qwen2_cancel_new();
+    OK(qwen2_model_embed_with(model, prompt, QWEN2_POOLING_LAST_TOKEN, cancel, again, &error));
+    CHECK(memcmp(again, embedding, hidden_size * sizeof *again) == 0);
+    OK(qwen2_model_embed_with(model, prompt, QWEN2_POOLING_LAST_TOKEN, NULL, again, &error));
+    qwen2_cancel_now(cancel);
+    again[0] = 9;
+    CHECK(qwen2_model_embed_with(model, prompt, QWEN2_POOLING_MEAN, cancel, again, NULL) == QWEN2_ERROR_CANCELLED);
+    CHECK(again[0] == 9);
+    qwen2_cancel_free(cancel);
+    free(again);
     free(embedding);
     qwen2_prompt_free(prompt);
 }

@@ -51,6 +51,19 @@ impl Model {
     /// `InvalidArgument` for an empty prompt or an unknown id, `ContextOverflow`, `InvalidTemplate`,
     /// `DeviceFailed`.
     pub fn embed(&self, prompt: impl Into<Prompt>, pooling: Pooling) -> Result<Vec<f32>> {
+        self.embed_with(prompt, pooling, &CancelToken::new())
+    }
+
+    /// As [`Model::embed`], until `cancel` ends it.
+    ///
+    /// # Errors
+    /// As [`Model::embed`], and `Cancelled`.
+    pub fn embed_with(
+        &self,
+        prompt: impl Into<Prompt>,
+        pooling: Pooling,
+        cancel: &CancelToken,
+    ) -> Result<Vec<f32>> {
         let tokens = self.encode(&prompt.into())?;
         self.check_tokens(&tokens)?;
         let host = &self.inner.host;
@@ -58,7 +71,7 @@ impl Model {
         host.network.qwen2.ready(&mut cache, tokens.len());
         let hidden_size = self.inner.config.hidden_size;
         let mut sum = vec![0.0_f64; hidden_size];
-        let watch = CancelToken::new().watch();
+        let watch = cancel.watch();
         for chunk in tokens.chunks(host.prefill_chunk) {
             let states = host
                 .network

@@ -2,6 +2,7 @@
 
 use super::model::Model;
 use crate::error::{Error, ErrorKind, Result};
+use crate::generate::CancelToken;
 
 /// How well a model foretells a text.
 #[non_exhaustive]
@@ -23,6 +24,20 @@ impl Model {
     /// `InvalidArgument` for fewer than two tokens, a window of less than two or longer than the context,
     /// a stride of 0 or one that leaves a token without any before it, and as [`Model::score`].
     pub fn perplexity(&self, tokens: &[u32], window: usize, stride: usize) -> Result<Perplexity> {
+        self.perplexity_with(tokens, window, stride, &CancelToken::new())
+    }
+
+    /// As [`Model::perplexity`], until `cancel` ends it.
+    ///
+    /// # Errors
+    /// As [`Model::perplexity`], and `Cancelled`.
+    pub fn perplexity_with(
+        &self,
+        tokens: &[u32],
+        window: usize,
+        stride: usize,
+        cancel: &CancelToken,
+    ) -> Result<Perplexity> {
         let refuse = |key: &str, why: String, help: &str| {
             Err(
                 Error::new(ErrorKind::InvalidArgument, "perplexity cannot be computed")
@@ -49,7 +64,7 @@ impl Model {
         let (mut sum, mut done) = (0.0, 1); // the first token is given
         for start in (0..tokens.len()).step_by(stride) {
             let end = tokens.len().min(start + window);
-            let scores = self.score(&tokens[start..end])?;
+            let scores = self.score_with(&tokens[start..end], cancel)?;
             let new = &scores[done - start - 1..];
             sum -= new.iter().map(|score| f64::from(*score)).sum::<f64>();
             done = end;

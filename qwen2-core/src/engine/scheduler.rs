@@ -25,6 +25,10 @@ const HEADROOM: usize = 128;
 /// Steps that end as planned behind one that gave way, so that long prompts go on whoever comes.
 const STEADY: usize = 3;
 
+/// Steps in which each prompt is read apart, behind one that was left because somebody's request ended: who
+/// ends theirs then takes nobody else's work with it, so that the others go on whoever comes and goes.
+const APART: usize = 3;
+
 /// A sequence that is computed.
 pub(super) struct Running {
     network: Arc<Network>,
@@ -81,6 +85,8 @@ pub(super) struct Scheduler {
     stats: EngineStats,
     /// Steps that nothing ends before the next one may give way again.
     steady: usize,
+    /// Steps that read prompts apart.
+    apart: usize,
 }
 
 impl Scheduler {
@@ -93,6 +99,7 @@ impl Scheduler {
             prefix: PrefixCache::new(),
             stats: EngineStats::default(),
             steady: 0,
+            apart: 0,
         }
     }
 
@@ -116,6 +123,7 @@ impl Scheduler {
 
     fn report(&mut self) {
         let mut inbox = self.shared.lock();
+        self.stats.finished += std::mem::take(&mut inbox.n_withdrawn);
         let (submitted, cache_limit) = (inbox.stats.submitted, inbox.stats.cache_limit);
         inbox.stats = EngineStats {
             running: self.running.len(),
@@ -135,24 +143,12 @@ impl Scheduler {
                 || outlet.is_dropped()
                 || unread.is_some_and(|since| since.elapsed() > self.settings.reader_patience)
         };
-        let waiting = self
-            .shared
-            .lock()
-            .queue
-            .take(|waiting: &Waiting| is_over(&waiting.job.sequence, &waiting.outlet));
-        if !waiting.is_empty() {
-            self.shared.tell_room();
-        }
+        withdraw(&self.shared);
         let over = self
             .running
             .extract_if(.., |running| is_over(&running.sequence, &running.outlet));
         let mut over: Vec<_> = over.collect();
         over.extend(self.held.take(|one| is_over(&one.sequence, &one.outlet)));
-        over.extend(
-            waiting
-                .into_iter()
-                .map(|waiting| Running::new(waiting, (0, 0))),
-        );
         for mut running in over {
             let reason = running.sequence.interruption();
             let reason = reason.unwrap_or(FinishReason::Cancelled);
@@ -338,6 +334,7 @@ impl Scheduler {
 
     fn step(&mut self, plan: Vec<Share>) {
         let mut ended = Vec::new();
+        let mut left = false;
         for mut batch in self.batches(plan) {
             self.stats.steps += 1;
             // In the order of `running`, in which logits are taken.
@@ -346,11 +343,20 @@ impl Scheduler {
             for share in &mut batch {
                 share.rows = self.running[share.index].rows(share.n_tokens, single);
             }
-            match self.forward(&batch) {
+            let watch = self.watch(&batch);
+            match self.forward(&batch, &watch) {
                 Some(Ok(logits)) => self.take_logits(&batch, logits, &mut ended),
                 Some(Err(error)) => self.take_failure(&batch, error, &mut ended),
-                None => break, // what is urgent comes first
+                // It took nobody's work with it.
+                None if single && self.has_ended(batch[0]) => {}
+                None => {
+                    left = true; // what is urgent comes first
+                    break;
+                }
             }
+        }
+        if !left {
+            self.apart = self.apart.saturating_sub(1);
         }
         // From the end on, so that the others keep their places.
         ended.sort_by_key(|(index, _)| std::cmp::Reverse(*index));
@@ -370,7 +376,8 @@ impl Scheduler {
                 let first = &self.running[batch[0].index];
                 Arc::ptr_eq(&first.network, &running.network) && !first.alone
             };
-            let single = running.alone || self.settings.deterministic;
+            let apart = self.apart > 0 && share.n_tokens > FEW;
+            let single = running.alone || self.settings.deterministic || apart;
             match batches.iter_mut().find(fits).filter(|_| !single) {
                 Some(batch) => batch.push(share),
                 None => batches.push(vec![share]),
@@ -379,9 +386,8 @@ impl Scheduler {
         batches
     }
 
-    /// The logits of a batch; `None` where it was given up, and then nothing has changed.
-    fn forward(&mut self, batch: &[Share]) -> Option<Result<Vec<f32>>> {
-        let watch = self.watch(batch);
+    /// The logits of a batch; `None` where it was left, and then nothing has changed.
+    fn forward(&mut self, batch: &[Share], watch: &Watch) -> Option<Result<Vec<f32>>> {
         let network = self.running[batch[0].index].network.clone();
         let mut shares = batch.iter().peekable();
         let parts = self.running.iter_mut().enumerate();
@@ -391,48 +397,66 @@ impl Scheduler {
                 Some(running.part(*share))
             })
             .collect();
-        let logits = watched(&watch, || network.forward_batch(&mut parts));
-        if logits.is_err() || !watch.is_over() {
+        let n_past: Vec<usize> = parts.iter().map(|part| part.cache.n_tokens()).collect();
+        let logits = watched(watch, || network.forward_batch(&mut parts));
+        if !watch.is_over() {
             self.steady = self.steady.saturating_sub(1);
             return Some(logits);
         }
-        // The caches are as long as before.
-        self.steady = STEADY;
+        // The tokens may be in the caches already: it ended behind the last layer.
+        for (part, n_past) in parts.iter_mut().zip(n_past) {
+            part.cache.truncate(n_past);
+        }
+        if logits.is_err() {
+            // No failure of theirs, perhaps one of operations that were left out; their caches are empty.
+            batch.iter().for_each(|share| self.forget(share.index));
+        }
+        match (0..self.running.len()).any(|index| self.has_ended(Share::new(index, 0))) {
+            true => self.apart = APART,
+            false => self.steady = STEADY,
+        }
         None
     }
 
-    /// What ends a step that reads a prompt: a short request, which need not wait for all of it, and the end
-    /// of the only one that runs.
+    fn has_ended(&self, share: Share) -> bool {
+        let sequence = &self.running[share.index].sequence;
+        sequence.interruption().is_some()
+    }
+
+    /// What ends a step: that a request of the engine's ends, which is to hear so at once, and while prompts
+    /// are read a short one that waits, which need not wait for all of them. Behind a step that was left for
+    /// the sake of another, one ends as planned.
     fn watch(&self, batch: &[Share]) -> Watch {
-        if batch.iter().all(|share| share.n_tokens <= FEW) {
-            return Watch::default();
-        }
-        let own = match batch {
+        let ends = match batch {
+            _ if self.apart == 0 => {
+                Watch::first_of(self.running.iter().map(|one| one.sequence.watch()))
+            }
             [share] => self.running[share.index].sequence.watch(),
             _ => Watch::default(),
         };
+        if batch.iter().all(|share| share.n_tokens <= FEW) {
+            return ends;
+        }
         let may_give_way = self.steady == 0 && self.running.len() < self.settings.max_sequences;
         let short = self.settings.prefill_chunk / 2;
         let shared = self.shared.clone();
         let switch = Arc::<AtomicBool>::default();
         let gives_way = switch.clone();
         let on_layer = move |_, _| {
+            withdraw(&shared);
+            let inbox = shared.lock();
             let is_short = |waiting: &Waiting| waiting.job.sequence.tokens().len() <= short;
             let waits = || {
-                let inbox = shared.lock();
-                inbox
-                    .queue
-                    .first()
-                    .is_some_and(|(_, first)| is_short(first))
+                let first = inbox.queue.first();
+                first.is_some_and(|(_, first)| is_short(first))
             };
-            if own.is_over() || may_give_way && waits() {
+            if inbox.stops() || may_give_way && waits() {
                 gives_way.store(true, Ordering::Release);
             }
         };
         Watch {
-            switch: Some(switch),
             on_layer: Some(Arc::new(on_layer)),
-            ..Watch::default()
+            ..Watch::first_of([ends, Watch::of(switch)])
         }
     }
 
@@ -496,16 +520,21 @@ impl Scheduler {
         }
         tracing::warn!(%error, sequences = batch.len(), "batch failed, its sequences go on one by one");
         for share in batch {
-            let mut running = self.running.swap_remove(share.index);
-            self.unpin(&mut running);
-            running.cache.clear();
-            running.alone = true;
-            running.shared = false;
-            // Back to its place, where the indices of the others point to.
-            let last = self.running.len();
-            self.running.push(running);
-            self.running.swap(share.index, last);
+            self.forget(share.index);
+            self.running[share.index].alone = true;
         }
+    }
+
+    /// Drops what was computed for a sequence, which begins again.
+    fn forget(&mut self, index: usize) {
+        let mut running = self.running.swap_remove(index);
+        self.unpin(&mut running);
+        running.cache.clear();
+        running.shared = false;
+        // Back to its place, where the indices of the others point to.
+        let last = self.running.len();
+        self.running.push(running);
+        self.running.swap(index, last);
     }
 
     /// Hands the result to the reader.
@@ -615,6 +644,25 @@ impl Running {
     }
 }
 
+/// Ends what waits in vain: its reader is gone, cancelled it or has no more time.
+fn withdraw(shared: &Shared) {
+    let is_over = |waiting: &Waiting| {
+        waiting.job.sequence.interruption().is_some() || waiting.outlet.is_dropped()
+    };
+    let withdrawn = shared.lock().queue.take(is_over);
+    if withdrawn.is_empty() {
+        return;
+    }
+    shared.lock().n_withdrawn += withdrawn.len() as u64;
+    shared.tell_room();
+    for Waiting { job, outlet } in withdrawn {
+        let mut sequence = job.sequence;
+        let reason = sequence.interruption();
+        sequence.end(reason.unwrap_or(FinishReason::Cancelled), None);
+        outlet.end(Ok(sequence.into_generation(Timings::default())));
+    }
+}
+
 /// Divides what a step reads among prompts: the shortest rest first, so that short ones need not wait
 /// for long ones; the first in line gets a quarter at least, so that it does not wait for ever. Long ones
 /// take no more than that in a step that gives somebody a first token, `begins` or read here to its end.
@@ -664,6 +712,9 @@ fn too_large(need: u64, have: u64) -> Error {
     .with_why(format!("it needs {need} bytes, the engine has {have}"))
     .with_help("shorten the prompt, lower max_new_tokens, or give the engine more memory")
 }
+
+#[cfg(test)]
+mod leaving;
 
 #[cfg(test)]
 mod tests {

@@ -47,6 +47,8 @@ pub(super) struct Shared {
 pub(super) struct Inbox {
     pub(super) queue: Queue<Waiting>,
     pub(super) stats: EngineStats,
+    /// Requests that ended while they waited, and are not counted yet.
+    pub(super) n_withdrawn: u64,
     /// Those that wait for room in the queue.
     room: Vec<Waker>,
     /// Something happened since the thread looked.
@@ -85,7 +87,7 @@ impl Shared {
     }
 
     pub(super) fn stops(&self) -> bool {
-        self.lock().stop
+        self.lock().stops()
     }
 
     /// Has the thread end, and says why.
@@ -114,6 +116,10 @@ impl Shared {
 }
 
 impl Inbox {
+    pub(super) fn stops(&self) -> bool {
+        self.stop
+    }
+
     fn rests(&self) -> bool {
         !self.woken && !self.stop
     }
@@ -268,6 +274,7 @@ impl Worker {
         let inbox = self.shared.lock();
         EngineStats {
             waiting: inbox.queue.len() + inbox.stats.waiting,
+            finished: inbox.stats.finished + inbox.n_withdrawn,
             ..inbox.stats
         }
     }

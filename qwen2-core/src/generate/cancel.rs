@@ -23,10 +23,7 @@ impl CancelToken {
 
     /// Ends forwards, too.
     pub(crate) fn watch(&self) -> Watch {
-        Watch {
-            switch: Some(Arc::clone(&self.0)),
-            ..Watch::default()
-        }
+        Watch::of(Arc::clone(&self.0))
     }
 
     /// Whether [`cancel`](Self::cancel) was called.

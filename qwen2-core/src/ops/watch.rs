@@ -10,8 +10,8 @@ use std::time::Instant;
 /// What may end a forward before its time, and who is told how far it is. Once it is over it stays so.
 #[derive(Clone, Default)]
 pub(crate) struct Watch {
-    /// Ends it when set.
-    pub(crate) switch: Option<Arc<AtomicBool>>,
+    /// Each of them ends it when set.
+    pub(crate) switches: Arc<[Arc<AtomicBool>]>,
     /// Ends it from then on.
     pub(crate) deadline: Option<Instant>,
     /// Called with the layers that are done and their number, on the thread that computes.
@@ -21,9 +21,31 @@ pub(crate) struct Watch {
 pub(crate) type OnLayer = dyn Fn(usize, usize) + Send + Sync;
 
 impl Watch {
+    /// Over when `switch` is set.
+    pub(crate) fn of(switch: Arc<AtomicBool>) -> Self {
+        Self {
+            switches: Arc::new([switch]),
+            ..Self::default()
+        }
+    }
+
+    /// Over as soon as one of them is; nobody is told of layers.
+    pub(crate) fn first_of(watches: impl IntoIterator<Item = Self>) -> Self {
+        let (mut switches, mut deadline) = (Vec::new(), None::<Instant>);
+        for watch in watches {
+            switches.extend_from_slice(&watch.switches);
+            deadline = deadline.into_iter().chain(watch.deadline).min();
+        }
+        Self {
+            switches: switches.into(),
+            deadline,
+            on_layer: None,
+        }
+    }
+
     pub(crate) fn is_over(&self) -> bool {
-        let is_set = |switch: &Arc<AtomicBool>| switch.load(Ordering::Acquire);
-        self.switch.as_ref().is_some_and(is_set)
+        let mut switches = self.switches.iter();
+        switches.any(|switch| switch.load(Ordering::Acquire))
             || self
                 .deadline
                 .is_some_and(|deadline| Instant::now() >= deadline)
@@ -69,5 +91,28 @@ impl fmt::Debug for Watch {
         f.debug_struct("Watch")
             .field("is_over", &self.is_over())
             .finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::time::Duration;
+
+    #[test]
+    fn the_first_of_several_watches_ends_them_all() {
+        let switches: [Arc<AtomicBool>; 3] = Default::default();
+        let all = Watch::first_of(switches.iter().cloned().map(Watch::of));
+        assert!(!all.is_over());
+        switches[1].store(true, Ordering::Release);
+        assert!(all.is_over());
+        let until = |deadline| Watch {
+            deadline: Some(deadline),
+            ..Watch::default()
+        };
+        let (now, later) = (Instant::now(), Instant::now() + Duration::from_secs(3600));
+        assert!(Watch::first_of([until(later), Watch::default(), until(now)]).is_over());
+        assert!(!Watch::first_of([until(later), Watch::default()]).is_over());
+        assert!(!Watch::first_of([]).is_over());
     }
 }

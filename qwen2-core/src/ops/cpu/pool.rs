@@ -462,10 +462,7 @@ mod tests {
         for threads in [1, 3] {
             let pool = Arc::new(Pool::new(threads).expect("threads start"));
             let switch = Arc::new(AtomicBool::new(false));
-            let watch = watch::Watch {
-                switch: Some(Arc::clone(&switch)),
-                ..watch::Watch::default()
-            };
+            let watch = watch::Watch::of(Arc::clone(&switch));
             let count = AtomicUsize::new(0);
             let task = |_| {
                 count.fetch_add(1, Ordering::Relaxed);
