@@ -161,6 +161,44 @@ unsafe fn smmla(sums: &mut int32x4_t, weights: int32x4_t, x: int64x2_t) {
     }
 }
 
+/// Adds columns `8 · E..` and `16 + 8 · E..`: of two tokens in turn the sums of the first two rows, and
+/// of the last two.
+///
+/// # Safety
+/// As [`Block::sums`].
+#[inline(always)]
+unsafe fn eight_columns<const N: usize, const V: usize, const Q8: bool, const E: usize>(
+    quants: *const u8,
+    x: &[[int64x2_t; 2]; N],
+    sums: &mut [[[int32x4_t; 2]; V]; N],
+) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        let w: [_; V] = from_fn(|v| {
+            let a = weights::<Q8>(quants.add(v * 16), 2 * E);
+            let b = weights::<Q8>(quants.add(v * 16), 2 * E + 1);
+            [(a.0, b.0), (a.1, b.1)].map(|(a, b)| {
+                let (a, b) = (vreinterpretq_s32_s8(a), vreinterpretq_s32_s8(b));
+                [vzip1q_s32(a, b), vzip2q_s32(a, b)]
+            })
+        });
+        for (sums, x) in sums.iter_mut().zip(x.chunks_exact(2)) {
+            for half in 0..2 {
+                let (a, b) = (x[0][half], x[1][half]);
+                let x = if E == 0 {
+                    vzip1q_s64(a, b)
+                } else {
+                    vzip2q_s64(a, b)
+                };
+                for (sums, w) in sums.iter_mut().zip(w) {
+                    smmla(&mut sums[0], w[half][0], x);
+                    smmla(&mut sums[1], w[half][1], x);
+                }
+            }
+        }
+    }
+}
+
 impl Block for Pairs {
     #[inline(always)]
     unsafe fn sums<const N: usize, const V: usize, const Q8: bool>(
@@ -169,38 +207,12 @@ impl Block for Pairs {
     ) -> [[int32x4_t; V]; N] {
         // SAFETY: the caller's promise.
         unsafe {
-            let x = halves::<N>(xs)
-                .map(|(first, second)| (vreinterpretq_s64_s8(first), vreinterpretq_s64_s8(second)));
-            // Of two tokens in turn: the first two rows, and the last two.
-            let mut sums = [[(vdupq_n_s32(0), vdupq_n_s32(0)); V]; N];
-            for eight in 0..2 {
-                let w: [_; V] = from_fn(|v| {
-                    let group = |g| {
-                        let (first, second) = weights::<Q8>(quants.add(v * 16), g);
-                        (vreinterpretq_s32_s8(first), vreinterpretq_s32_s8(second))
-                    };
-                    let (a, b) = (group(2 * eight), group(2 * eight + 1));
-                    [
-                        (vzip1q_s32(a.0, b.0), vzip2q_s32(a.0, b.0)),
-                        (vzip1q_s32(a.1, b.1), vzip2q_s32(a.1, b.1)),
-                    ]
-                });
-                for (sums, x) in sums.iter_mut().zip(x.chunks_exact(2)) {
-                    let side_by_side = |a, b| match eight {
-                        0 => vzip1q_s64(a, b),
-                        _ => vzip2q_s64(a, b),
-                    };
-                    let x = [side_by_side(x[0].0, x[1].0), side_by_side(x[0].1, x[1].1)];
-                    for (sums, w) in sums.iter_mut().zip(w) {
-                        for (w, x) in w.into_iter().zip(x) {
-                            smmla(&mut sums.0, w.0, x);
-                            smmla(&mut sums.1, w.1, x);
-                        }
-                    }
-                }
-            }
+            let x = halves::<N>(xs).map(|(a, b)| [a, b].map(|x| vreinterpretq_s64_s8(x)));
+            let mut sums = [[[vdupq_n_s32(0); 2]; V]; N]; // of pairs: the second half stays
+            eight_columns::<N, V, Q8, 0>(quants, &x, &mut sums);
+            eight_columns::<N, V, Q8, 1>(quants, &x, &mut sums);
             from_fn(|i| {
-                sums[i / 2].map(|(first, last)| match i % 2 {
+                sums[i / 2].map(|[first, last]| match i % 2 {
                     0 => vuzp1q_s32(first, last),
                     _ => vuzp2q_s32(first, last),
                 })
