@@ -190,13 +190,45 @@ unsafe fn tile<S: Simd, W: Stored>(
     stride: usize,
     depth: usize,
 ) -> [[f32; TILE]; TILE] {
+    const HALF: usize = TILE / 2;
     // SAFETY: the caller's promise.
     unsafe {
-        let mut sums = [[S::zero(); TILE]; TILE];
+        if S::REGISTERS == 1 {
+            return rows::<S, W, TILE>(x, w, stride, depth);
+        }
+        // Half of the rows after the other: the sums of all would take every register.
+        let low = rows::<S, W, HALF>(x, w, stride, depth);
+        let high = rows::<S, W, HALF>(x, w.add(HALF * stride), stride, depth);
+        std::array::from_fn(|i| {
+            std::array::from_fn(|j| {
+                if j < HALF {
+                    low[i][j]
+                } else {
+                    high[i][j - HALF]
+                }
+            })
+        })
+    }
+}
+
+/// As [`tile`], of `R` rows.
+///
+/// # Safety
+/// As [`tile`].
+#[inline(always)]
+unsafe fn rows<S: Simd, W: Stored, const R: usize>(
+    x: *const f32,
+    w: *const W,
+    stride: usize,
+    depth: usize,
+) -> [[f32; R]; TILE] {
+    // SAFETY: the caller's promise.
+    unsafe {
+        let mut sums = [[S::zero(); R]; TILE];
         let whole = depth / S::LANES * S::LANES;
         let mut k = 0;
         while k < whole {
-            let mut rows = [S::zero(); TILE];
+            let mut rows = [S::zero(); R];
             for (j, row) in rows.iter_mut().enumerate() {
                 *row = W::load::<S>(w.add(j * stride + k));
             }
@@ -208,7 +240,7 @@ unsafe fn tile<S: Simd, W: Stored>(
             }
             k += S::LANES;
         }
-        let mut out = [[0.0; TILE]; TILE];
+        let mut out = [[0.0; R]; TILE];
         for (i, out) in out.iter_mut().enumerate() {
             for (j, out) in out.iter_mut().enumerate() {
                 *out = sums[i][j].sum();

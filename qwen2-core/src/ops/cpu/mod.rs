@@ -10,6 +10,8 @@ mod layout;
 mod many;
 mod matmul;
 mod matrix;
+mod neon;
+mod neon_tile;
 mod packed_tile;
 pub(crate) mod pool;
 mod product;

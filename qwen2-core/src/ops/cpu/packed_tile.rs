@@ -8,6 +8,8 @@ use std::ops::Range;
 use half::f16;
 
 use super::activations::{Activations, SPAN, SPAN_BLOCKS};
+#[cfg(target_arch = "aarch64")]
+use super::neon_tile;
 use super::simd::Isa;
 use crate::ops::packed::{BLOCK, Format, GROUP, ROWS};
 
@@ -56,35 +58,64 @@ impl Tile<'_> {
             (tokens - 1) * stride + self.panels * ROWS <= sums.len(),
             "room for sums"
         );
-        #[cfg(target_arch = "x86_64")]
-        {
-            macro_rules! call {
-                ($kernel:ident, $panels:literal, $($n:literal)*) => {
-                    // SAFETY: `isa` was detected on this machine; the lengths were checked.
-                    return unsafe {
-                        match (tokens, self.format) {
-                            $(
-                                ($n, Format::Q8) => x86::$kernel::<$n, $panels, true, false>(self, sums, stride),
-                                ($n, Format::Q4) => x86::$kernel::<$n, $panels, false, false>(self, sums, stride),
-                                ($n, Format::Q8Zero) => x86::$kernel::<$n, $panels, true, true>(self, sums, stride),
-                                ($n, Format::Q4Zero) => x86::$kernel::<$n, $panels, false, true>(self, sums, stride),
-                            )*
-                            _ => unreachable!("tiles have 1, 2 or 4 tokens, long ones up to 8"),
-                        }
+        macro_rules! call {
+            ($module:ident::$kernel:ident, $panels:literal, $($n:literal)*) => {
+                // SAFETY: `isa` was detected on this machine; the lengths were checked.
+                unsafe {
+                    match (tokens, self.format) {
+                        $(
+                            ($n, Format::Q8) => $module::$kernel::<$n, $panels, true, false>(self, sums, stride),
+                            ($n, Format::Q4) => $module::$kernel::<$n, $panels, false, false>(self, sums, stride),
+                            ($n, Format::Q8Zero) => $module::$kernel::<$n, $panels, true, true>(self, sums, stride),
+                            ($n, Format::Q4Zero) => $module::$kernel::<$n, $panels, false, true>(self, sums, stride),
+                        )*
+                        _ => unreachable!("tiles have 1, 2 or 4 tokens, long ones up to 8"),
                     }
-                };
-            }
-            match (isa, self.panels) {
-                (Isa::Avx512Vnni, 1) => call!(avx512_vnni, 1, 1 2 3 4 5 6 7 8),
-                (Isa::Avx512Vnni, PANELS) => call!(avx512_vnni, 2, 1 2 4),
-                (Isa::Avx512 | Isa::Avx2, 1) => call!(avx2, 1, 1 2 4),
-                (Isa::Avx512 | Isa::Avx2, PANELS) => call!(avx2, 2, 1 2 4),
-                (Isa::Portable, _) => {}
-                _ => unreachable!("tiles have 1 or 2 panels"),
-            }
+                }
+            };
         }
-        let _ = isa;
-        self.portable(sums, stride);
+        match (isa, self.panels) {
+            #[cfg(target_arch = "x86_64")]
+            (Isa::Avx512Vnni, 1) => call!(x86::avx512_vnni, 1, 1 2 3 4 5 6 7 8),
+            #[cfg(target_arch = "x86_64")]
+            (Isa::Avx512Vnni, PANELS) => call!(x86::avx512_vnni, 2, 1 2 4),
+            #[cfg(target_arch = "x86_64")]
+            (Isa::Avx512 | Isa::Avx2, 1) => call!(x86::avx2, 1, 1 2 4),
+            #[cfg(target_arch = "x86_64")]
+            (Isa::Avx512 | Isa::Avx2, PANELS) => call!(x86::avx2, 2, 1 2 4),
+            #[cfg(target_arch = "aarch64")]
+            (Isa::Neon, 1) => call!(neon_tile::neon, 1, 1 2 4),
+            #[cfg(target_arch = "aarch64")]
+            (Isa::Neon, PANELS) => call!(neon_tile::neon, 2, 1 2 4),
+            #[cfg(target_arch = "aarch64")]
+            (Isa::NeonDot, 1) => call!(neon_tile::dotprod, 1, 1 2 4),
+            #[cfg(target_arch = "aarch64")]
+            (Isa::NeonDot, PANELS) => call!(neon_tile::dotprod, 2, 1 2 4),
+            #[cfg(target_arch = "aarch64")]
+            (Isa::NeonI8mm, 1) => call!(neon_tile::i8mm, 1, 1 2 4),
+            #[cfg(target_arch = "aarch64")]
+            (Isa::NeonI8mm, PANELS) => call!(neon_tile::i8mm, 2, 1 2 4),
+            _ => self.portable(sums, stride),
+        }
+    }
+
+    /// Where the activations of the first token lie in a span, a pointer each to quants, starts and
+    /// scales.
+    ///
+    /// # Safety
+    /// The span is inside the activations.
+    #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+    #[inline(always)]
+    pub(super) unsafe fn activations(&self, pair: usize) -> (*const i8, *const i32, *const f32) {
+        let at = pair / SPAN_PAIRS * self.x.n + self.tokens.0;
+        // SAFETY: the caller's promise.
+        unsafe {
+            (
+                self.x.quants.as_ptr().add(at * SPAN),
+                self.x.starts.as_ptr().add(at * SPAN_BLOCKS),
+                self.x.scales.as_ptr().add(at),
+            )
+        }
     }
 
     fn portable(&self, sums: &mut [f32], stride: usize) {
@@ -132,29 +163,21 @@ impl Tile<'_> {
     }
 }
 
+/// The format of kernels that are made for it.
+pub(super) const fn format<const EIGHT: bool, const ZEROS: bool>() -> Format {
+    match (EIGHT, ZEROS) {
+        (true, false) => Format::Q8,
+        (false, false) => Format::Q4,
+        (true, true) => Format::Q8Zero,
+        (false, true) => Format::Q4Zero,
+    }
+}
+
 #[cfg(target_arch = "x86_64")]
 mod x86 {
     use std::arch::x86_64::*;
 
-    use super::{BLOCK, Format, ROWS, SPAN, SPAN_BLOCKS, SPAN_PAIRS, Tile};
-
-    /// Where the activations of a tile's first token lie in a span, a pointer each to quants, starts
-    /// and scales.
-    ///
-    /// # Safety
-    /// The span is inside the activations.
-    #[inline(always)]
-    unsafe fn activations(tile: &Tile<'_>, pair: usize) -> (*const i8, *const i32, *const f32) {
-        let at = pair / SPAN_PAIRS * tile.x.n + tile.tokens.0;
-        // SAFETY: the caller's promise.
-        unsafe {
-            (
-                tile.x.quants.as_ptr().add(at * SPAN),
-                tile.x.starts.as_ptr().add(at * SPAN_BLOCKS),
-                tile.x.scales.as_ptr().add(at),
-            )
-        }
-    }
+    use super::{BLOCK, ROWS, SPAN, SPAN_BLOCKS, SPAN_PAIRS, Tile, format};
 
     /// # Safety
     /// The instruction set is present; `tile` has `N` tokens and `P` panels, and its lengths were
@@ -182,7 +205,7 @@ mod x86 {
                 std::array::from_fn(|p| tile.bytes.as_ptr().add(p * tile.panel_bytes));
             let mut pair = tile.pairs.start;
             while pair < tile.pairs.end {
-                let (mut quants, mut starts, scales) = activations(tile, pair);
+                let (mut quants, mut starts, scales) = tile.activations(pair);
                 let mut parts = [[_mm512_setzero_ps(); P]; N];
                 let end = tile.pairs.end.min(pair + SPAN_PAIRS);
                 while pair < end {
@@ -285,7 +308,7 @@ mod x86 {
                 let panel = tile.bytes.as_ptr().add(half / 2 * tile.panel_bytes);
                 let mut pair = tile.pairs.start;
                 while pair < tile.pairs.end {
-                    let (xs, starts, x_scales) = activations(tile, pair);
+                    let (xs, starts, x_scales) = tile.activations(pair);
                     let mut parts = [_mm256_setzero_ps(); N];
                     let end = tile.pairs.end.min(pair + SPAN_PAIRS);
                     for b in 0..2 * (end - pair) {
@@ -323,15 +346,6 @@ mod x86 {
                     _mm256_storeu_ps(sums.add(i * stride), acc);
                 }
             }
-        }
-    }
-
-    const fn format<const EIGHT: bool, const ZEROS: bool>() -> Format {
-        match (EIGHT, ZEROS) {
-            (true, false) => Format::Q8,
-            (false, false) => Format::Q4,
-            (true, true) => Format::Q8Zero,
-            (false, true) => Format::Q4Zero,
         }
     }
 

@@ -1,4 +1,4 @@
-//! Vectors of f32 for the kernels: AVX-512, AVX2 with FMA, or plain Rust, chosen once per process.
+//! Vectors of f32 for the kernels: AVX-512, AVX2 with FMA, NEON, or plain Rust, chosen once per process.
 
 use std::sync::OnceLock;
 
@@ -12,29 +12,49 @@ pub(crate) enum Isa {
     Avx512,
     /// AVX-512 with integer dot products.
     Avx512Vnni,
+    /// What every aarch64 has.
+    Neon,
+    /// NEON with integer dot products.
+    NeonDot,
+    /// NEON with integer dot products and matrix products.
+    NeonI8mm,
 }
 
 impl Isa {
+    /// The plainest first.
+    const ALL: [Self; 7] = [
+        Self::Portable,
+        Self::Avx2,
+        Self::Avx512,
+        Self::Avx512Vnni,
+        Self::Neon,
+        Self::NeonDot,
+        Self::NeonI8mm,
+    ];
+
     pub(crate) fn name(self) -> &'static str {
         match self {
             Self::Portable => "portable",
             Self::Avx2 => "avx2",
             Self::Avx512 => "avx512",
             Self::Avx512Vnni => "avx512-vnni",
+            Self::Neon => "neon",
+            Self::NeonDot => "neon-dotprod",
+            Self::NeonI8mm => "neon-i8mm",
         }
     }
 
     /// `LANES` of its vectors.
     pub(crate) fn lanes(self) -> usize {
         match self {
-            Self::Portable | Self::Avx2 => 8,
+            Self::Portable | Self::Avx2 | Self::Neon | Self::NeonDot | Self::NeonI8mm => 8,
             Self::Avx512 | Self::Avx512Vnni => 16,
         }
     }
 
     /// Every instruction set that this machine can run, the plainest first.
     pub(crate) fn available() -> Vec<Self> {
-        [Self::Portable, Self::Avx2, Self::Avx512, Self::Avx512Vnni]
+        Self::ALL
             .into_iter()
             .filter(|isa| isa.is_present())
             .collect()
@@ -59,10 +79,26 @@ impl Isa {
             Self::Avx2 => avx2(),
             Self::Avx512 => avx512(),
             Self::Avx512Vnni => avx512() && is_x86_feature_detected!("avx512vnni"),
+            Self::Neon | Self::NeonDot | Self::NeonI8mm => false,
         }
     }
 
-    #[cfg(not(target_arch = "x86_64"))]
+    #[cfg(target_arch = "aarch64")]
+    fn is_present(self) -> bool {
+        use std::arch::is_aarch64_feature_detected;
+        // The kernels take bytes as numbers of several bytes.
+        let neon = || cfg!(target_endian = "little") && is_aarch64_feature_detected!("neon");
+        let dot = || neon() && is_aarch64_feature_detected!("dotprod");
+        match self {
+            Self::Portable => true,
+            Self::Neon => neon(),
+            Self::NeonDot => dot(),
+            Self::NeonI8mm => dot() && is_aarch64_feature_detected!("i8mm"),
+            Self::Avx2 | Self::Avx512 | Self::Avx512Vnni => false,
+        }
+    }
+
+    #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
     fn is_present(self) -> bool {
         self == Self::Portable
     }
@@ -98,6 +134,8 @@ impl Isa {
 /// and write `LANES` elements at the pointer, which needs the alignment of its element only.
 pub(crate) trait Simd: Copy {
     const LANES: usize;
+    /// Registers of the machine that one takes.
+    const REGISTERS: usize = 1;
     unsafe fn zero() -> Self;
     unsafe fn splat(value: f32) -> Self;
     unsafe fn load(pointer: *const f32) -> Self;
@@ -134,7 +172,16 @@ pub(crate) fn prefetch(address: usize) {
         use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
         _mm_prefetch::<_MM_HINT_T1>(std::ptr::without_provenance(address));
     }
-    #[cfg(not(target_arch = "x86_64"))]
+    #[cfg(target_arch = "aarch64")]
+    // SAFETY: a hint; it never faults.
+    unsafe {
+        std::arch::asm!(
+            "prfm pldl2keep, [{address}]",
+            address = in(reg) address,
+            options(readonly, nostack, preserves_flags),
+        );
+    }
+    #[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
     let _ = address;
 }
 
@@ -326,6 +373,26 @@ impl Simd for Portable {
     fn prefetch<T>(_: *const T) {}
 }
 
+/// ln 2 in two parts (Cody and Waite), so that a remainder keeps all its bits.
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+pub(super) const LN_2_HIGH: f32 = 0.693_359_4;
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+pub(super) const LN_2_LOW: f32 = -2.121_944_4e-4;
+/// Cephes' expf on [-ln 2 / 2, ln 2 / 2], highest power first.
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+pub(super) const EXP: [f32; 8] = [
+    1.987_569_1e-4,
+    1.398_2e-3,
+    8.333_452e-3,
+    4.166_579_6e-2,
+    1.666_666_5e-1,
+    0.5,
+    1.0,
+    1.0,
+];
+
+#[cfg(target_arch = "aarch64")]
+pub(crate) use super::neon::Neon;
 #[cfg(target_arch = "x86_64")]
 pub(crate) use x86::{Avx2, Avx512};
 
@@ -337,22 +404,7 @@ mod x86 {
 
     use std::f32::consts::LOG2_E;
 
-    use super::Simd;
-
-    /// ln 2 in two parts (Cody and Waite), so that a remainder keeps all its bits.
-    const LN_2_HIGH: f32 = 0.693_359_4;
-    const LN_2_LOW: f32 = -2.121_944_4e-4;
-    /// Cephes' expf on [-ln 2 / 2, ln 2 / 2], highest power first.
-    const EXP: [f32; 8] = [
-        1.987_569_1e-4,
-        1.398_2e-3,
-        8.333_452e-3,
-        4.166_579_6e-2,
-        1.666_666_5e-1,
-        0.5,
-        1.0,
-        1.0,
-    ];
+    use super::{EXP, LN_2_HIGH, LN_2_LOW, Simd};
 
     #[derive(Clone, Copy)]
     pub(crate) struct Avx2(__m256);
@@ -641,6 +693,11 @@ macro_rules! per_isa {
                 // SAFETY: as above.
                 #[cfg(target_arch = "x86_64")]
                 simd::Isa::Avx2 => unsafe { avx2$(::<$t>)?($($arg),*) },
+                // SAFETY: as above; every function on this machine has the instruction set enabled.
+                #[cfg(target_arch = "aarch64")]
+                simd::Isa::Neon | simd::Isa::NeonDot | simd::Isa::NeonI8mm => unsafe {
+                    $kernel::<simd::Neon $(, $t)?>($($arg),*)
+                },
                 // SAFETY: plain Rust runs everywhere.
                 _ => unsafe { $kernel::<simd::Portable $(, $t)?>($($arg),*) },
             }
@@ -706,6 +763,21 @@ mod tests {
             };
         }
         out
+    }
+
+    #[test]
+    fn the_best_instruction_set_is_used_or_the_one_that_is_asked_for() {
+        let available = Isa::available();
+        let best = available.last().expect("plain Rust at least").name();
+        let wanted = std::env::var("QWEN2_CPU");
+        assert_eq!(Isa::selected().name(), wanted.as_deref().unwrap_or(best));
+        let names: Vec<_> = available.iter().map(|isa| isa.name()).collect();
+        let plainest = if cfg!(target_arch = "aarch64") {
+            &["portable", "neon"][..]
+        } else {
+            &["portable"]
+        };
+        assert_eq!(names[..plainest.len()], *plainest);
     }
 
     #[test]

@@ -12,6 +12,10 @@ mod elementwise;
 mod layout;
 #[path = "../../../../../qwen2-core/src/ops/cpu/matmul.rs"]
 mod matmul;
+#[path = "../../../../../qwen2-core/src/ops/cpu/neon.rs"]
+mod neon;
+#[path = "../../../../../qwen2-core/src/ops/cpu/neon_tile.rs"]
+mod neon_tile;
 #[path = "../../../../../qwen2-core/src/ops/cpu/packed_tile.rs"]
 mod packed_tile;
 #[path = "../../../../../qwen2-core/src/ops/cpu/pool.rs"]

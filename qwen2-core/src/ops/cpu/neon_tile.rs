@@ -1,0 +1,360 @@
+//! Tiles of packed weights on NEON: by integer dot products or matrix products where the machine has
+//! them, by widening multiplications elsewhere.
+#![cfg(target_arch = "aarch64")]
+
+use std::arch::aarch64::*;
+use std::arch::asm;
+use std::array::from_fn;
+
+use super::activations::{SPAN, SPAN_BLOCKS};
+use super::packed_tile::{SPAN_PAIRS, Tile, format};
+use crate::ops::packed::{BLOCK, GROUP};
+
+/// How the products of a block are summed. A vector of weights holds four columns of four rows.
+trait Block {
+    /// A block of `N` tokens times a block of `V` vectors of rows; eight-bit weights without their
+    /// offset, those of four bits with it.
+    ///
+    /// # Safety
+    /// The instruction set is present; the weights lie at `quants`, groups [`GROUP`] bytes apart, the
+    /// activations at `xs`, tokens [`SPAN`] apart.
+    unsafe fn sums<const N: usize, const V: usize, const Q8: bool>(
+        quants: *const u8,
+        xs: *const i8,
+    ) -> [[int32x4_t; V]; N];
+}
+
+/// Columns `4 g..` and `16 + 4 g..` of a block of weights.
+///
+/// # Safety
+/// As [`Block::sums`].
+#[inline(always)]
+unsafe fn weights<const Q8: bool>(quants: *const u8, g: usize) -> (int8x16_t, int8x16_t) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        let first = vld1q_u8(quants.add(g * GROUP));
+        let (first, second) = if Q8 {
+            let flip = vdupq_n_u8(128);
+            let second = vld1q_u8(quants.add((g + 4) * GROUP));
+            (veorq_u8(first, flip), veorq_u8(second, flip))
+        } else {
+            (vandq_u8(first, vdupq_n_u8(15)), vshrq_n_u8::<4>(first))
+        };
+        (vreinterpretq_s8_u8(first), vreinterpretq_s8_u8(second))
+    }
+}
+
+/// Both halves of a block of activations.
+///
+/// # Safety
+/// As [`Block::sums`].
+#[inline(always)]
+unsafe fn halves<const N: usize>(xs: *const i8) -> [(int8x16_t, int8x16_t); N] {
+    // SAFETY: the caller's promise.
+    from_fn(|i| unsafe { (vld1q_s8(xs.add(i * SPAN)), vld1q_s8(xs.add(i * SPAN + 16))) })
+}
+
+/// Products in 16 bits, for every aarch64.
+struct Widening;
+
+impl Block for Widening {
+    #[inline(always)]
+    unsafe fn sums<const N: usize, const V: usize, const Q8: bool>(
+        quants: *const u8,
+        xs: *const i8,
+    ) -> [[int32x4_t; V]; N] {
+        // SAFETY: the caller's promise.
+        unsafe {
+            // Four columns of two rows each, in 16 and in 32 bits.
+            let mut short = [[(vdupq_n_s16(0), vdupq_n_s16(0)); V]; N];
+            let mut long = [[(vdupq_n_s32(0), vdupq_n_s32(0)); V]; N];
+            for g in 0..4 {
+                let w: [_; V] = from_fn(|v| weights::<Q8>(quants.add(v * 16), g));
+                for i in 0..N {
+                    let columns: *const i32 = xs.add(i * SPAN + g * 4).cast();
+                    let four =
+                        |at: *const i32| vreinterpretq_s8_s32(vdupq_n_s32(at.read_unaligned()));
+                    let (first, second) = (four(columns), four(columns.add(4)));
+                    for (v, w) in w.iter().enumerate() {
+                        let (low, high) = &mut short[i][v];
+                        *low = vmlal_s8(*low, vget_low_s8(w.0), vget_low_s8(first));
+                        *high = vmlal_high_s8(*high, w.0, first);
+                        *low = vmlal_s8(*low, vget_low_s8(w.1), vget_low_s8(second));
+                        *high = vmlal_high_s8(*high, w.1, second);
+                        // Two products of eight bits stay below 2^15, as do eight of four bits.
+                        if Q8 || g == 3 {
+                            let sums = &mut long[i][v];
+                            sums.0 = vpadalq_s16(sums.0, *low);
+                            sums.1 = vpadalq_s16(sums.1, *high);
+                            (*low, *high) = (vdupq_n_s16(0), vdupq_n_s16(0));
+                        }
+                    }
+                }
+            }
+            long.map(|long| long.map(|(low, high)| vpaddq_s32(low, high)))
+        }
+    }
+}
+
+/// Dot products of four bytes (`sdot`).
+struct Dots;
+
+/// Adds to each of four sums its row of `$weights` times bytes `4 · $lane..` of `$x`.
+macro_rules! sdot {
+    ($sums:expr, $weights:expr, $x:expr, $lane:literal) => {
+        // The intrinsic is not stable yet.
+        asm!(
+            concat!("sdot {sums:v}.4s, {weights:v}.16b, {x:v}.4b[", $lane, "]"),
+            sums = inout(vreg) $sums,
+            weights = in(vreg) $weights,
+            x = in(vreg) $x,
+            options(pure, nomem, nostack, preserves_flags),
+        )
+    };
+}
+
+impl Block for Dots {
+    #[inline(always)]
+    unsafe fn sums<const N: usize, const V: usize, const Q8: bool>(
+        quants: *const u8,
+        xs: *const i8,
+    ) -> [[int32x4_t; V]; N] {
+        // SAFETY: the caller's promise.
+        unsafe {
+            let x = halves::<N>(xs);
+            let mut sums = [[vdupq_n_s32(0); V]; N];
+            macro_rules! groups {
+                ($($g:literal)*) => {$(
+                    let w: [_; V] = from_fn(|v| weights::<Q8>(quants.add(v * 16), $g));
+                    for (sums, x) in sums.iter_mut().zip(x) {
+                        for (sum, w) in sums.iter_mut().zip(w) {
+                            sdot!(*sum, w.0, x.0, $g);
+                            sdot!(*sum, w.1, x.1, $g);
+                        }
+                    }
+                )*};
+            }
+            groups!(0 1 2 3);
+            sums
+        }
+    }
+}
+
+/// Products of two rows and two tokens, eight columns at once (`smmla`): for even numbers of tokens.
+struct Pairs;
+
+/// Adds to `sums` two rows of eight weights times two of eight activations.
+///
+/// # Safety
+/// The instruction set is present.
+#[inline(always)]
+unsafe fn smmla(sums: &mut int32x4_t, weights: int32x4_t, x: int64x2_t) {
+    // SAFETY: the caller's promise. (The intrinsic is not stable yet.)
+    unsafe {
+        asm!(
+            "smmla {sums:v}.4s, {weights:v}.16b, {x:v}.16b",
+            sums = inout(vreg) *sums,
+            weights = in(vreg) weights,
+            x = in(vreg) x,
+            options(pure, nomem, nostack, preserves_flags),
+        );
+    }
+}
+
+/// Adds columns `8 · E..` and `16 + 8 · E..`: of two tokens in turn the sums of the first two rows, and
+/// of the last two.
+///
+/// # Safety
+/// As [`Block::sums`].
+#[inline(always)]
+unsafe fn eight_columns<const N: usize, const V: usize, const Q8: bool, const E: usize>(
+    quants: *const u8,
+    x: &[[int64x2_t; 2]; N],
+    sums: &mut [[[int32x4_t; 2]; V]; N],
+) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        let w: [_; V] = from_fn(|v| {
+            let a = weights::<Q8>(quants.add(v * 16), 2 * E);
+            let b = weights::<Q8>(quants.add(v * 16), 2 * E + 1);
+            [(a.0, b.0), (a.1, b.1)].map(|(a, b)| {
+                let (a, b) = (vreinterpretq_s32_s8(a), vreinterpretq_s32_s8(b));
+                [vzip1q_s32(a, b), vzip2q_s32(a, b)]
+            })
+        });
+        for (sums, x) in sums.iter_mut().zip(x.chunks_exact(2)) {
+            for half in 0..2 {
+                let (a, b) = (x[0][half], x[1][half]);
+                let x = if E == 0 {
+                    vzip1q_s64(a, b)
+                } else {
+                    vzip2q_s64(a, b)
+                };
+                for (sums, w) in sums.iter_mut().zip(w) {
+                    smmla(&mut sums[0], w[half][0], x);
+                    smmla(&mut sums[1], w[half][1], x);
+                }
+            }
+        }
+    }
+}
+
+impl Block for Pairs {
+    #[inline(always)]
+    unsafe fn sums<const N: usize, const V: usize, const Q8: bool>(
+        quants: *const u8,
+        xs: *const i8,
+    ) -> [[int32x4_t; V]; N] {
+        // SAFETY: the caller's promise.
+        unsafe {
+            let x = halves::<N>(xs).map(|(a, b)| [a, b].map(|x| vreinterpretq_s64_s8(x)));
+            let mut sums = [[[vdupq_n_s32(0); 2]; V]; N]; // of pairs: the second half stays
+            eight_columns::<N, V, Q8, 0>(quants, &x, &mut sums);
+            eight_columns::<N, V, Q8, 1>(quants, &x, &mut sums);
+            from_fn(|i| {
+                sums[i / 2].map(|[first, last]| match i % 2 {
+                    0 => vuzp1q_s32(first, last),
+                    _ => vuzp2q_s32(first, last),
+                })
+            })
+        }
+    }
+}
+
+/// Takes `V` vectors of rows at once: what the registers hold.
+///
+/// # Safety
+/// The instruction set is present; `tile` has `N` tokens and `P` panels, and its lengths were
+/// checked.
+#[inline(always)]
+unsafe fn multiply<
+    B: Block,
+    const N: usize,
+    const P: usize,
+    const V: usize,
+    const EIGHT: bool,
+    const ZEROS: bool,
+>(
+    tile: &Tile<'_>,
+    sums: &mut [f32],
+    stride: usize,
+) {
+    let format = format::<EIGHT, ZEROS>();
+    // SAFETY: every pointer stays inside the lengths that `Tile::multiply` checked.
+    unsafe {
+        for quarter in (0..4 * P).step_by(V) {
+            let sums = sums.as_mut_ptr().add(quarter * 4);
+            let place = |i: usize, v: usize| sums.add(i * stride + v * 4);
+            let mut acc: [[_; V]; N] = from_fn(|i| from_fn(|v| vld1q_f32(place(i, v))));
+            let panel = tile.bytes.as_ptr().add(quarter / 4 * tile.panel_bytes);
+            let mut pair = tile.pairs.start;
+            while pair < tile.pairs.end {
+                let (xs, starts, x_scales) = tile.activations(pair);
+                let mut parts = [[vdupq_n_f32(0.0); V]; N];
+                let end = tile.pairs.end.min(pair + SPAN_PAIRS);
+                for b in 0..2 * (end - pair) {
+                    let block = (pair - tile.pairs.start) * 2 + b;
+                    let quants = panel.add(format.quants_at(block) + quarter % 4 * 16);
+                    let numbers = |at: usize| -> [_; V] {
+                        from_fn(|v| {
+                            let bytes = vld1_u8(panel.add(at + v * 8)); // of no alignment
+                            vcvt_f32_f16(vreinterpret_f16_u8(bytes))
+                        })
+                    };
+                    let scales = numbers(format.scale_at(block, quarter % 4 * 4));
+                    let zeros = match ZEROS {
+                        true => numbers(format.zero_at(block, quarter % 4 * 4)),
+                        false => [vdupq_n_f32(0.0); V],
+                    };
+                    let totals = B::sums::<N, V, EIGHT>(quants, xs.add(b * BLOCK));
+                    for (i, (parts, totals)) in parts.iter_mut().zip(totals).enumerate() {
+                        let sum = *starts.add(i * SPAN_BLOCKS + b); // of the activations, times -128
+                        let start = vdupq_n_s32(match (EIGHT, ZEROS) {
+                            (true, false) | (false, true) => 0,
+                            (false, false) => sum / 16, // 8 of 128
+                            (true, true) => -sum,       // what `weights` has taken off
+                        });
+                        for v in 0..V {
+                            let mut total = vcvtq_f32_s32(vaddq_s32(totals[v], start));
+                            if ZEROS {
+                                let sum = vdupq_n_f32(sum as f32 / 128.0);
+                                total = vfmaq_f32(total, zeros[v], sum);
+                            }
+                            parts[v] = vfmaq_f32(parts[v], total, scales[v]);
+                        }
+                    }
+                }
+                for (i, (acc, parts)) in acc.iter_mut().zip(parts).enumerate() {
+                    let scale = vdupq_n_f32(*x_scales.add(i));
+                    for (acc, part) in acc.iter_mut().zip(parts) {
+                        *acc = vfmaq_f32(*acc, part, scale);
+                    }
+                }
+                pair = end;
+            }
+            for (i, acc) in acc.into_iter().enumerate() {
+                for (v, acc) in acc.into_iter().enumerate() {
+                    vst1q_f32(place(i, v), acc);
+                }
+            }
+        }
+    }
+}
+
+/// # Safety
+/// As [`multiply`].
+#[target_feature(enable = "neon")]
+pub(super) unsafe fn neon<const N: usize, const P: usize, const EIGHT: bool, const ZEROS: bool>(
+    tile: &Tile<'_>,
+    sums: &mut [f32],
+    stride: usize,
+) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        match N {
+            1 => multiply::<Widening, N, P, 4, EIGHT, ZEROS>(tile, sums, stride),
+            2 => multiply::<Widening, N, P, 2, EIGHT, ZEROS>(tile, sums, stride),
+            _ => multiply::<Widening, N, P, 1, EIGHT, ZEROS>(tile, sums, stride),
+        }
+    }
+}
+
+/// # Safety
+/// As [`multiply`].
+#[target_feature(enable = "neon,dotprod")]
+pub(super) unsafe fn dotprod<
+    const N: usize,
+    const P: usize,
+    const EIGHT: bool,
+    const ZEROS: bool,
+>(
+    tile: &Tile<'_>,
+    sums: &mut [f32],
+    stride: usize,
+) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        match N {
+            1 | 2 => multiply::<Dots, N, P, 4, EIGHT, ZEROS>(tile, sums, stride),
+            _ => multiply::<Dots, N, P, 2, EIGHT, ZEROS>(tile, sums, stride),
+        }
+    }
+}
+
+/// # Safety
+/// As [`multiply`].
+#[target_feature(enable = "neon,dotprod,i8mm")]
+pub(super) unsafe fn i8mm<const N: usize, const P: usize, const EIGHT: bool, const ZEROS: bool>(
+    tile: &Tile<'_>,
+    sums: &mut [f32],
+    stride: usize,
+) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        match N {
+            1 => multiply::<Dots, N, P, 4, EIGHT, ZEROS>(tile, sums, stride),
+            2 => multiply::<Pairs, N, P, 4, EIGHT, ZEROS>(tile, sums, stride),
+            _ => multiply::<Pairs, N, P, 2, EIGHT, ZEROS>(tile, sums, stride),
+        }
+    }
+}
