@@ -3,7 +3,7 @@
     python scripts/make_fixtures.py            # all of them
     python scripts/make_fixtures.py tied yarn  # only these model directories
 
-Needs torch, transformers (5.x), safetensors, tokenizers, gguf and
+Needs torch, transformers (5.23: what generate does changes), safetensors, tokenizers, gguf and
 peft; running the tests needs none of them. Every
 number is drawn from numpy's PCG64 with a seed that follows from the fixture's name, so a second run writes
 the same files.
