@@ -5,12 +5,13 @@
 mod common;
 
 use std::sync::OnceLock;
+use std::time::{Duration, Instant};
 
 use common::{demo, load};
 use proptest::prelude::*;
 use qwen2_core::{
     CancelToken, Constraint, ErrorKind, FinishReason, GenerateOptions, Generation, LogitsProcessor,
-    Message, Model, StopMatch,
+    Message, Model, RequestStream, StopMatch,
 };
 use serde_json::{Value, json};
 
@@ -341,6 +342,69 @@ fn hostile_sources_are_refused_or_work_within_the_bounds() {
             assert_eq!(error.kind(), ErrorKind::InvalidConstraint, "{error}");
         }
     }
+}
+
+/// Sources that would take the library very long, or for ever: each is refused or works soon, and the request
+/// that runs beside them in an engine does not notice.
+#[test]
+fn hostile_sources_end_soon_and_fail_only_their_own_request() {
+    let patterns = |n: usize| -> Vec<Value> {
+        let pattern = |i| json!({"pattern": format!("[a-z]{{{i},200}}x[a-z]{{{i}}}")});
+        (0..n).map(pattern).collect()
+    };
+    let property = |pattern| json!({"properties": {"a": pattern}});
+    let joined = |n: usize| {
+        let each = (0..n).map(|i| format!("/[a-z]{{{i},200}}x[a-z]{{{i}}}/"));
+        each.collect::<Vec<_>>().join(" & ")
+    };
+    let words: Vec<String> = (0..20_000).map(|i| format!("{i:08}")).collect();
+    let doubling = (0..60).map(|i| format!("r{i}: r{} r{}\n", i + 1, i + 1));
+    let doubling = format!("start: r0\n{}r60: \"x\"\n", doubling.collect::<String>());
+    let refused = [
+        Constraint::json_schema(json!({"type": "string", "allOf": patterns(40)}).to_string()),
+        Constraint::json_schema(
+            json!({"allOf": patterns(40).into_iter().map(property).collect::<Vec<_>>()})
+                .to_string(),
+        ),
+        Constraint::json_schema(r##"{"$ref": "#"}"##),
+        Constraint::json_schema(
+            r##"{"$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}}, "$ref": "#/$defs/a"}"##,
+        ),
+        Constraint::json_schema(r##"{"allOf": [{"$ref": "#"}, {"$ref": "#"}]}"##),
+        Constraint::grammar(format!("start: A\nA: {}", joined(40))),
+        Constraint::regex("(".repeat(5000) + "a" + &"*)".repeat(5000)),
+    ];
+    let bounded = [
+        Constraint::regex("((((a{0,200}){0,200}){0,200}){0,200}){0,200}"),
+        Constraint::regex("(((((((a|b)*c)*d)*e)*f)*g)*h)*[0-9]{1,1000}"),
+        Constraint::regex("(?s:.*)a(?s:.{1000})"),
+        Constraint::regex(words.join("|")),
+        Constraint::json_schema(json!({"enum": words}).to_string()),
+        Constraint::json_schema(
+            r##"{"anyOf": [{"type": "null"}, {"type": "array", "items": {"$ref": "#"}}]}"##,
+        ),
+        Constraint::grammar("start: s\ns: s s | s s s | \"a\" |"),
+        Constraint::grammar(doubling),
+    ];
+    let engine = model().engine().build().unwrap();
+    let plain = GenerateOptions::greedy().max_new_tokens(40);
+    let good = engine.submit(&question()[..], &plain).unwrap();
+    let start = Instant::now();
+    for source in refused {
+        let refused = engine.submit(&question()[..], &greedy(source));
+        assert_eq!(refused.unwrap_err().kind(), ErrorKind::InvalidConstraint);
+    }
+    for source in bounded {
+        let options = greedy(source).max_new_tokens(8);
+        let done = engine.submit(&question()[..], &options);
+        if let Err(error) = done.and_then(RequestStream::finish) {
+            assert_eq!(error.kind(), ErrorKind::InvalidConstraint, "{error}");
+        }
+    }
+    // A second or two; one pattern too many would take minutes.
+    assert!(start.elapsed() < Duration::from_secs(60));
+    let alone = model().chat(&question(), &plain).unwrap();
+    assert_eq!(good.finish().unwrap().tokens, alone.tokens);
 }
 
 #[test]

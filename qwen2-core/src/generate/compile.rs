@@ -1,9 +1,14 @@
 //! A constraint's source to the library's parser, within bounds.
 
-use llguidance::Matcher;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
 use llguidance::api::{GrammarWithLexer, TopLevelGrammar};
+use llguidance::{Matcher, TokenParser};
 use serde_json::{Value, json};
 
+use super::bounds::{check_grammar, check_schema};
 use super::constraint::{Form, WHITE_SPACE};
 use crate::error::{Error, ErrorKind, Result};
 use crate::fence::fenced;
@@ -19,28 +24,101 @@ const STACK_SIZE: usize = 256 << 20;
 /// What of the library's message is kept; it may quote the grammar.
 const MAX_MESSAGE: usize = 500;
 
+/// How long a source may take.
+const MAX_TIME: Duration = Duration::from_secs(10);
+/// Sources that took longer and are worked on still: nothing can stop the library, so that there must not be
+/// many of them.
+const MAX_OVERDUE: usize = 2;
+static OVERDUE: AtomicUsize = AtomicUsize::new(0);
+
+/// What the thread that works on a source, and the one that waits for it, tell each other.
+#[derive(Default)]
+struct Desk {
+    state: Mutex<State>,
+    done: Condvar,
+}
+
+#[derive(Default)]
+struct State {
+    outcome: Option<Result<TokenParser, String>>,
+    /// Nobody waits any more.
+    overdue: bool,
+}
+
 /// # Errors
 /// `InvalidConstraint`, `Unsupported` for a vocabulary without constraints.
 pub(crate) fn compile(tokenizer: &Tokenizer, constraint: &Constraint) -> Result<Matcher> {
-    let factory = tokenizer.constraints()?;
-    let source = source(&constraint.0)?;
-    let parser = std::thread::scope(|scope| {
-        let thread = std::thread::Builder::new()
-            .name("qwen2-constraint".to_owned())
-            .stack_size(STACK_SIZE)
-            .spawn_scoped(scope, || {
-                fenced(|| factory.create_parser(source).map_err(|e| format!("{e:#}")))
-                    .unwrap_or_else(Err)
-            });
-        let thread = thread.map_err(|error| {
+    tokenizer.constraints()?;
+    let form = &constraint.0;
+    let source = source(form)?;
+    if OVERDUE.load(Ordering::Acquire) >= MAX_OVERDUE {
+        let why = format!("{MAX_OVERDUE} others take longer than they may, and are not done yet");
+        return Err(invalid(form, why));
+    }
+    let tokenizer = tokenizer.clone();
+    let work = move || match tokenizer.constraints() {
+        Ok(factory) => fenced(|| factory.create_parser(source).map_err(|e| format!("{e:#}")))
+            .unwrap_or_else(Err),
+        Err(error) => Err(error.to_string()),
+    };
+    match in_time(MAX_TIME, work)? {
+        Some(parser) => {
+            let parser = parser.map_err(|why| invalid(form, one_line(&why)))?;
+            Ok(Matcher::new(Ok(parser)))
+        }
+        None => {
+            let why = format!("it takes longer than {} s to compile", MAX_TIME.as_secs());
+            Err(invalid(form, why))
+        }
+    }
+}
+
+/// What `work` gives on a thread of its own; `None`, and the thread is left to itself, where it takes longer.
+fn in_time(
+    time: Duration,
+    work: impl FnOnce() -> Result<TokenParser, String> + Send + 'static,
+) -> Result<Option<Result<TokenParser, String>>> {
+    let desk = Arc::<Desk>::default();
+    let theirs = desk.clone();
+    let body = move || {
+        let outcome = work();
+        let mut state = theirs.lock();
+        match state.overdue {
+            true => _ = OVERDUE.fetch_sub(1, Ordering::AcqRel),
+            false => state.outcome = Some(outcome),
+        }
+        theirs.done.notify_one();
+    };
+    let thread = std::thread::Builder::new()
+        .name("qwen2-constraint".to_owned())
+        .stack_size(STACK_SIZE)
+        .spawn(body)
+        .map_err(|error| {
             Error::new(ErrorKind::OutOfMemory, "no thread for the constraint")
                 .with_why(error.to_string())
                 .with_source(error)
         })?;
-        let outcome = thread.join().unwrap_or_else(|_| Err("panicked".to_owned()));
-        outcome.map_err(|why| invalid(&constraint.0, one_line(&why)))
-    })?;
-    Ok(Matcher::new(Ok(parser)))
+    let waited = desk
+        .done
+        .wait_timeout_while(desk.lock(), time, |state| state.outcome.is_none());
+    let mut state = waited.unwrap_or_else(PoisonError::into_inner).0;
+    let outcome = state.outcome.take();
+    if outcome.is_none() {
+        state.overdue = true;
+        OVERDUE.fetch_add(1, Ordering::AcqRel);
+        return Ok(None);
+    }
+    drop(state);
+    // It has nothing left to do, and cannot have panicked: it is fenced.
+    let _ = thread.join();
+    Ok(outcome)
+}
+
+impl Desk {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        // A panic inside the few lines that hold it leaves nothing half-done.
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 }
 
 /// The library's form of the source.
@@ -63,7 +141,10 @@ fn source(form: &Form) -> Result<TopLevelGrammar> {
                 _ => Err(invalid(form, "it ends with half an escape".to_owned())),
             }
         }
-        Form::Grammar(text) => Ok(TopLevelGrammar::from_lark(text.clone())),
+        Form::Grammar(text) => {
+            check_grammar(text).map_err(|why| invalid(form, why))?;
+            Ok(TopLevelGrammar::from_lark(text.clone()))
+        }
         Form::Choice(choices) => choice(form, choices),
     }
 }
@@ -71,6 +152,7 @@ fn source(form: &Form) -> Result<TopLevelGrammar> {
 fn schema(form: &Form, text: &str) -> Result<Value> {
     let mut schema: Value =
         serde_json::from_str(text).map_err(|error| invalid(form, error.to_string()))?;
+    check_schema(&schema).map_err(|why| invalid(form, why))?;
     if let Value::Object(keys) = &mut schema
         && !keys.contains_key("x-guidance")
     {
@@ -137,5 +219,30 @@ pub(crate) fn one_line(message: &str) -> String {
     match text.char_indices().nth(MAX_MESSAGE) {
         Some((end, _)) => format!("{}…", &text[..end]),
         None => text.trim().to_owned(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The thread that is late is counted until it ends.
+    #[test]
+    fn what_takes_too_long_is_left_to_itself_and_counted() {
+        let (go_on, wait) = std::sync::mpsc::channel();
+        let late = move || {
+            let _ = wait.recv();
+            Err("late".to_owned())
+        };
+        let outcome = in_time(Duration::from_millis(20), late).expect("a thread");
+        assert!(outcome.is_none());
+        assert_eq!(OVERDUE.load(Ordering::Acquire), 1);
+        go_on.send(()).expect("it waits");
+        while OVERDUE.load(Ordering::Acquire) > 0 {
+            std::thread::yield_now();
+        }
+        let soon = in_time(Duration::from_secs(60), || Err("soon".to_owned()));
+        let soon = soon.expect("a thread").expect("in time");
+        assert_eq!(soon.err().as_deref(), Some("soon"));
     }
 }

@@ -1,6 +1,8 @@
 //! Logits to tokens to text: settings, sampling, where to end, and the loop around the network.
 
 mod bad_words;
+#[cfg(feature = "constraint")]
+mod bounds;
 mod cancel;
 #[cfg(feature = "constraint")]
 mod compile;

@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used)] // a panic is how a test fails
 
 use std::sync::atomic::AtomicUsize;
+use std::time::Duration;
 
 use super::super::outlet::{RequestStream, outlet};
 use super::super::worker::{Job, Wake};
@@ -44,6 +45,7 @@ impl Bench {
             prefill_chunk: 64,
             queue_limit: 8,
             when_full: WhenFull::Refuse,
+            reader_patience: Duration::from_secs(60),
             prefix_cache: true,
             deterministic: false,
         };
