@@ -334,7 +334,8 @@ pub(crate) fn stream_tasks(bytes: usize) -> usize {
     (bytes / LEAST).clamp(threads, 4 * threads)
 }
 
-/// Whether the pool of this thread allows bf16 products.
+/// Whether the pool of this thread allows bf16 products, which only x86-64 has kernels for.
+#[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))]
 pub(crate) fn takes_bf16_products() -> bool {
     CURRENT.with_borrow(|pool| pool.as_ref().is_some_and(|pool| pool.bf16_products))
 }

@@ -9,7 +9,6 @@ pub(crate) mod fit;
 pub(crate) mod packed;
 #[path = "../../../../qwen2-core/src/ops/visible.rs"]
 mod visible;
-pub(crate) use visible::Visible;
 #[path = "../../../../qwen2-core/src/ops/watch.rs"]
 pub(crate) mod watch;
 
