@@ -503,6 +503,7 @@ class Model:
         prefill_chunk: int | None = None,
         queue_limit: int | None = None,
         when_full: Literal["refuse", "wait"] = "refuse",
+        reader_patience: float | None = None,
         prefix_cache: bool = True,
         deterministic: bool = False,
     ) -> Engine:
@@ -515,6 +516,8 @@ class Model:
         queue_limit: requests that may wait; by default 1024.
         when_full: what becomes of a request when so many wait: refuse, which raises OutOfMemoryError, or
             wait.
+        reader_patience: seconds that the reader of an answer may leave 256 pieces unread before the request
+            ends as cancelled; by default 60.
         prefix_cache: whether the beginning that a prompt shares with earlier ones is computed once.
         deterministic: whether a request gets the same tokens alone and among others, to the last bit of its
             logits; sequences are then computed one by one.

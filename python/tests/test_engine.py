@@ -200,6 +200,7 @@ def test_a_bad_constraint_fails_its_own_request(demo: Model, engine: Engine) -> 
         ({"prefill_chunk": 0}, "setting is out of range: prefill_chunk: 0"),
         ({"queue_limit": 0}, "setting is out of range: queue_limit: 0"),
         ({"when_full": "drop"}, "unknown answer to a full queue: when_full: drop"),
+        ({"reader_patience": -1.0}, "setting is out of range: reader_patience: -1"),
     ],
 )
 def test_a_setting_out_of_range_names_itself(demo: Model, settings: dict[str, Any], message: str) -> None:
@@ -344,6 +345,18 @@ def test_closing_ends_who_waits_for_a_full_queue(long_model: Model) -> None:
     for stream in (running, waiting):
         with pytest.raises(CancelledError, match="engine was closed before the request ended"):
             stream.finish()
+
+
+def test_a_reader_that_reads_nothing_loses_its_request(long_model: Model) -> None:
+    engine = long_model.engine(reader_patience=0.05)
+    unread = engine.submit([1], ignore_eos=True)
+    end = time.monotonic() + 60
+    while engine.stats.finished == 0:
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    answer = unread.finish()
+    assert (answer.finish_reason, len(answer.tokens)) == ("cancelled", 256)
+    engine.close()
 
 
 def test_closing_ends_running_requests_and_refuses_others(long_model: Model) -> None:

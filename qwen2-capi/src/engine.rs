@@ -1,6 +1,7 @@
 //! Many requests on one model, computed together.
 
 use std::ffi::c_void;
+use std::time::Duration;
 
 use qwen2_core::{Engine, EngineBuilder, EngineStats, Request, WhenFull};
 
@@ -52,6 +53,7 @@ pub struct qwen2_engine_options {
     prefill_chunk: Option<usize>,
     queue_limit: Option<usize>,
     when_full: Option<WhenFull>,
+    reader_patience: Option<Duration>,
     prefix_cache: Option<bool>,
     deterministic: Option<bool>,
 }
@@ -88,6 +90,9 @@ impl qwen2_engine_options {
         }
         if let Some(when_full) = self.when_full {
             builder = builder.when_full(when_full);
+        }
+        if let Some(patience) = self.reader_patience {
+            builder = builder.reader_patience(patience);
         }
         if let Some(prefix_cache) = self.prefix_cache {
             builder = builder.prefix_cache(prefix_cache);
@@ -176,6 +181,18 @@ pub unsafe extern "C" fn qwen2_engine_options_set_when_full(
         });
         Ok(QWEN2_OK)
     })
+}
+
+/// Milliseconds that the reader of an answer may leave 256 pieces unread before the request ends as
+/// cancelled. Default: 60000.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn qwen2_engine_options_set_reader_patience(
+    options: *mut qwen2_engine_options,
+    milliseconds: u64,
+) {
+    fence::change(options, |options| {
+        options.reader_patience = Some(Duration::from_millis(milliseconds))
+    });
 }
 
 /// Whether the beginning that a prompt shares with earlier ones is computed once; 0 or 1, default 1.

@@ -284,12 +284,14 @@ impl Model {
     /// prefill_chunk: tokens of prompts that one step reads between the tokens of the others; by default 64.
     /// queue_limit: requests that may wait; by default 1024.
     /// when_full: what becomes of a request when so many wait: refuse, which raises OutOfMemoryError, or wait.
+    /// reader_patience: seconds that the reader of an answer may leave 256 pieces unread before the request
+    ///     ends as cancelled; by default 60.
     /// prefix_cache: whether the beginning that a prompt shares with earlier ones is computed once.
     /// deterministic: whether a request gets the same tokens alone and among others, to the last bit of its
     ///     logits; sequences are then computed one by one.
     #[pyo3(
-        signature = (*, max_sequences=None, cache_bytes=None, prefill_chunk=None, queue_limit=None, when_full="refuse", prefix_cache=true, deterministic=false),
-        text_signature = "($self, *, max_sequences=None, cache_bytes=None, prefill_chunk=None, queue_limit=None, when_full='refuse', prefix_cache=True, deterministic=False)"
+        signature = (*, max_sequences=None, cache_bytes=None, prefill_chunk=None, queue_limit=None, when_full="refuse", reader_patience=None, prefix_cache=true, deterministic=false),
+        text_signature = "($self, *, max_sequences=None, cache_bytes=None, prefill_chunk=None, queue_limit=None, when_full='refuse', reader_patience=None, prefix_cache=True, deterministic=False)"
     )]
     #[allow(clippy::too_many_arguments)] // the settings, by name
     fn engine(
@@ -299,6 +301,7 @@ impl Model {
         prefill_chunk: Option<Whole>,
         queue_limit: Option<Whole>,
         when_full: &str,
+        reader_patience: Option<f64>,
         prefix_cache: bool,
         deterministic: bool,
     ) -> PyResult<Engine> {
@@ -308,6 +311,7 @@ impl Model {
             prefill_chunk,
             queue_limit,
             when_full,
+            reader_patience,
             prefix_cache,
             deterministic,
         };

@@ -1,5 +1,7 @@
 //! What an engine is built with.
 
+use std::time::Duration;
+
 use qwen2_core::{EngineBuilder, Model, WhenFull};
 
 use crate::arguments::Whole;
@@ -12,6 +14,8 @@ pub(crate) struct Settings<'a> {
     pub(crate) prefill_chunk: Option<Whole>,
     pub(crate) queue_limit: Option<Whole>,
     pub(crate) when_full: &'a str,
+    /// Seconds.
+    pub(crate) reader_patience: Option<f64>,
     pub(crate) prefix_cache: bool,
     pub(crate) deterministic: bool,
 }
@@ -34,6 +38,17 @@ impl Settings<'_> {
         }
         if let Some(n) = self.queue_limit {
             builder = builder.queue_limit(n.setting("queue_limit")?);
+        }
+        if let Some(seconds) = self.reader_patience {
+            let patience = Duration::try_from_secs_f64(seconds).map_err(|_| {
+                Failure::invalid(
+                    "setting is out of range",
+                    "reader_patience",
+                    &seconds.to_string(),
+                    "give seconds, 0 or more",
+                )
+            })?;
+            builder = builder.reader_patience(patience);
         }
         Ok(builder)
     }

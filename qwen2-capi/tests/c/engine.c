@@ -49,6 +49,7 @@ static void polled_in_turn(const qwen2_model *model) {
     qwen2_engine_options_set_max_sequences(settings, 7);
     qwen2_engine_options_set_prefill_chunk(settings, 32);
     qwen2_engine_options_set_queue_limit(settings, 100);
+    qwen2_engine_options_set_reader_patience(settings, 30000);
     qwen2_engine_options_set_prefix_cache(settings, 1);
     qwen2_engine_options_set_deterministic(settings, 0);
     qwen2_engine_options_set_cache_bytes(settings, UINT64_C(1) << 28);
