@@ -13,7 +13,7 @@ CONFORMANCE = HERE.parent / "conformance"
 BREAK = b"\n%%%%\n"  # between the files of one input: src/sections.rs
 
 Shapes = dict[str, tuple[str, list[int]]]
-SIZES = {"F32": 4, "F16": 2, "BF16": 2, "I32": 4}
+SIZES = {"F32": 4, "F16": 2, "BF16": 2, "I32": 4, "U8": 1}
 
 
 def main() -> None:
@@ -131,7 +131,33 @@ def checkpoints() -> dict[str, bytes]:
             [config, generation, dump({"weight_map": index}), safetensors(first), safetensors(second)]
         ),
         "experts": BREAK.join([dump(model_config(**moe_keys)), b"", b"", safetensors(moe)]),
+        "packed": BREAK.join([dump(model_config(quantization_config=PACKED)), b"", b"", packed()]),
+        "metadata": BREAK.join([config, dump({"eos_token_id": 2, "temperature": 0.7}), b"", with_metadata()]),
+        "empty": BREAK.join([config, b"", b"", safetensors({})]),
+        "nothing": BREAK.join([config, b"", b"", safetensors(tensors | {"extra": ("F32", [0, 3])})]),
     }
+
+
+PACKED = {"quant_method": "qwen2-packed", "version": 1, "bits": 8}
+
+
+def packed() -> bytes:
+    """Matrices in panels of 16 rows, 64 columns and their scales; vectors in f32."""
+    shapes = {
+        name: ("U8", [1, 64 * 16 + 64]) if len(shape) > 1 else ("F32", shape)
+        for name, (_, shape) in dense("F32").items()
+    }
+    return safetensors(shapes)
+
+
+def with_metadata() -> bytes:
+    """A header with free text, and padded as the format's own crate pads it."""
+    file = safetensors(dense("BF16"))
+    size = struct.unpack("<Q", file[:8])[0]
+    header = {"__metadata__": {"format": "pt"}} | json.loads(file[8 : 8 + size])
+    text = dump(header)
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text + file[8 + size :]
 
 
 def groups() -> dict[str, bytes]:
@@ -151,6 +177,8 @@ def groups() -> dict[str, bytes]:
         ("gptq4_order", 4, True, {"quant_method": "gptq", "desc_act": True}),
         ("gptq8_v2", 8, False, {"quant_method": "gptq", "checkpoint_format": "gptq_v2"}),
         ("awq", 4, False, {"quant_method": "awq", "version": "gemm"}),
+        ("gptq8_order", 8, True, {"quant_method": "gptq", "desc_act": True, "sym": False}),
+        ("gptq4_biases", 4, False, {"quant_method": "gptq", "sym": True}),
     ]:
         per_word = 32 // bits
         shapes = {**outside(16, 8, "F16")}
@@ -164,6 +192,8 @@ def groups() -> dict[str, bytes]:
             shapes[f"{stem}.scales"] = ("F16", [columns // 8, outputs])
             if order:
                 shapes[f"{stem}.g_idx"] = ("I32", [columns])
+            if name.endswith("biases"):
+                shapes[f"{stem}.bias"] = ("F16", [outputs])
 
         def contents(name: str, size: int) -> bytes:
             if not name.endswith("g_idx"):
@@ -177,8 +207,23 @@ def groups() -> dict[str, bytes]:
 
 # ------------------------------------------------------------------------------------- GGUF
 
-UINT32, FLOAT32, STRING, ARRAY, INT32 = 4, 6, 8, 9, 5
-GGML = {"F32": (0, 1, 4), "F16": (1, 1, 2), "Q4_0": (2, 32, 18), "Q8_0": (8, 32, 34), "IQ4_NL": (20, 32, 18)}
+UINT32, FLOAT32, BOOL, STRING, ARRAY, INT32 = 4, 6, 7, 8, 9, 5
+GGML = {
+    "F32": (0, 1, 4),
+    "F16": (1, 1, 2),
+    "Q4_0": (2, 32, 18),
+    "Q4_1": (3, 32, 20),
+    "Q5_0": (6, 32, 22),
+    "Q5_1": (7, 32, 24),
+    "Q8_0": (8, 32, 34),
+    "Q2_K": (10, 256, 84),
+    "Q3_K": (11, 256, 110),
+    "Q4_K": (12, 256, 144),
+    "Q5_K": (13, 256, 176),
+    "Q6_K": (14, 256, 210),
+    "IQ4_NL": (20, 32, 18),
+    "BF16": (30, 1, 2),
+}
 
 
 def gguf_text(text: str) -> bytes:
@@ -189,6 +234,8 @@ def gguf_text(text: str) -> bytes:
 def gguf_value(value: Any) -> bytes:
     """A value with its type."""
     match value:
+        case bool():
+            return struct.pack("<IB", BOOL, value)
         case int():
             return struct.pack("<II", UINT32, value)
         case float():
@@ -272,6 +319,32 @@ def ggufs() -> dict[str, bytes]:
         "blk.0.ffn_gate_inp_shexp.weight": ("F32", [32]),
     }
     yarn = {"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0}
+    all_of_yarn = {
+        **yarn,
+        "rope.scaling.original_context_length": 16,
+        "rope.scaling.attn_factor": 1.1,
+        "rope.scaling.yarn_ext_factor": 0.5,
+        "rope.scaling.yarn_attn_factor": 1.0,
+        "rope.scaling.yarn_beta_fast": 24.0,
+        "rope.scaling.yarn_beta_slow": 2.0,
+        "rope.scaling.finetuned": True,
+    }
+    olds = ["Q4_1", "Q5_0", "Q5_1"]
+    # Blocks are 256 wide, so all else is narrow.
+    wide = {"embedding_length": 256, "feed_forward_length": 2, "attention.key_length": 2}
+    k_quants: dict[str, tuple[str, list[int]]] = {
+        "token_embd.weight": ("Q6_K", [6, 256]),
+        "output_norm.weight": ("F32", [256]),
+        "blk.0.attn_norm.weight": ("F32", [256]),
+        "blk.0.ffn_norm.weight": ("F32", [256]),
+        "blk.0.attn_output.weight": ("F16", [256, 4]),
+        "blk.0.ffn_gate.weight": ("Q2_K", [2, 256]),
+        "blk.0.ffn_up.weight": ("Q3_K", [2, 256]),
+        "blk.0.ffn_down.weight": ("F16", [256, 2]),
+    }
+    for part, kind, rows in [("q", "Q4_K", 4), ("k", "Q5_K", 2), ("v", "Q6_K", 2)]:
+        k_quants[f"blk.0.attn_{part}.weight"] = (kind, [rows, 256])
+        k_quants[f"blk.0.attn_{part}.bias"] = ("F32", [rows])
     moe = {"expert_count": 2, "expert_used_count": 1, "expert_feed_forward_length": 32}
     return {
         "q8": gguf_file(keys("qwen2"), tensors("Q8_0") | feed_forward("Q8_0", "")),
@@ -280,6 +353,20 @@ def ggufs() -> dict[str, bytes]:
             keys("qwen2moe", **moe), tensors("Q4_0") | experts | routers | feed_forward("Q4_0", "_shexp")
         ),
         "vocabulary": gguf_file(keys("qwen2"), {"token_embd.weight": ("F16", [6, 4])}),
+        "yarn": gguf_file(keys("qwen2", **all_of_yarn), tensors("BF16") | feed_forward("F16", "")),
+        "old": gguf_file(
+            keys("qwen2"),
+            tensors("Q5_0")
+            | {
+                f"blk.0.ffn_{part}.weight": (kind, [32, 32])
+                for part, kind in zip(("gate", "up", "down"), olds, strict=True)
+            },
+        ),
+        "k_quants": gguf_file(keys("qwen2", **wide), k_quants),
+        "part": gguf_file(
+            keys("qwen2") | {"split.no": 0, "split.count": 2, "split.tensors.count": 2},
+            {"token_embd.weight": ("Q8_0", [6, 32])},
+        ),
     }
 
 
@@ -288,13 +375,27 @@ def ggufs() -> dict[str, bytes]:
 
 def configs() -> dict[str, bytes]:
     """config.json in both forms, and generation_config.json."""
-    files = {name: CONFORMANCE / "models" / name / "config.json" for name in ("dual_chunk", "moe5", "yarn5")}
+    files = {
+        name: CONFORMANCE / "models" / name / "config.json" for name in ("dual_chunk_yarn", "moe5", "yarn5")
+    }
     files |= {"sliding": CONFORMANCE / "models/sliding5/config.json"}
     files |= {"grouped": CONFORMANCE / "grouped/gptq4/config.json"}
     files |= {"generation": CONFORMANCE / "models/tied/generation_config.json"}
     inputs = {name: dump(json.loads(path.read_text())) for name, path in files.items()}
-    packed = {"quant_method": "qwen2-packed", "version": 1, "bits": 8}
-    return inputs | {"packed": dump(model_config(quantization_config=packed))}
+    inputs["packed"] = dump(model_config(quantization_config=PACKED))
+    yarn = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
+    vllm = {"attn_factor": 1.1, "extrapolation_factor": 0.5, "apply_yarn_scaling": False, "truncate": False}
+    mscale = {"mscale": 0.7, "mscale_all_dim": 1.0, "beta_fast": 24, "beta_slow": 2}
+    awq = {"quant_method": "awq", "bits": 4, "group_size": 128, "zero_point": True, "version": "gemm"}
+    for name, changes in [
+        ("vllm", {"rope_scaling": yarn | vllm}),
+        ("mscale", {"rope_scaling": yarn | mscale}),
+        ("awq", {"quantization_config": awq}),
+        ("nulls", {"head_dim": None, "rope_scaling": None, "sliding_window": None, "eos_token_id": None}),
+        ("window", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 0}),
+    ]:
+        inputs[name] = dump(model_config(**changes))
+    return inputs
 
 
 def tokenizers() -> dict[str, bytes]:
@@ -308,17 +409,26 @@ def tokenizers() -> dict[str, bytes]:
         "added_tokens_decoder": {"294": {"content": "<|endoftext|>", "special": True}},
     }
     level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
-    small = {
+    small: dict[str, Any] = {
         "added_tokens": [{**whole["added_tokens"][0], "id": 4, "content": "<e>"}],
         "normalizer": {"type": "NFC"},
         "pre_tokenizer": level,
         "decoder": level,
         "model": {"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 2, "Ġ": 3}, "merges": [["a", "b"]]},
     }
+    sided = {**small["added_tokens"][0], "lstrip": True, "rstrip": True, "special": False}
+    single = {**small["added_tokens"][0], "id": 5, "content": "<s>", "single_word": True, "normalized": True}
+    flags = {**small, "added_tokens": [sided, single], "normalizer": None}
+    split = {"type": "Split", "pattern": {"String": " "}, "behavior": "Isolated", "invert": False}
+    sequence = {"type": "Sequence", "pretokenizers": [split, level]}
+    pairs = {**small, "pre_tokenizer": sequence, "post_processor": level, "added_tokens": []}
+    pairs["model"] = {**small["model"], "merges": ["a b"], "dropout": None, "fuse_unk": False}
     text = "Hello, wörld 123 <|im_end|>\n".encode()
     return {
         "whole": BREAK.join([dump(whole), dump(config), b"", text]),
         "small": BREAK.join([dump(small), b"", b"{{ messages[0].content }}", b"ab a <e>b"]),
+        "flags": BREAK.join([dump(flags), b"", b"", b"ab  <e>  <s>b a<e>"]),
+        "pairs": BREAK.join([dump(pairs), dump({"unk_token": None}), b"", b"ab\xffab \xe4\xbd\xa0"]),
     }
 
 
@@ -337,10 +447,28 @@ def templates() -> dict[str, bytes]:
         "{{ '%s' | format(bos_token) }}{{ strftime_now('%d %b %Y') }}{{ range(3) | list }}"
         "{% if messages | length > 5 %}{{ raise_exception('too many') }}{% endif %}"
     )
+    tools = (
+        "{%- if tools %}{{- '# Tools\n' }}{%- for tool in tools %}{{- '\n' ~ (tool | tojson(indent=2)) }}"
+        "{%- endfor %}{%- endif %}{%- for m in messages[::-1] %}{%- set i = loop.revindex0 %}"
+        "{%- if m.role in ['user', 'system'] and loop.index0 is even %}{{- m.content[:5] ~ i }}"
+        "{%- elif m.tool_calls is defined %}{%- break %}{%- else %}{%- continue %}{%- endif %}{%- endfor %}"
+        "{%- filter upper %}{{ messages | map(attribute='content') | join(',') }}{%- endfilter %}"
+    )
+    numbers = (
+        "{% set ns = namespace(sum=0) %}{% for i in range(1, 9, 3) %}{% set ns.sum = ns.sum + i ** 2 %}"
+        "{% endfor %}{{ ns.sum // 7 }} {{ 7.5 % 2 }} {{ messages | length * 'x' }} {{ [1, 2] + [3] }} "
+        "{{ {'a': 1}.items() | list }} {{ 'b' in {'b': none} }} {{ messages | tojson | length }}"
+    )
     messages = b"Hello there\nGood day <|im_end|>\nA third"
     return {
         name: template.encode() + BREAK + messages
-        for name, template in [("chatml", chatml), ("macros", macros), ("methods", methods)]
+        for name, template in [
+            ("chatml", chatml),
+            ("macros", macros),
+            ("methods", methods),
+            ("numbers", numbers),
+            ("tools", tools),
+        ]
     }
 
 
@@ -354,7 +482,18 @@ def adapters() -> dict[str, bytes]:
         shapes[f"{stem}.lora_B.weight"] = ("F32", [4, rank])
     patterns = {"rank_pattern": {"v_proj": 3}, "alpha_pattern": {r".*\.0\..*q_proj": 8}, "use_rslora": True}
     one = {name: shape for name, shape in shapes.items() if "q_proj" in name}
+    halves = {name: ("BF16", shape) for name, (_, shape) in one.items()}
+    whole = {"base_model.model.lm_head.weight": ("F16", [4, 8])}
+    nulls = {
+        "use_dora": False,
+        "bias": "none",
+        "modules_to_save": None,
+        "rank_pattern": {},
+        "fan_in_fan_out": False,
+    }
     return {
+        "halves": dump(settings | nulls | {"lora_alpha": 0.5}) + BREAK + safetensors(halves),
+        "refused": dump(settings | {"use_dora": True}) + BREAK + safetensors(one | whole),
         "plain": dump(settings) + BREAK + safetensors(one),
         "patterns": dump(settings | patterns) + BREAK + safetensors(shapes),
     }
