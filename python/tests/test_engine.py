@@ -148,7 +148,9 @@ def test_each_request_keeps_its_own_options_among_the_others(demo: Model) -> Non
     with demo.engine(deterministic=True, prefix_cache=False) as engine:
         alone = {name: engine.chat(QUESTION, **options) for name, options in OWN.items()}
         streams = {name: engine.chat(QUESTION, stream=True, **options) for name, options in OWN.items()}
-        calls = {name: [call for piece in stream for call in piece.tool_calls] for name, stream in streams.items()}
+        calls = {
+            name: [call for piece in stream for call in piece.tool_calls] for name, stream in streams.items()
+        }
         for name, stream in streams.items():
             answer = stream.finish()
             assert (answer.tokens, answer.text) == (alone[name].tokens, alone[name].text), name

@@ -42,7 +42,7 @@ pub type qwen2_request_fn = Option<
 >;
 
 enum Reader {
-    Host(Exclusive<Own>),
+    Host(Box<Exclusive<Own>>),
     Callback(Arc<Called>),
 }
 
@@ -216,12 +216,12 @@ impl qwen2_request {
     pub(crate) fn read_by_host(stream: RequestStream) -> Self {
         Self {
             cancel: stream.cancel_token(),
-            reader: Reader::Host(Exclusive::new(Own {
+            reader: Reader::Host(Box::new(Exclusive::new(Own {
                 stream: Some(stream),
                 text: Terminated::default(),
                 last: Last::default(),
                 end: End::default(),
-            })),
+            }))),
         }
     }
 
