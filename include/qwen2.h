@@ -903,6 +903,10 @@ qwen2_status qwen2_engine_options_set_when_full(qwen2_engine_options *options,
                                                 int32_t when_full,
                                                 qwen2_error **error);
 
+// Milliseconds that the reader of an answer may leave 256 pieces unread before the request ends as
+// cancelled. Default: 60000.
+void qwen2_engine_options_set_reader_patience(qwen2_engine_options *options, uint64_t milliseconds);
+
 // Whether the beginning that a prompt shares with earlier ones is computed once; 0 or 1, default 1.
 void qwen2_engine_options_set_prefix_cache(qwen2_engine_options *options, int32_t prefix_cache);
 
