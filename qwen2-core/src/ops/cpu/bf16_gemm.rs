@@ -1,4 +1,5 @@
-//! Many tokens times bf16 weights with the processor's bf16 dot product (AVX512-BF16).
+//! Many tokens times bf16 weights with the processor's bf16 dot product (AVX512-BF16) or, where it has
+//! them, its matrix products (AMX).
 //!
 //! Activations are rounded to bf16, products are exact and summed in f32. The weights stay as they
 //! are stored: each task turns a few of their rows into the interleaved order once, in its cache,
@@ -11,6 +12,7 @@ use std::sync::{Mutex, PoisonError};
 
 use half::bf16;
 
+use super::amx;
 use super::matmul::Linear;
 use super::pool;
 use super::product::{self, Product, Sums, Target};
@@ -18,12 +20,22 @@ use super::simd::Isa;
 
 /// Fewer tokens than this do not pay for interleaving the weights.
 pub(crate) const MIN_TOKENS: usize = 16;
-/// Rows that a task interleaves at once: two vectors.
+/// Rows of a panel, interleaved together: two vectors.
 const ROWS: usize = 32;
+/// Most panels of a task for matrix products, so fast that they wait for activations that are read once
+/// a panel.
+const PANELS: usize = 4;
 /// Columns of a block of activations: one cache line a token.
 const BLOCK: usize = 32;
-/// Columns that are interleaved at once: the first-level cache holds 16 KiB of weights.
-const DEPTH: usize = 256;
+
+/// Columns that are interleaved at once: the first-level cache holds 16 KiB of weights; matrix products
+/// take them from the second level, and sums too long from memory otherwise.
+fn depth(isa: Isa) -> usize {
+    match isa {
+        Isa::Amx => 512,
+        _ => 256,
+    }
+}
 
 /// Whether this machine has the instructions.
 pub(crate) fn is_present() -> bool {
@@ -32,12 +44,14 @@ pub(crate) fn is_present() -> bool {
         && is_x86_feature_detected!("avx512bf16")
 }
 
-/// Products of the rounded activations with bf16 rows, 32 rows a task.
+/// Products of the rounded activations with bf16 rows, some panels a task.
 pub(crate) struct Blocks<'a> {
     isa: Isa,
     args: Linear<'a, bf16>,
     x: &'a Rounded,
     target: Target<'a>,
+    /// Panels of a task.
+    panels: usize,
 }
 
 impl<'a> Blocks<'a> {
@@ -58,6 +72,11 @@ impl<'a> Blocks<'a> {
             args,
             x,
             target,
+            panels: match isa {
+                Isa::Amx if args.outer.div_ceil(ROWS) >= 16 * pool::current_threads() => PANELS,
+                Isa::Amx => 2,
+                _ => 1,
+            },
         }
     }
 }
@@ -70,16 +89,44 @@ fn check(args: Linear<'_, bf16>, x: &Rounded) {
     assert_eq!(x.cols, args.inner, "activation width");
 }
 
-/// The sums of all tokens with 32 rows from `row` on, `[n, 32]`.
-fn sum(args: Linear<'_, bf16>, x: &Rounded, row: usize, scratch: &mut Vec<u32>, sums: &mut [f32]) {
-    scratch.resize(ROWS * DEPTH / 2, 0);
+/// The sums of all tokens with some panels of rows from `row` on, `[n, panels · 32]`.
+fn sum(
+    isa: Isa,
+    args: Linear<'_, bf16>,
+    x: &Rounded,
+    (row, panels): (usize, usize),
+    scratch: &mut Vec<u32>,
+    sums: &mut [f32],
+) {
+    let most = depth(isa);
+    scratch.resize(panels * ROWS * most / 2, 0);
     sums.fill(0.0);
-    for start in (0..args.inner).step_by(DEPTH) {
-        let depth = DEPTH.min(args.inner - start);
-        // SAFETY: the instructions are there, and the lengths were checked.
-        unsafe {
-            interleave(args, row, start, depth, scratch);
-            multiply(x, start, depth, scratch, sums);
+    assert_eq!(sums.len(), x.n * panels * ROWS, "sums");
+    for start in (0..args.inner).step_by(most) {
+        let depth = most.min(args.inner - start);
+        for (panel, scratch) in scratch.chunks_mut(ROWS * most / 2).enumerate() {
+            let row = (row + panel * ROWS).min(args.outer);
+            // SAFETY: the instructions are there, and the lengths were checked.
+            unsafe { interleave(args, row, start, depth, scratch) };
+        }
+        if isa == Isa::Amx {
+            amx::multiply_bf16(
+                &amx::Bf16 {
+                    x: x.words[start / BLOCK * x.n..].as_flattened(),
+                    n: x.n,
+                    blocks: depth.div_ceil(BLOCK),
+                    weights: scratch,
+                    panels,
+                },
+                sums,
+            );
+            continue;
+        }
+        let strided = panels * ROWS;
+        for (panel, scratch) in scratch.chunks(ROWS * most / 2).enumerate() {
+            let sums = &mut sums[panel * ROWS..];
+            // SAFETY: as above.
+            unsafe { multiply(x, start, depth, scratch, sums, strided) };
         }
     }
 }
@@ -101,8 +148,8 @@ pub(crate) fn swiglu(
         let (mut scratch, mut sums) = SCRATCH.take();
         sums.resize(2 * x.n * ROWS, 0.0);
         let (gates, ups) = sums[..2 * x.n * ROWS].split_at_mut(x.n * ROWS);
-        sum(gate, x, block * ROWS, &mut scratch, gates);
-        sum(up, x, block * ROWS, &mut scratch, ups);
+        sum(isa, gate, x, (block * ROWS, 1), &mut scratch, gates);
+        sum(isa, up, x, (block * ROWS, 1), &mut scratch, ups);
         product::gate(isa, gates, ups);
         // Rows past the last are sums of nothing.
         for (out, row) in out.iter_mut().zip(gates.as_chunks().0) {
@@ -115,28 +162,39 @@ pub(crate) fn swiglu(
 
 impl Product for Blocks<'_> {
     fn tasks(&self) -> usize {
-        self.args.outer.div_ceil(ROWS)
+        self.args.outer.div_ceil(ROWS).div_ceil(self.panels)
     }
 
     fn weights(&self, task: usize) -> pool::Streams {
         let Linear { inner, outer, .. } = self.args;
-        let rows = task * ROWS..((task + 1) * ROWS).min(outer);
+        let rows = self.panels * ROWS;
+        let rows = task * rows..((task + 1) * rows).min(outer);
         pool::streams(&self.args.weight[rows.start * inner..rows.end * inner], &[])
     }
 
     fn run(&self, task: usize) {
-        let (row, n) = (task * ROWS, self.x.n);
+        let (row, n) = (task * self.panels * ROWS, self.x.n);
+        let left = self.args.outer - row;
+        let panels = self.panels.min(left.div_ceil(ROWS));
+        let stride = panels * ROWS;
         let (mut scratch, mut sums) = SCRATCH.take();
-        sums.resize(n * ROWS, 0.0);
-        sum(self.args, self.x, row, &mut scratch, &mut sums);
-        let rows = (row, ROWS.min(self.args.outer - row));
+        sums.resize(n * stride, 0.0);
+        sum(
+            self.isa,
+            self.args,
+            self.x,
+            (row, panels),
+            &mut scratch,
+            &mut sums,
+        );
+        let rows = (row, stride.min(left));
         // SAFETY: the lengths were checked, and the rows are this task's own.
         unsafe {
             self.target.take(
                 self.isa,
                 Sums {
                     values: &sums,
-                    stride: ROWS,
+                    stride,
                     tokens: (0, n),
                     rows,
                 },
@@ -291,12 +349,19 @@ fn transpose(t: &mut [__m512i; 16]) {
     }
 }
 
-/// Adds the products of all tokens with the interleaved columns to `sums`, `[n, 32]`.
+/// Adds the products of all tokens with the interleaved columns to `sums`, `[n, stride]`.
 ///
 /// # Safety
 /// The instructions are present, `scratch` holds the `depth` columns from `start` on, which `x` has.
 #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
-unsafe fn multiply(x: &Rounded, start: usize, depth: usize, scratch: &[u32], sums: &mut [f32]) {
+unsafe fn multiply(
+    x: &Rounded,
+    start: usize,
+    depth: usize,
+    scratch: &[u32],
+    sums: &mut [f32],
+    stride: usize,
+) {
     let first = start / BLOCK * x.n;
     let blocks = depth.div_ceil(BLOCK);
     let mut t = 0;
@@ -304,12 +369,12 @@ unsafe fn multiply(x: &Rounded, start: usize, depth: usize, scratch: &[u32], sum
         // SAFETY: tokens `t..t + N` of the blocks are inside `x` and `sums`.
         unsafe {
             let words = x.words.as_ptr().add(first + t);
-            let (w, sums) = (scratch.as_ptr(), sums.as_mut_ptr().add(t * ROWS));
+            let (w, sums) = (scratch.as_ptr(), sums.as_mut_ptr().add(t * stride));
             t += match x.n - t {
-                12.. => tile::<12>(words, x.n, blocks, w, sums),
-                8.. => tile::<8>(words, x.n, blocks, w, sums),
-                4.. => tile::<4>(words, x.n, blocks, w, sums),
-                _ => tile::<1>(words, x.n, blocks, w, sums),
+                12.. => tile::<12>(words, x.n, blocks, w, sums, stride),
+                8.. => tile::<8>(words, x.n, blocks, w, sums, stride),
+                4.. => tile::<4>(words, x.n, blocks, w, sums, stride),
+                _ => tile::<1>(words, x.n, blocks, w, sums, stride),
             };
         }
     }
@@ -335,12 +400,13 @@ unsafe fn tile<const N: usize>(
     blocks: usize,
     mut w: *const u32,
     sums: *mut f32,
+    stride: usize,
 ) -> usize {
     // SAFETY: the caller's promise.
     unsafe {
         let mut acc = [[_mm512_setzero_ps(); 2]; N];
         for (i, acc) in acc.iter_mut().enumerate() {
-            *acc = [0, 16].map(|half| _mm512_loadu_ps(sums.add(i * ROWS + half)));
+            *acc = [0, 16].map(|half| _mm512_loadu_ps(sums.add(i * stride + half)));
         }
         for _ in 0..blocks {
             let words: *const u32 = x.cast();
@@ -358,8 +424,8 @@ unsafe fn tile<const N: usize>(
             x = x.wrapping_add(n);
         }
         for (i, acc) in acc.into_iter().enumerate() {
-            _mm512_storeu_ps(sums.add(i * ROWS), acc[0]);
-            _mm512_storeu_ps(sums.add(i * ROWS + 16), acc[1]);
+            _mm512_storeu_ps(sums.add(i * stride), acc[0]);
+            _mm512_storeu_ps(sums.add(i * stride + 16), acc[1]);
         }
     }
     N
@@ -369,6 +435,13 @@ unsafe fn tile<const N: usize>(
 mod tests {
     use super::super::product::{Finish, run_all};
     use super::*;
+
+    /// Those that the dispatch brings here.
+    fn kernels() -> impl Iterator<Item = Isa> {
+        Isa::available()
+            .into_iter()
+            .filter(|isa| *isa >= Isa::Avx512)
+    }
 
     #[test]
     fn rounding_is_that_of_the_half_crate() {
@@ -414,13 +487,14 @@ mod tests {
         };
         let rounded = Rounded::new(&x, inner);
         let mut out = vec![f32::NAN; n * outer];
-        for (weight, finish) in [(&gate, Finish::Store), (&up, Finish::Gate)] {
-            let target = Target::new(&mut out, outer, 0..outer, finish, None);
-            let args = linear(weight);
-            run_all(&[&Blocks::new(Isa::selected(), args, &rounded, target)]);
+        for isa in kernels() {
+            for (weight, finish) in [(&gate, Finish::Store), (&up, Finish::Gate)] {
+                let target = Target::new(&mut out, outer, 0..outer, finish, None);
+                run_all(&[&Blocks::new(isa, linear(weight), &rounded, target)]);
+            }
+            let got = swiglu(isa, linear(&gate), linear(&up), &rounded);
+            assert_eq!(got, Rounded::new(&out, outer), "{isa:?}");
         }
-        let got = swiglu(Isa::selected(), linear(&gate), linear(&up), &rounded);
-        assert_eq!(got, Rounded::new(&out, outer));
     }
 
     #[test]
@@ -435,35 +509,39 @@ mod tests {
             (31, 1030, 37),
             (50, 2100, 65),
             (12, 96, 48),
+            (40, 64, 129),
+            (130, 600, 2100),
         ] {
             let x: Vec<f32> = (0..n * inner).map(|i| (i as f32 * 0.37).sin()).collect();
             let w: Vec<bf16> = (0..outer * inner)
                 .map(|i| bf16::from_f32((i as f32 * 0.11).cos()))
                 .collect();
             let bias: Vec<f32> = (0..outer).map(|i| i as f32).collect();
-            let mut out = vec![f32::NAN; n * outer];
             let args = Linear {
                 x: &x,
                 weight: &w,
                 inner,
                 outer,
             };
-            let target = Target::new(&mut out, outer, 0..outer, Finish::Store, Some(&bias));
             let rounded = Rounded::new(&x, inner);
-            run_all(&[&Blocks::new(Isa::selected(), args, &rounded, target)]);
-            for (t, out) in out.chunks(outer).enumerate() {
-                for (r, out) in out.iter().enumerate() {
-                    let sum: f64 = (0..inner)
-                        .map(|k| {
-                            let x = bf16::from_f32(x[t * inner + k]);
-                            x.to_f64() * w[r * inner + k].to_f64()
-                        })
-                        .sum();
-                    let want = (sum + f64::from(bias[r])) as f32;
-                    assert!(
-                        (out - want).abs() < 1e-5 * inner as f32,
-                        "{n} {inner} {outer}: {out} {want}"
-                    );
+            for isa in kernels() {
+                let mut out = vec![f32::NAN; n * outer];
+                let target = Target::new(&mut out, outer, 0..outer, Finish::Store, Some(&bias));
+                run_all(&[&Blocks::new(isa, args, &rounded, target)]);
+                for (t, out) in out.chunks(outer).enumerate() {
+                    for (r, out) in out.iter().enumerate() {
+                        let sum: f64 = (0..inner)
+                            .map(|k| {
+                                let x = bf16::from_f32(x[t * inner + k]);
+                                x.to_f64() * w[r * inner + k].to_f64()
+                            })
+                            .sum();
+                        let want = (sum + f64::from(bias[r])) as f32;
+                        assert!(
+                            (out - want).abs() < 1e-5 * inner as f32,
+                            "{isa:?} {n} {inner} {outer}: {out} {want}"
+                        );
+                    }
                 }
             }
         }

@@ -2,6 +2,7 @@
 #![allow(unsafe_code)]
 
 mod activations;
+mod amx;
 mod attention;
 mod bf16_gemm;
 mod elementwise;

@@ -76,9 +76,9 @@ impl Tile<'_> {
         }
         match (isa, self.panels) {
             #[cfg(target_arch = "x86_64")]
-            (Isa::Avx512Vnni, 1) => call!(x86::avx512_vnni, 1, 1 2 3 4 5 6 7 8),
+            (Isa::Avx512Vnni | Isa::Amx, 1) => call!(x86::avx512_vnni, 1, 1 2 3 4 5 6 7 8),
             #[cfg(target_arch = "x86_64")]
-            (Isa::Avx512Vnni, PANELS) => call!(x86::avx512_vnni, 2, 1 2 4),
+            (Isa::Avx512Vnni | Isa::Amx, PANELS) => call!(x86::avx512_vnni, 2, 1 2 4),
             #[cfg(target_arch = "x86_64")]
             (Isa::Avx512 | Isa::Avx2, 1) => call!(x86::avx2, 1, 1 2 4),
             #[cfg(target_arch = "x86_64")]

@@ -49,7 +49,7 @@ impl Packed<'_> {
         let is_many = x.n >= MANY;
         let depth = if is_many { DEPTH } else { all };
         // A few tokens are a stream: panel by panel, as they lie, each read once for all of them.
-        let is_stream = !is_many && (x.n == 1 || isa == Isa::Avx512Vnni);
+        let is_stream = !is_many && (x.n == 1 || matches!(isa, Isa::Avx512Vnni | Isa::Amx));
         let panels_at_once = if is_stream { 1 } else { PANELS };
         for pair in (0..all).step_by(depth) {
             let pairs = pair..all.min(pair + depth);

@@ -12,6 +12,8 @@ pub(crate) enum Isa {
     Avx512,
     /// AVX-512 with integer dot products.
     Avx512Vnni,
+    /// The same, with AVX512-BF16 and AMX's matrix products of bf16 and of bytes.
+    Amx,
     /// What every aarch64 has.
     Neon,
     /// NEON with integer dot products.
@@ -22,11 +24,12 @@ pub(crate) enum Isa {
 
 impl Isa {
     /// The plainest first.
-    const ALL: [Self; 7] = [
+    const ALL: [Self; 8] = [
         Self::Portable,
         Self::Avx2,
         Self::Avx512,
         Self::Avx512Vnni,
+        Self::Amx,
         Self::Neon,
         Self::NeonDot,
         Self::NeonI8mm,
@@ -38,6 +41,7 @@ impl Isa {
             Self::Avx2 => "avx2",
             Self::Avx512 => "avx512",
             Self::Avx512Vnni => "avx512-vnni",
+            Self::Amx => "amx",
             Self::Neon => "neon",
             Self::NeonDot => "neon-dotprod",
             Self::NeonI8mm => "neon-i8mm",
@@ -48,7 +52,7 @@ impl Isa {
     pub(crate) fn lanes(self) -> usize {
         match self {
             Self::Portable | Self::Avx2 | Self::Neon | Self::NeonDot | Self::NeonI8mm => 8,
-            Self::Avx512 | Self::Avx512Vnni => 16,
+            Self::Avx512 | Self::Avx512Vnni | Self::Amx => 16,
         }
     }
 
@@ -79,6 +83,11 @@ impl Isa {
             Self::Avx2 => avx2(),
             Self::Avx512 => avx512(),
             Self::Avx512Vnni => avx512() && is_x86_feature_detected!("avx512vnni"),
+            Self::Amx => {
+                Self::Avx512Vnni.is_present()
+                    && is_x86_feature_detected!("avx512bf16")
+                    && super::amx::is_present()
+            }
             Self::Neon | Self::NeonDot | Self::NeonI8mm => false,
         }
     }
@@ -94,7 +103,7 @@ impl Isa {
             Self::Neon => neon(),
             Self::NeonDot => dot(),
             Self::NeonI8mm => dot() && is_aarch64_feature_detected!("i8mm"),
-            Self::Avx2 | Self::Avx512 | Self::Avx512Vnni => false,
+            Self::Avx2 | Self::Avx512 | Self::Avx512Vnni | Self::Amx => false,
         }
     }
 
@@ -689,7 +698,9 @@ macro_rules! per_isa {
             match isa {
                 // SAFETY: `Isa` values come from detection on this machine.
                 #[cfg(target_arch = "x86_64")]
-                simd::Isa::Avx512 | simd::Isa::Avx512Vnni => unsafe { avx512$(::<$t>)?($($arg),*) },
+                simd::Isa::Avx512 | simd::Isa::Avx512Vnni | simd::Isa::Amx => unsafe {
+                    avx512$(::<$t>)?($($arg),*)
+                },
                 // SAFETY: as above.
                 #[cfg(target_arch = "x86_64")]
                 simd::Isa::Avx2 => unsafe { avx2$(::<$t>)?($($arg),*) },

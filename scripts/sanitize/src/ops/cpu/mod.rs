@@ -2,6 +2,8 @@
 
 #[path = "../../../../../qwen2-core/src/ops/cpu/activations.rs"]
 mod activations;
+#[path = "../../../../../qwen2-core/src/ops/cpu/amx.rs"]
+mod amx;
 #[path = "../../../../../qwen2-core/src/ops/cpu/attention.rs"]
 mod attention;
 #[path = "../../../../../qwen2-core/src/ops/cpu/bf16_gemm.rs"]
