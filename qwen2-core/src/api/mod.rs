@@ -13,9 +13,9 @@ mod session;
 mod stored;
 mod tokenizer;
 
-/// The instruction set that the kernels of the processor use: `portable`; on x86-64 `avx2`, `avx512`
-/// or `avx512-vnni`; on aarch64 `neon`, `neon-dotprod` or `neon-i8mm`. The variable `QWEN2_CPU` picks
-/// a lesser one.
+/// The instruction set that the kernels of the processor use: `portable`; on x86-64 `avx2`, `avx512`,
+/// `avx512-vnni` or `amx`; on aarch64 `neon`, `neon-dotprod` or `neon-i8mm`. The variable `QWEN2_CPU`
+/// picks a lesser one.
 pub fn instruction_set() -> &'static str {
     crate::ops::instruction_set()
 }

@@ -13,14 +13,13 @@ const TILE: usize = 16;
 /// Rows of a panel of weights: two tiles.
 const ROWS: usize = 2 * TILE;
 
-/// Whether the machine has AMX with bf16 and bytes, and the system lets this process use it.
+/// Whether the machine has AMX with bf16, and the system lets this process use it.
 pub(super) fn is_present() -> bool {
     static PRESENT: OnceLock<bool> = OnceLock::new();
     *PRESENT.get_or_init(|| {
         const BF16: u32 = 1 << 22;
         const TILES: u32 = 1 << 24;
-        const BYTES: u32 = 1 << 25;
-        let wanted = BF16 | TILES | BYTES;
+        let wanted = BF16 | TILES;
         let highest = __cpuid_count(0, 0).eax;
         highest >= 7 && __cpuid_count(7, 0).edx & wanted == wanted && is_permitted()
     })

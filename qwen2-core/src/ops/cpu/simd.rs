@@ -12,7 +12,7 @@ pub(crate) enum Isa {
     Avx512,
     /// AVX-512 with integer dot products.
     Avx512Vnni,
-    /// The same, with AVX512-BF16 and AMX's matrix products of bf16 and of bytes.
+    /// The same, with AVX512-BF16 and AMX's matrix products of bf16.
     Amx,
     /// What every aarch64 has.
     Neon,
