@@ -28,14 +28,8 @@ const PANELS: usize = 4;
 /// Columns of a block of activations: one cache line a token.
 const BLOCK: usize = 32;
 
-/// Columns that are interleaved at once: the first-level cache holds 16 KiB of weights; matrix products
-/// take them from the second level, and sums too long from memory otherwise.
-fn depth(isa: Isa) -> usize {
-    match isa {
-        Isa::Amx => 512,
-        _ => 256,
-    }
-}
+/// Columns that are interleaved at once: the first-level cache holds 16 KiB of weights.
+const DEPTH: usize = 256;
 
 /// Whether this machine has the instructions.
 pub(crate) fn is_present() -> bool {
@@ -98,13 +92,12 @@ fn sum(
     scratch: &mut Vec<u32>,
     sums: &mut [f32],
 ) {
-    let most = depth(isa);
-    scratch.resize(panels * ROWS * most / 2, 0);
+    scratch.resize(panels * ROWS * DEPTH / 2, 0);
     sums.fill(0.0);
     assert_eq!(sums.len(), x.n * panels * ROWS, "sums");
-    for start in (0..args.inner).step_by(most) {
-        let depth = most.min(args.inner - start);
-        for (panel, scratch) in scratch.chunks_mut(ROWS * most / 2).enumerate() {
+    for start in (0..args.inner).step_by(DEPTH) {
+        let depth = DEPTH.min(args.inner - start);
+        for (panel, scratch) in scratch.chunks_mut(ROWS * DEPTH / 2).enumerate() {
             let row = (row + panel * ROWS).min(args.outer);
             // SAFETY: the instructions are there, and the lengths were checked.
             unsafe { interleave(args, row, start, depth, scratch) };
@@ -123,7 +116,7 @@ fn sum(
             continue;
         }
         let strided = panels * ROWS;
-        for (panel, scratch) in scratch.chunks(ROWS * most / 2).enumerate() {
+        for (panel, scratch) in scratch.chunks(ROWS * DEPTH / 2).enumerate() {
             let sums = &mut sums[panel * ROWS..];
             // SAFETY: as above.
             unsafe { multiply(x, start, depth, scratch, sums, strided) };
