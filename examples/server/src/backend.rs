@@ -119,11 +119,10 @@ impl Backend {
         submitted.await.map_err(|_| Refusal::Lost)?
     }
 
-    /// The embeddings of texts, one after the other beside the answers; dropping the future stops
-    /// before the next text.
+    /// The embeddings of texts, one after the other beside the answers; dropping the future stops them.
     ///
     /// # Errors
-    /// `Full`, and `Core` for what [`Model::embed`] refuses.
+    /// `Full`, and `Core` for what [`Model::embed_with`] refuses.
     pub(crate) async fn embed(
         &self,
         inputs: Vec<Prompt>,
@@ -141,16 +140,13 @@ impl Backend {
             let _held = (place, turn, counted);
             let mut done = Embeddings::default();
             for input in inputs {
-                if cancel.is_cancelled() {
-                    break; // nobody waits for it any more
-                }
                 let tokens = match input {
                     Prompt::Text(text) => model.tokenizer().encode(&text)?,
                     Prompt::Tokens(tokens) => tokens,
                     _ => Vec::new(),
                 };
                 done.n_tokens += tokens.len();
-                done.vectors.push(model.embed(tokens, pooling)?);
+                done.vectors.push(model.embed_with(tokens, pooling, &cancel)?);
             }
             Ok(done)
         });
