@@ -146,7 +146,8 @@ impl Backend {
                     _ => Vec::new(),
                 };
                 done.n_tokens += tokens.len();
-                done.vectors.push(model.embed_with(tokens, pooling, &cancel)?);
+                done.vectors
+                    .push(model.embed_with(tokens, pooling, &cancel)?);
             }
             Ok(done)
         });

@@ -18,6 +18,7 @@ pub(crate) mod pool;
 mod product;
 mod quantized;
 pub(crate) mod simd;
+mod x86;
 
 use std::ops::Range;
 

@@ -28,3 +28,5 @@ mod product;
 mod quantized;
 #[path = "../../../../../qwen2-core/src/ops/cpu/simd.rs"]
 pub(crate) mod simd;
+#[path = "../../../../../qwen2-core/src/ops/cpu/x86.rs"]
+mod x86;
