@@ -301,60 +301,35 @@ unsafe fn multiply<
     }
 }
 
-/// # Safety
-/// As [`multiply`].
-#[target_feature(enable = "neon")]
-pub(super) unsafe fn neon<const N: usize, const P: usize, const EIGHT: bool, const ZEROS: bool>(
-    tile: &Tile<'_>,
-    sums: &mut [f32],
-    stride: usize,
-) {
-    // SAFETY: the caller's promise.
-    unsafe {
-        match N {
-            1 => multiply::<Widening, N, P, 4, EIGHT, ZEROS>(tile, sums, stride),
-            2 => multiply::<Widening, N, P, 2, EIGHT, ZEROS>(tile, sums, stride),
-            _ => multiply::<Widening, N, P, 1, EIGHT, ZEROS>(tile, sums, stride),
+/// The kernel of an instruction set: for so many tokens, how products are summed and how many vectors of rows
+/// are taken at once.
+macro_rules! kernel {
+    ($name:ident, $features:literal, $($tokens:pat => $block:ident, $vectors:literal;)*) => {
+        /// # Safety
+        /// As [`multiply`].
+        #[target_feature(enable = $features)]
+        pub(super) unsafe fn $name<
+            const N: usize,
+            const P: usize,
+            const EIGHT: bool,
+            const ZEROS: bool,
+        >(
+            tile: &Tile<'_>,
+            sums: &mut [f32],
+            stride: usize,
+        ) {
+            // SAFETY: the caller's promise.
+            unsafe {
+                match N {
+                    $($tokens => {
+                        multiply::<$block, N, P, $vectors, EIGHT, ZEROS>(tile, sums, stride);
+                    })*
+                }
+            }
         }
-    }
+    };
 }
 
-/// # Safety
-/// As [`multiply`].
-#[target_feature(enable = "neon,dotprod")]
-pub(super) unsafe fn dotprod<
-    const N: usize,
-    const P: usize,
-    const EIGHT: bool,
-    const ZEROS: bool,
->(
-    tile: &Tile<'_>,
-    sums: &mut [f32],
-    stride: usize,
-) {
-    // SAFETY: the caller's promise.
-    unsafe {
-        match N {
-            1 | 2 => multiply::<Dots, N, P, 4, EIGHT, ZEROS>(tile, sums, stride),
-            _ => multiply::<Dots, N, P, 2, EIGHT, ZEROS>(tile, sums, stride),
-        }
-    }
-}
-
-/// # Safety
-/// As [`multiply`].
-#[target_feature(enable = "neon,dotprod,i8mm")]
-pub(super) unsafe fn i8mm<const N: usize, const P: usize, const EIGHT: bool, const ZEROS: bool>(
-    tile: &Tile<'_>,
-    sums: &mut [f32],
-    stride: usize,
-) {
-    // SAFETY: the caller's promise.
-    unsafe {
-        match N {
-            1 => multiply::<Dots, N, P, 4, EIGHT, ZEROS>(tile, sums, stride),
-            2 => multiply::<Pairs, N, P, 4, EIGHT, ZEROS>(tile, sums, stride),
-            _ => multiply::<Pairs, N, P, 2, EIGHT, ZEROS>(tile, sums, stride),
-        }
-    }
-}
+kernel!(neon, "neon", 1 => Widening, 4; 2 => Widening, 2; _ => Widening, 1;);
+kernel!(dotprod, "neon,dotprod", 1 | 2 => Dots, 4; _ => Dots, 2;);
+kernel!(i8mm, "neon,dotprod,i8mm", 1 => Dots, 4; 2 => Pairs, 4; _ => Pairs, 2;);
