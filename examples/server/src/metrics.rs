@@ -1,5 +1,6 @@
 //! What Prometheus reads.
 
+use std::sync::{Mutex, PoisonError};
 use std::time::Duration;
 
 use prometheus::core::Collector;
@@ -20,6 +21,8 @@ pub(crate) struct Metrics {
     generated_tokens: IntCounter,
     steps: IntCounter,
     preempted: IntCounter,
+    /// Two readers at once must not both bring the engine's own counters up to date.
+    catch_up: Mutex<()>,
     running: IntGauge,
     waiting: IntGauge,
     cache_bytes: IntGauge,
@@ -94,6 +97,7 @@ impl Metrics {
                 "qwen2_answer_seconds",
                 "From the request to the end of its answer.",
             )?,
+            catch_up: Mutex::default(),
             registry,
         })
     }
@@ -141,10 +145,15 @@ impl Metrics {
         self.waiting.set(stats.waiting as i64);
         self.cache_bytes.set(stats.cache_bytes.cast_signed());
         self.cache_limit.set(stats.cache_limit.cast_signed());
-        self.steps.reset();
-        self.steps.inc_by(stats.steps);
-        self.preempted.reset();
-        self.preempted.inc_by(stats.preempted);
+        {
+            let _alone = self.catch_up.lock().unwrap_or_else(PoisonError::into_inner);
+            for (counter, value) in [
+                (&self.steps, stats.steps),
+                (&self.preempted, stats.preempted),
+            ] {
+                counter.inc_by(value.saturating_sub(counter.get()));
+            }
+        }
         TextEncoder::new().encode_to_string(&self.registry.gather())
     }
 }
