@@ -137,11 +137,10 @@ impl ModelBuilder {
                         keep_stored(name, stored, dtype, quantize, zeros, threads, &mut arena)?
                     }
                 };
-                if self.screened_head && name == head_name(tied) {
-                    ranks = screen(&data, threads, &mut arena)?;
-                    ranks.iter().for_each(|ranks| weights.count(SCREEN, ranks));
-                }
                 weights.count(name, &data);
+                ranks = ranks
+                    .take()
+                    .or(weights.screen(name, &data, threads, &mut arena)?);
                 if self.preload && in_file.contains(&data.bytes().as_ptr()) {
                     data = copy(name, data, threads, &mut arena)?;
                 }
@@ -220,7 +219,6 @@ impl ModelBuilder {
         let shapes: HashMap<_, _> = names::expected(&config, tied).into_iter().collect();
         let kv_cache = self.kv_cache_type(&device, dtype, self.quantize.is_some());
         let mut arena = Arena::default();
-        let screened = self.screened_head;
         let qwen2 = model::load(
             &config,
             burn_device,
@@ -239,11 +237,10 @@ impl ModelBuilder {
                 seed += 1;
                 let data = random_tensor(name, shape, dtype, seed);
                 let data = keep(name, data, self.quantize, &threads, &mut arena)?;
-                if screened && name == head_name(tied) {
-                    ranks = screen(&data, &threads, &mut arena)?;
-                    ranks.iter().for_each(|ranks| weights.count(SCREEN, ranks));
-                }
                 weights.count(name, &data);
+                ranks = ranks
+                    .take()
+                    .or(weights.screen(name, &data, &threads, &mut arena)?);
                 match data {
                     Kept::Dense(_) if device.is_cpu() => copy(name, data, &threads, &mut arena), // as preloaded
                     data => Ok(data),
@@ -487,6 +484,22 @@ impl WeightBytes {
         } else if !row_only && !few_only {
             self.per_token += bytes;
         }
+    }
+
+    /// The screen of a head that is to have one, counted; of every other tensor nothing.
+    fn screen(
+        &mut self,
+        name: &str,
+        kept: &Kept,
+        threads: &Threads,
+        arena: &mut Arena,
+    ) -> Result<Option<Kept>> {
+        if !self.screened || name != head_name(self.tied) {
+            return Ok(None);
+        }
+        let ranks = screen(kept, threads, arena)?;
+        ranks.iter().for_each(|ranks| self.count(SCREEN, ranks));
+        Ok(ranks)
     }
 }
 
