@@ -1,16 +1,16 @@
-//! `x Wᵀ + b` over weights in their stored precision, read once per panel of tokens.
+//! `x Wᵀ + b` over weights in their stored precision: of a few tokens as a stream of the weights, of many
+//! by `dense_gemm`.
 
 use std::cell::Cell;
 
+use super::dense_gemm::{self, MIN_TOKENS, PASS};
 use super::pool;
 use super::product::{Product, Sums, Target};
 use super::simd::{Isa, Simd, Stored, per_isa};
 
 /// Weight rows and tokens of one register tile.
 const TILE: usize = 4;
-/// Tokens that share one pass over the weights; their activations stay in the second-level cache.
-const PANEL: usize = 64;
-/// Most rows of a task: its sums stay in the second-level cache.
+/// Most rows of a task with few tokens.
 const MOST_ROWS: usize = 512;
 /// Widest stretch of the inner dimension that a tile sums at once.
 const DEPTH: usize = 2048;
@@ -54,8 +54,18 @@ impl<'a, W: Stored> Rows<'a, W> {
     /// If a length does not fit the shape.
     pub(crate) fn new(isa: Isa, args: Linear<'a, W>, target: Target<'a>, total: usize) -> Self {
         args.check(&target);
-        let tasks = pool::stream_tasks(total * args.inner * size_of::<W>());
-        let per_task = total.div_ceil(tasks).next_multiple_of(TILE).min(MOST_ROWS);
+        let per_task = match target.tokens() {
+            0..MIN_TOKENS => {
+                let tasks = pool::stream_tasks(total * args.inner * size_of::<W>());
+                total.div_ceil(tasks).next_multiple_of(TILE).min(MOST_ROWS)
+            }
+            // Sums and turned weights in the second-level cache, and a few tasks for each thread.
+            _ => {
+                let panel = dense_gemm::panel_rows(isa.lanes());
+                let panels = total.div_ceil(panel * 8 * pool::current_threads());
+                panel * panels.min(4)
+            }
+        };
         Self {
             isa,
             args,
@@ -95,59 +105,59 @@ impl<W: Stored> Product for Rows<'_, W> {
 
     fn run(&self, task: usize) {
         let start = task * self.per_task;
-        let rows = self.per_task.min(self.args.outer - start);
+        let rows = (start, self.per_task.min(self.args.outer - start));
         let n = self.target.tokens();
-        let mut sums = SCRATCH.take();
-        for first in (0..n).step_by(PANEL) {
-            let tokens = PANEL.min(n - first);
+        let (mut sums, mut turned) = SCRATCH.take();
+        let stride = match n {
+            0..MIN_TOKENS => rows.1,
+            _ => rows
+                .1
+                .next_multiple_of(dense_gemm::panel_rows(self.isa.lanes())),
+        };
+        for first in (0..n).step_by(PASS) {
+            let tokens = (first, PASS.min(n - first));
             sums.clear();
-            sums.resize(tokens * rows, 0.0);
-            let x = self.split.as_deref().unwrap_or(self.args.x);
-            panel(
-                self.isa,
-                Linear { x, ..self.args },
-                (first, tokens),
-                (start, rows),
-                &mut sums,
-            );
+            sums.resize(tokens.1 * stride, 0.0);
+            if n < MIN_TOKENS {
+                let x = self.split.as_deref().unwrap_or(self.args.x);
+                few(self.isa, Linear { x, ..self.args }, rows, &mut sums);
+            } else {
+                dense_gemm::add_products(self.isa, self.args, tokens, rows, &mut turned, &mut sums);
+            }
             let values = Sums {
                 values: &sums,
-                stride: rows,
-                tokens: (first, tokens),
-                rows: (start, rows),
+                stride,
+                tokens,
+                rows,
             };
             // SAFETY: the lengths were checked, and the rows are this task's own.
             unsafe { self.target.take(self.isa, values) };
         }
-        SCRATCH.set(sums);
+        SCRATCH.set((sums, turned));
     }
 }
 
 thread_local! {
-    /// The sums of a task, kept for the next one.
-    static SCRATCH: Cell<Vec<f32>> = const { Cell::new(Vec::new()) };
+    /// The sums of a task and its turned weights, kept for the next one.
+    static SCRATCH: Cell<(Vec<f32>, Vec<f32>)> = const { Cell::new((Vec::new(), Vec::new())) };
 }
 
-per_isa!(panel, panel_kernel<W: Stored>, (
-    args: Linear<'_, W>, tokens: (usize, usize), rows: (usize, usize), sums: &mut [f32],
-));
+per_isa!(few, few_kernel<W: Stored>, (args: Linear<'_, W>, rows: (usize, usize), sums: &mut [f32]));
 
-/// The sums of some tokens and rows (first and number each) into `sums`, `[tokens, rows]`, zeros
-/// before.
+/// The sums of all tokens and some rows (first and number) into `sums`, `[tokens, rows]`, zeros before.
 ///
 /// # Safety
-/// The instruction set of `S` is present; tokens and rows are inside the checked lengths.
+/// The instruction set of `S` is present; the rows are inside the checked lengths.
 #[inline(always)]
-unsafe fn panel_kernel<S: Simd, W: Stored>(
+unsafe fn few_kernel<S: Simd, W: Stored>(
     args: Linear<'_, W>,
-    tokens: (usize, usize),
     rows: (usize, usize),
     sums: &mut [f32],
 ) {
-    let inner = args.inner;
+    let (inner, tokens) = (args.inner, args.x.len() / args.inner);
     // SAFETY: the caller's promise; every index is below its end.
     unsafe {
-        let x = args.x.as_ptr().add(tokens.0 * inner);
+        let x = args.x.as_ptr();
         let w = args.weight.as_ptr().add(rows.0 * inner);
         if args.x.len() == inner {
             // One token in all: its activations are in the order of `stream`.
@@ -159,9 +169,9 @@ unsafe fn panel_kernel<S: Simd, W: Stored>(
         for k in (0..inner).step_by(DEPTH) {
             let depth = DEPTH.min(inner - k);
             for row in (0..rows.1).step_by(TILE) {
-                for t in (0..tokens.1).step_by(TILE) {
+                for t in (0..tokens).step_by(TILE) {
                     let n_rows = TILE.min(rows.1 - row);
-                    let n_tokens = TILE.min(tokens.1 - t);
+                    let n_tokens = TILE.min(tokens - t);
                     let (x, w) = (x.add(t * inner + k), w.add(row * inner + k));
                     let tile = if n_rows == TILE && n_tokens == TILE {
                         tile::<S, W>(x, w, inner, depth)
@@ -403,7 +413,7 @@ mod tests {
         #![proptest_config(ProptestConfig::with_cases(48))]
         #[test]
         fn linear_matches_the_definition_for_odd_shapes(
-            n in 1usize..11, inner in 1usize..200, outer in 1usize..23, seed in any::<u64>(),
+            n in 1usize..40, inner in 1usize..300, outer in 1usize..90, seed in any::<u64>(),
         ) {
             let mut state = seed | 1;
             let mut next = move || {
@@ -421,7 +431,7 @@ mod tests {
 
     #[test]
     fn panels_and_depths_beyond_one_block_are_summed() {
-        let (n, inner, outer) = (PANEL + 5, DEPTH + 37, 6);
+        let (n, inner, outer) = (PASS + 5, DEPTH + 37, 6);
         let x: Vec<f32> = (0..n * inner)
             .map(|i| (i as f32 * 0.37).sin() * 0.1)
             .collect();
@@ -429,7 +439,7 @@ mod tests {
             .map(|i| (i as f32 * 0.11).cos() * 0.1)
             .collect();
         let halves: Vec<_> = w.iter().map(|w| bf16::from_f32(*w)).collect();
-        for n in [1, PANEL + 1, n] {
+        for n in [1, 5, PASS + 1, n] {
             check(&x[..n * inner], &w, &vec![0.5; outer], inner);
             check(&x[..n * inner], &halves, &vec![0.5; outer], inner);
         }

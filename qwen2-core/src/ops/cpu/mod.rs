@@ -5,6 +5,7 @@ mod activations;
 mod amx;
 mod attention;
 mod bf16_gemm;
+mod dense_gemm;
 mod elementwise;
 mod experts;
 mod layout;
@@ -19,6 +20,7 @@ mod product;
 mod quantized;
 pub(crate) mod simd;
 mod x86;
+mod x86_tile;
 
 use std::ops::Range;
 

@@ -7,7 +7,7 @@ use std::f32::consts::LOG2_E;
 
 use half::{bf16, f16};
 
-use super::simd::{EXP, LN_2_HIGH, LN_2_LOW, Simd};
+use super::simd::{EXP, LN_2_HIGH, LN_2_LOW, Octet, Simd};
 
 /// Every aarch64 with an operating system has these instructions, f16's conversions among them.
 #[derive(Clone, Copy)]
@@ -27,11 +27,14 @@ impl Neon {
     }
 }
 
+impl Octet for Neon {}
+
 // SAFETY (every block below): the caller guarantees the instruction set and the pointers, by the
 // contract of `Simd`.
 #[allow(clippy::undocumented_unsafe_blocks)]
 impl Simd for Neon {
     const LANES: usize = 8;
+    type Octet = Self;
     const REGISTERS: usize = 2;
     #[inline(always)]
     unsafe fn zero() -> Self {

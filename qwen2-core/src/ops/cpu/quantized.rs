@@ -4,7 +4,7 @@ use std::cell::Cell;
 use std::ops::Range;
 
 use super::activations::{self, Activations, SPAN};
-use super::packed_tile::{LONG, PANELS, SPAN_PAIRS, TOKENS, Tile};
+use super::packed_tile::{LONG, PANELS, SPAN_PAIRS, TOKENS, Tile, favours_eight_bits};
 use super::pool;
 use super::product::{self, Product, Sums, Target};
 use super::simd::{Isa, Simd, per_isa};
@@ -12,7 +12,7 @@ use crate::ops::packed::{Format, ROWS, Shape};
 
 /// From so many tokens on the arithmetic is the work, not the weights.
 pub(crate) const MANY: usize = 16;
-/// From so many tokens on weights of four bits are brought to eight before.
+/// From so many tokens on weights of four bits are brought to eight before, where that helps.
 const WIDEN: usize = 48;
 /// Most sums that a task keeps at once: with the weights in the second-level cache.
 const SUMS: usize = 32 << 10;
@@ -66,7 +66,7 @@ impl Packed<'_> {
                     pairs: pairs.clone(),
                 };
                 let eight = shape.format.wide();
-                if x.n >= WIDEN && shape.format != eight {
+                if x.n >= WIDEN && shape.format != eight && favours_eight_bits(isa) {
                     // Once for all tokens.
                     wide.resize(PANELS * DEPTH * eight.pair_bytes(), 0);
                     tile.panel_bytes = DEPTH * eight.pair_bytes();

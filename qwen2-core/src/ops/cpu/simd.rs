@@ -9,6 +9,8 @@ use half::{bf16, f16};
 pub(crate) enum Isa {
     Portable,
     Avx2,
+    /// AVX2 with integer dot products.
+    AvxVnni,
     Avx512,
     /// AVX-512 with integer dot products.
     Avx512Vnni,
@@ -24,9 +26,10 @@ pub(crate) enum Isa {
 
 impl Isa {
     /// The plainest first.
-    const ALL: [Self; 8] = [
+    const ALL: [Self; 9] = [
         Self::Portable,
         Self::Avx2,
+        Self::AvxVnni,
         Self::Avx512,
         Self::Avx512Vnni,
         Self::Amx,
@@ -39,6 +42,7 @@ impl Isa {
         match self {
             Self::Portable => "portable",
             Self::Avx2 => "avx2",
+            Self::AvxVnni => "avx-vnni",
             Self::Avx512 => "avx512",
             Self::Avx512Vnni => "avx512-vnni",
             Self::Amx => "amx",
@@ -51,8 +55,8 @@ impl Isa {
     /// `LANES` of its vectors.
     pub(crate) fn lanes(self) -> usize {
         match self {
-            Self::Portable | Self::Avx2 | Self::Neon | Self::NeonDot | Self::NeonI8mm => 8,
             Self::Avx512 | Self::Avx512Vnni | Self::Amx => 16,
+            _ => 8,
         }
     }
 
@@ -81,6 +85,7 @@ impl Isa {
         match self {
             Self::Portable => true,
             Self::Avx2 => avx2(),
+            Self::AvxVnni => avx2() && is_x86_feature_detected!("avxvnni"),
             Self::Avx512 => avx512(),
             Self::Avx512Vnni => avx512() && is_x86_feature_detected!("avx512vnni"),
             Self::Amx => {
@@ -103,7 +108,7 @@ impl Isa {
             Self::Neon => neon(),
             Self::NeonDot => dot(),
             Self::NeonI8mm => dot() && is_aarch64_feature_detected!("i8mm"),
-            Self::Avx2 | Self::Avx512 | Self::Avx512Vnni | Self::Amx => false,
+            Self::Avx2 | Self::AvxVnni | Self::Avx512 | Self::Avx512Vnni | Self::Amx => false,
         }
     }
 
@@ -143,6 +148,8 @@ impl Isa {
 /// and write `LANES` elements at the pointer, which needs the alignment of its element only.
 pub(crate) trait Simd: Copy {
     const LANES: usize;
+    /// The vector of eight that goes with it.
+    type Octet: Octet;
     /// Registers of the machine that one takes.
     const REGISTERS: usize = 1;
     unsafe fn zero() -> Self;
@@ -171,6 +178,28 @@ pub(crate) trait Simd: Copy {
     unsafe fn exp(self) -> Self;
     /// Asks for the cache line of an address, which need not be valid.
     fn prefetch<T>(address: *const T);
+}
+
+/// A vector of eight.
+///
+/// # Safety
+/// As [`Simd`].
+pub(crate) trait Octet: Simd {
+    /// Rows become columns.
+    #[inline(always)]
+    unsafe fn transpose(rows: [Self; 8]) -> [Self; 8] {
+        let mut square = [[0.0; 8]; 8];
+        // SAFETY: the caller's promise; a vector has eight elements.
+        unsafe {
+            for (to, row) in square.iter_mut().zip(rows) {
+                row.store(to.as_mut_ptr());
+            }
+            std::array::from_fn(|i| {
+                let column: [f32; 8] = std::array::from_fn(|j| square[j][i]);
+                Self::load(column.as_ptr())
+            })
+        }
+    }
 }
 
 /// Asks for a cache line into the second level, by an address that need not be valid.
@@ -273,8 +302,11 @@ impl Stored for f16 {
 #[derive(Clone, Copy)]
 pub(crate) struct Portable([f32; 8]);
 
+impl Octet for Portable {}
+
 impl Simd for Portable {
     const LANES: usize = 8;
+    type Octet = Self;
     #[inline(always)]
     unsafe fn zero() -> Self {
         Self([0.0; 8])
@@ -434,7 +466,7 @@ macro_rules! per_isa {
                 },
                 // SAFETY: as above.
                 #[cfg(target_arch = "x86_64")]
-                simd::Isa::Avx2 => unsafe { avx2$(::<$t>)?($($arg),*) },
+                simd::Isa::Avx2 | simd::Isa::AvxVnni => unsafe { avx2$(::<$t>)?($($arg),*) },
                 // SAFETY: as above; every function on this machine has the instruction set enabled.
                 #[cfg(target_arch = "aarch64")]
                 simd::Isa::Neon | simd::Isa::NeonDot | simd::Isa::NeonI8mm => unsafe {

@@ -6,16 +6,17 @@ use std::f32::consts::LOG2_E;
 
 use half::{bf16, f16};
 
-use super::simd::{EXP, LN_2_HIGH, LN_2_LOW, Simd};
+use super::simd::{EXP, LN_2_HIGH, LN_2_LOW, Octet, Simd};
 
 #[derive(Clone, Copy)]
-pub(crate) struct Avx2(__m256);
+pub(crate) struct Avx2(pub(super) __m256);
 
 // SAFETY (every block below): the caller guarantees the instruction set and the pointers, by
 // the contract of `Simd`.
 #[allow(clippy::undocumented_unsafe_blocks)]
 impl Simd for Avx2 {
     const LANES: usize = 8;
+    type Octet = Self;
     #[inline(always)]
     unsafe fn zero() -> Self {
         unsafe { Self(_mm256_setzero_ps()) }
@@ -149,13 +150,41 @@ impl Simd for Avx2 {
     }
 }
 
+impl Octet for Avx2 {
+    #[inline(always)]
+    unsafe fn transpose(rows: [Self; 8]) -> [Self; 8] {
+        // SAFETY: the caller's promise.
+        unsafe {
+            // Squares of four in each half of the registers, then the halves.
+            let mut squares = [_mm256_setzero_ps(); 8];
+            for i in [0, 4] {
+                let [a, b, c, d] = [rows[i].0, rows[i + 1].0, rows[i + 2].0, rows[i + 3].0];
+                let (low_ab, high_ab) = (_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b));
+                let (low_cd, high_cd) = (_mm256_unpacklo_ps(c, d), _mm256_unpackhi_ps(c, d));
+                squares[i] = _mm256_shuffle_ps::<0x44>(low_ab, low_cd);
+                squares[i + 1] = _mm256_shuffle_ps::<0xEE>(low_ab, low_cd);
+                squares[i + 2] = _mm256_shuffle_ps::<0x44>(high_ab, high_cd);
+                squares[i + 3] = _mm256_shuffle_ps::<0xEE>(high_ab, high_cd);
+            }
+            std::array::from_fn(|i| {
+                let (upper, lower) = (squares[i % 4], squares[i % 4 + 4]);
+                Self(match i {
+                    0..4 => _mm256_permute2f128_ps::<0x20>(upper, lower),
+                    _ => _mm256_permute2f128_ps::<0x31>(upper, lower),
+                })
+            })
+        }
+    }
+}
+
 #[derive(Clone, Copy)]
-pub(crate) struct Avx512(__m512);
+pub(crate) struct Avx512(pub(super) __m512);
 
 // SAFETY (every block below): as for Avx2.
 #[allow(clippy::undocumented_unsafe_blocks)]
 impl Simd for Avx512 {
     const LANES: usize = 16;
+    type Octet = Avx2;
     #[inline(always)]
     unsafe fn zero() -> Self {
         unsafe { Self(_mm512_setzero_ps()) }

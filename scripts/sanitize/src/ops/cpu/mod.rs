@@ -8,6 +8,8 @@ mod amx;
 mod attention;
 #[path = "../../../../../qwen2-core/src/ops/cpu/bf16_gemm.rs"]
 mod bf16_gemm;
+#[path = "../../../../../qwen2-core/src/ops/cpu/dense_gemm.rs"]
+mod dense_gemm;
 #[path = "../../../../../qwen2-core/src/ops/cpu/elementwise.rs"]
 mod elementwise;
 #[path = "../../../../../qwen2-core/src/ops/cpu/layout.rs"]
@@ -30,3 +32,5 @@ mod quantized;
 pub(crate) mod simd;
 #[path = "../../../../../qwen2-core/src/ops/cpu/x86.rs"]
 mod x86;
+#[path = "../../../../../qwen2-core/src/ops/cpu/x86_tile.rs"]
+mod x86_tile;

@@ -1,0 +1,553 @@
+//! Tiles of packed weights on x86-64: with integer dot products (VNNI) of 64 or 32 bytes, and with
+//! AVX2's multiplications.
+#![cfg(target_arch = "x86_64")]
+
+use std::arch::x86_64::*;
+
+use super::activations::{SPAN, SPAN_BLOCKS};
+use super::packed_tile::{SPAN_PAIRS, Tile, format};
+use super::simd::Simd;
+use super::x86::{Avx2, Avx512};
+use crate::ops::packed::{BLOCK, ROWS};
+
+/// A vector of bytes, four for each row, and sums of their products as integers.
+///
+/// # Safety
+/// Every function requires the instruction set of the implementation; a load reads four bytes for
+/// each of [`Simd::LANES`] rows.
+trait Bytes: Copy {
+    /// A number for each row.
+    type Floats: Simd;
+    unsafe fn load(pointer: *const u8) -> Self;
+    unsafe fn splat(word: i32) -> Self;
+    /// The lower four bits of each byte, and the upper.
+    unsafe fn nibbles(self) -> (Self, Self);
+    /// The sums, and of each row four products of unsigned weights with signed activations.
+    unsafe fn add_products(self, weights: Self, x: Self) -> Self;
+    unsafe fn to_floats(self) -> Self::Floats;
+}
+
+#[derive(Clone, Copy)]
+struct Zmm(__m512i);
+
+// SAFETY (every block below): the caller guarantees the instruction set and the pointers, by the
+// contract of `Bytes`.
+#[allow(clippy::undocumented_unsafe_blocks)]
+impl Bytes for Zmm {
+    type Floats = Avx512;
+    #[inline(always)]
+    unsafe fn load(pointer: *const u8) -> Self {
+        unsafe { Self(_mm512_loadu_si512(pointer.cast())) }
+    }
+    #[inline(always)]
+    unsafe fn splat(word: i32) -> Self {
+        unsafe { Self(_mm512_set1_epi32(word)) }
+    }
+    #[inline(always)]
+    unsafe fn nibbles(self) -> (Self, Self) {
+        unsafe {
+            let low = _mm512_set1_epi8(15);
+            let high = _mm512_srli_epi16::<4>(self.0);
+            (
+                Self(_mm512_and_si512(self.0, low)),
+                Self(_mm512_and_si512(high, low)),
+            )
+        }
+    }
+    #[inline(always)]
+    unsafe fn add_products(self, weights: Self, x: Self) -> Self {
+        unsafe { Self(_mm512_dpbusd_epi32(self.0, weights.0, x.0)) }
+    }
+    #[inline(always)]
+    unsafe fn to_floats(self) -> Avx512 {
+        unsafe { Avx512(_mm512_cvtepi32_ps(self.0)) }
+    }
+}
+
+#[derive(Clone, Copy)]
+struct Ymm(__m256i);
+
+// SAFETY (every block below): as for Zmm.
+#[allow(clippy::undocumented_unsafe_blocks)]
+impl Bytes for Ymm {
+    type Floats = Avx2;
+    #[inline(always)]
+    unsafe fn load(pointer: *const u8) -> Self {
+        unsafe { Self(_mm256_loadu_si256(pointer.cast())) }
+    }
+    #[inline(always)]
+    unsafe fn splat(word: i32) -> Self {
+        unsafe { Self(_mm256_set1_epi32(word)) }
+    }
+    #[inline(always)]
+    unsafe fn nibbles(self) -> (Self, Self) {
+        unsafe {
+            let low = _mm256_set1_epi8(15);
+            let high = _mm256_srli_epi16::<4>(self.0);
+            (
+                Self(_mm256_and_si256(self.0, low)),
+                Self(_mm256_and_si256(high, low)),
+            )
+        }
+    }
+    #[inline(always)]
+    unsafe fn add_products(self, weights: Self, x: Self) -> Self {
+        unsafe { Self(_mm256_dpbusd_avx_epi32(self.0, weights.0, x.0)) }
+    }
+    #[inline(always)]
+    unsafe fn to_floats(self) -> Avx2 {
+        unsafe { Avx2(_mm256_cvtepi32_ps(self.0)) }
+    }
+}
+
+/// # Safety
+/// The instruction set is present; `tile` has `N` tokens and `P` panels, and its lengths were
+/// checked.
+#[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512vnni,avx2,fma,f16c")]
+pub(super) unsafe fn avx512_vnni<
+    const N: usize,
+    const P: usize,
+    const EIGHT: bool,
+    const ZEROS: bool,
+>(
+    tile: &Tile<'_>,
+    sums: &mut [f32],
+    stride: usize,
+) {
+    // SAFETY: the caller's promise.
+    unsafe { vnni::<Zmm, N, P, EIGHT, ZEROS>(tile, sums.as_mut_ptr(), stride) }
+}
+
+/// # Safety
+/// As [`avx512_vnni`].
+#[target_feature(enable = "avxvnni,avx2,fma,f16c")]
+pub(super) unsafe fn avx_vnni<
+    const N: usize,
+    const P: usize,
+    const EIGHT: bool,
+    const ZEROS: bool,
+>(
+    tile: &Tile<'_>,
+    sums: &mut [f32],
+    stride: usize,
+) {
+    // SAFETY: the caller's promise.
+    unsafe { by_panels::<Ymm, N, P, EIGHT, ZEROS>(tile, sums, stride) }
+}
+
+/// One panel after the other, two vectors high: there are no registers for more sums.
+///
+/// # Safety
+/// As [`avx512_vnni`], with the instruction set of `B`.
+#[inline(always)]
+unsafe fn by_panels<
+    B: Bytes,
+    const N: usize,
+    const P: usize,
+    const EIGHT: bool,
+    const ZEROS: bool,
+>(
+    tile: &Tile<'_>,
+    sums: &mut [f32],
+    stride: usize,
+) {
+    for p in 0..P {
+        let tile = Tile {
+            bytes: &tile.bytes[p * tile.panel_bytes..],
+            ..tile.clone()
+        };
+        let sums = sums[p * ROWS..].as_mut_ptr();
+        // SAFETY: the caller's promise.
+        unsafe { vnni::<B, N, 2, EIGHT, ZEROS>(&tile, sums, stride) }
+    }
+}
+
+/// `V` vectors of rows.
+///
+/// # Safety
+/// As [`avx512_vnni`], with the instruction set of `B`; `sums` are those of the tile.
+#[inline(always)]
+unsafe fn vnni<B: Bytes, const N: usize, const V: usize, const EIGHT: bool, const ZEROS: bool>(
+    tile: &Tile<'_>,
+    sums: *mut f32,
+    stride: usize,
+) {
+    let format = format::<EIGHT, ZEROS>(); // a constant of this function
+    let lanes = B::Floats::LANES;
+    // SAFETY: every pointer stays inside the lengths that `Tile::multiply` checked.
+    unsafe {
+        let zero = B::Floats::zero();
+        let place = |i: usize, v: usize| sums.add(i * stride + v * lanes);
+        let mut acc: [[B::Floats; V]; N] =
+            std::array::from_fn(|i| std::array::from_fn(|v| B::Floats::load(place(i, v))));
+        // The panel of each vector, and the first of its rows there.
+        let mut panels: [(*const u8, usize); V] = std::array::from_fn(|v| {
+            let panel = v * lanes / ROWS;
+            (
+                tile.bytes.as_ptr().add(panel * tile.panel_bytes),
+                v * lanes % ROWS,
+            )
+        });
+        let mut pair = tile.pairs.start;
+        while pair < tile.pairs.end {
+            let (mut quants, mut starts, scales) = tile.activations(pair);
+            let mut parts = [[zero; V]; N];
+            let end = tile.pairs.end.min(pair + SPAN_PAIRS);
+            while pair < end {
+                for half in 0..2 {
+                    // The offset of the weights times the sum of the activations.
+                    let mut totals: [[B; V]; N] = std::array::from_fn(|i| {
+                        let start = *starts.add(i * SPAN_BLOCKS + half);
+                        [B::splat(match (EIGHT, ZEROS) {
+                            (_, true) => 0,
+                            (true, false) => start,
+                            (false, false) => start / 16, // 8 of 128
+                        }); V]
+                    });
+                    for g in 0..4 {
+                        // Columns 4 g.. and 16 + 4 g.. of the block.
+                        let w = panels.map(|(panel, row)| {
+                            let quants = panel.add(format.quants_at(half) + g * 64 + row * 4);
+                            let first = B::load(quants);
+                            if EIGHT {
+                                (first, B::load(quants.add(256)))
+                            } else {
+                                first.nibbles()
+                            }
+                        });
+                        for (i, totals) in totals.iter_mut().enumerate() {
+                            let at = i * SPAN + half * BLOCK + g * 4;
+                            let columns: *const i32 = quants.add(at).cast();
+                            let first = B::splat(columns.read_unaligned());
+                            let second = B::splat(columns.add(4).read_unaligned());
+                            for (total, w) in totals.iter_mut().zip(w) {
+                                *total = total.add_products(w.0, first);
+                            }
+                            for (total, w) in totals.iter_mut().zip(w) {
+                                *total = total.add_products(w.1, second);
+                            }
+                        }
+                    }
+                    let scales = panels.map(|(panel, row)| {
+                        B::Floats::load_f16(panel.add(format.scale_at(half, row)).cast())
+                    });
+                    let zeros = panels.map(|(panel, row)| match ZEROS {
+                        true => B::Floats::load_f16(panel.add(format.zero_at(half, row)).cast()),
+                        false => zero,
+                    });
+                    for (i, (parts, totals)) in parts.iter_mut().zip(totals).enumerate() {
+                        // -128 times the sum of the activations, brought to minus that sum.
+                        let start = *starts.add(i * SPAN_BLOCKS + half) as f32 / 128.0;
+                        for v in 0..V {
+                            let mut total = totals[v].to_floats();
+                            if ZEROS {
+                                total = zeros[v].mul_add(B::Floats::splat(start), total);
+                            }
+                            parts[v] = total.mul_add(scales[v], parts[v]);
+                        }
+                    }
+                }
+                panels = panels.map(|(panel, row)| (panel.add(format.pair_bytes()), row));
+                (quants, starts) = (quants.add(2 * BLOCK), starts.add(2));
+                pair += 1;
+            }
+            for (i, (acc, parts)) in acc.iter_mut().zip(parts).enumerate() {
+                let scale = B::Floats::splat(*scales.add(i));
+                for (acc, part) in acc.iter_mut().zip(parts) {
+                    *acc = part.mul_add(scale, *acc);
+                }
+            }
+        }
+        for (i, acc) in acc.into_iter().enumerate() {
+            for (v, acc) in acc.into_iter().enumerate() {
+                acc.store(place(i, v));
+            }
+        }
+    }
+}
+
+/// A block of sixteen rows, two vectors of four columns of each, and `N` tokens of it.
+struct Block<'a, const N: usize> {
+    weights: *const u8,
+    /// Columns of the first token; `SPAN` on, those of the next.
+    x: *const i8,
+    /// Those at even places, then those at odd ones, of each token; where weights have eight bits.
+    words: &'a [[i16; BLOCK]; N],
+    /// What the sums begin with.
+    starts: [i32; N],
+}
+
+impl<const N: usize> Block<'_, N> {
+    /// Weights of eight bits: products of two are sums of 32.
+    ///
+    /// # Safety
+    /// AVX2 is present, and the block is there.
+    #[inline(always)]
+    unsafe fn eight_bits(&self) -> [[__m256i; 2]; N] {
+        // SAFETY: the caller's promise.
+        unsafe {
+            let mut totals = [[_mm256_setzero_si256(); 2]; N];
+            for (totals, start) in totals.iter_mut().zip(self.starts) {
+                *totals = [_mm256_set1_epi32(start); 2];
+            }
+            for g in 0..8 {
+                let split = |both: Ymm| {
+                    let even = _mm256_and_si256(both.0, _mm256_set1_epi16(0xFF));
+                    (even, _mm256_srli_epi16::<8>(both.0))
+                };
+                let weights = self.weights.add(g * 64);
+                let weights = [split(Ymm::load(weights)), split(Ymm::load(weights.add(32)))];
+                for (totals, words) in totals.iter_mut().zip(self.words) {
+                    let pairs: *const i32 = words.as_ptr().cast();
+                    let even = _mm256_set1_epi32(pairs.add(g).read_unaligned());
+                    let odd = _mm256_set1_epi32(pairs.add(8 + g).read_unaligned());
+                    for (total, w) in totals.iter_mut().zip(weights) {
+                        *total = _mm256_add_epi32(*total, _mm256_madd_epi16(w.0, even));
+                        *total = _mm256_add_epi32(*total, _mm256_madd_epi16(w.1, odd));
+                    }
+                }
+            }
+            totals
+        }
+    }
+
+    /// Weights of four bits: eight products of two, each at most 15 · 127, stay below 2^15.
+    ///
+    /// # Safety
+    /// As [`Self::eight_bits`].
+    #[inline(always)]
+    unsafe fn four_bits(&self) -> [[__m256i; 2]; N] {
+        // SAFETY: the caller's promise.
+        unsafe {
+            let mut sums = [[_mm256_setzero_si256(); 2]; N];
+            // A number that the compiler does not see: unrolled, it keeps more sums than there are registers.
+            for g in 0..std::hint::black_box(4) {
+                let weights = self.weights.add(g * 64);
+                let weights = [
+                    Ymm::load(weights).nibbles(),
+                    Ymm::load(weights.add(32)).nibbles(),
+                ];
+                for (i, sums) in sums.iter_mut().enumerate() {
+                    let columns: *const i32 = self.x.add(i * SPAN).cast();
+                    let first = _mm256_set1_epi32(columns.add(g).read_unaligned());
+                    let second = _mm256_set1_epi32(columns.add(4 + g).read_unaligned());
+                    for (sum, w) in sums.iter_mut().zip(weights) {
+                        *sum = _mm256_add_epi16(*sum, _mm256_maddubs_epi16(w.0.0, first));
+                        *sum = _mm256_add_epi16(*sum, _mm256_maddubs_epi16(w.1.0, second));
+                    }
+                }
+            }
+            for (sums, start) in sums.iter_mut().zip(self.starts) {
+                for sum in sums {
+                    let total = _mm256_madd_epi16(*sum, _mm256_set1_epi16(1));
+                    *sum = _mm256_add_epi32(total, _mm256_set1_epi32(start));
+                }
+            }
+            sums
+        }
+    }
+}
+
+/// # Safety
+/// As [`avx512_vnni`].
+#[target_feature(enable = "avx2,fma,f16c")]
+pub(super) unsafe fn avx2<const N: usize, const P: usize, const EIGHT: bool, const ZEROS: bool>(
+    tile: &Tile<'_>,
+    sums: &mut [f32],
+    stride: usize,
+) {
+    // SAFETY: the caller's promise.
+    unsafe { multiplied::<N, P, EIGHT, ZEROS>(tile, sums.as_mut_ptr(), stride) }
+}
+
+/// # Safety
+/// As [`avx512_vnni`], with AVX2, FMA and F16C.
+#[inline(always)] // closures with a target feature of their own would be calls
+unsafe fn multiplied<const N: usize, const P: usize, const EIGHT: bool, const ZEROS: bool>(
+    tile: &Tile<'_>,
+    sums: *mut f32,
+    stride: usize,
+) {
+    let format = format::<EIGHT, ZEROS>();
+    let mut words = [[[0; BLOCK]; N]; SPAN_BLOCKS];
+    for pair in tile.pairs.clone().step_by(SPAN_PAIRS) {
+        let blocks = 2 * (tile.pairs.end.min(pair + SPAN_PAIRS) - pair);
+        let first = (pair - tile.pairs.start) * 2;
+        // SAFETY: as in `vnni`.
+        unsafe {
+            let (xs, starts, scales) = tile.activations(pair);
+            if EIGHT {
+                for (b, words) in words.iter_mut().enumerate().take(blocks) {
+                    for (i, words) in words.iter_mut().enumerate() {
+                        split(xs.add(i * SPAN + b * BLOCK), words);
+                    }
+                }
+            }
+            for p in 0..P {
+                let panel = tile.bytes.as_ptr().add(p * tile.panel_bytes);
+                let numbers = |at: usize| Avx2::load_f16(panel.add(at).cast());
+                let mut parts = [[Avx2::zero(); 2]; N];
+                for (b, words) in words.iter().enumerate().take(blocks) {
+                    let starts: [i32; N] =
+                        std::array::from_fn(|i| *starts.add(i * SPAN_BLOCKS + b));
+                    let block = Block {
+                        weights: panel.add(format.quants_at(first + b)),
+                        x: xs.add(b * BLOCK),
+                        words,
+                        starts: starts.map(|start| match (EIGHT, ZEROS) {
+                            (_, true) => 0,
+                            (true, false) => start,
+                            (false, false) => start / 16, // 8 of 128
+                        }),
+                    };
+                    let totals = match EIGHT {
+                        true => block.eight_bits(),
+                        false => block.four_bits(),
+                    };
+                    for half in 0..2 {
+                        let scale = numbers(format.scale_at(first + b, half * 8));
+                        for (i, parts) in parts.iter_mut().enumerate() {
+                            let mut total = Ymm(totals[i][half]).to_floats();
+                            if ZEROS {
+                                let zero = numbers(format.zero_at(first + b, half * 8));
+                                let start = Avx2::splat(starts[i] as f32 / 128.0);
+                                total = zero.mul_add(start, total);
+                            }
+                            parts[half] = total.mul_add(scale, parts[half]);
+                        }
+                    }
+                }
+                for (i, parts) in parts.into_iter().enumerate() {
+                    let scale = Avx2::splat(*scales.add(i));
+                    for (half, part) in parts.into_iter().enumerate() {
+                        let sum = sums.add(i * stride + p * ROWS + half * 8);
+                        part.mul_add(scale, Avx2::load(sum)).store(sum);
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// A block of activations as words: those at even places, then those at odd ones.
+///
+/// # Safety
+/// AVX2 is present, and the block is there.
+#[inline(always)]
+unsafe fn split(x: *const i8, out: &mut [i16; BLOCK]) {
+    // SAFETY: 32 bytes are read, 32 words written.
+    unsafe {
+        let x = _mm256_loadu_si256(x.cast());
+        let even = _mm256_srai_epi16::<8>(_mm256_slli_epi16::<8>(x));
+        let out: *mut __m256i = out.as_mut_ptr().cast();
+        _mm256_storeu_si256(out, even);
+        _mm256_storeu_si256(out.add(1), _mm256_srai_epi16::<8>(x));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use half::f16;
+
+    use super::super::activations::Activations;
+    use super::super::simd::Isa;
+    use super::*;
+    use crate::ops::packed::{self, Format, Shape};
+
+    /// The integer dot product by AVX2, so that the kernel around it runs where VNNI is not.
+    #[derive(Clone, Copy)]
+    struct Emulated(__m256i);
+
+    // SAFETY (every block below): as for Zmm.
+    #[allow(clippy::undocumented_unsafe_blocks)]
+    impl Bytes for Emulated {
+        type Floats = Avx2;
+        #[inline(always)]
+        unsafe fn load(pointer: *const u8) -> Self {
+            unsafe { Self(Ymm::load(pointer).0) }
+        }
+        #[inline(always)]
+        unsafe fn splat(word: i32) -> Self {
+            unsafe { Self(Ymm::splat(word).0) }
+        }
+        #[inline(always)]
+        unsafe fn nibbles(self) -> (Self, Self) {
+            let (low, high) = unsafe { Ymm(self.0).nibbles() };
+            (Self(low.0), Self(high.0))
+        }
+        #[inline(always)]
+        unsafe fn add_products(self, weights: Self, x: Self) -> Self {
+            unsafe {
+                let even = _mm256_srai_epi16::<8>(_mm256_slli_epi16::<8>(x.0));
+                let even =
+                    _mm256_madd_epi16(_mm256_and_si256(weights.0, _mm256_set1_epi16(0xFF)), even);
+                let odd = _mm256_madd_epi16(
+                    _mm256_srli_epi16::<8>(weights.0),
+                    _mm256_srai_epi16::<8>(x.0),
+                );
+                Self(_mm256_add_epi32(self.0, _mm256_add_epi32(even, odd)))
+            }
+        }
+        #[inline(always)]
+        unsafe fn to_floats(self) -> Avx2 {
+            unsafe { Ymm(self.0).to_floats() }
+        }
+    }
+
+    #[target_feature(enable = "avx2,fma,f16c")]
+    unsafe fn emulated<const N: usize, const P: usize, const EIGHT: bool, const ZEROS: bool>(
+        tile: &Tile<'_>,
+        sums: &mut [f32],
+        stride: usize,
+    ) {
+        // SAFETY: the caller's promise.
+        unsafe { by_panels::<Emulated, N, P, EIGHT, ZEROS>(tile, sums, stride) }
+    }
+
+    fn compare<const N: usize, const P: usize, const EIGHT: bool, const ZEROS: bool>() {
+        let format = format::<EIGHT, ZEROS>();
+        let (rows, cols) = (ROWS * P, 256 + 64);
+        let shape = Shape { format, rows, cols };
+        let noise = |r: usize, b: usize, i: usize| (r * 7919 + b * 104_729 + i * 1009) % 251;
+        let quant = |noise: usize| match format {
+            Format::Q8 => noise as i16 - 125,
+            _ => noise as i16 % 16,
+        };
+        let block = |r: usize, b: usize| packed::Block {
+            scale: f16::from_f32((noise(r, b, 40) as f32 - 125.0) * 1e-3),
+            zero: f16::from_f32(noise(r, b, 41) as f32 / 12.0 - 3.0),
+            quants: std::array::from_fn(|i| quant(noise(r, b, i)) as i8),
+        };
+        let mut bytes = vec![0; shape.bytes()];
+        for (panel, out) in bytes.chunks_mut(shape.panel_bytes()).enumerate() {
+            shape.place_panel(panel, &block, out);
+        }
+        let x: Vec<f32> = (0..N * cols).map(|i| (i as f32 * 0.73).sin()).collect();
+        let tile = Tile {
+            x: &Activations::new(Isa::Avx2, &x, cols),
+            tokens: (0, N),
+            format,
+            bytes: &bytes,
+            panel_bytes: shape.panel_bytes(),
+            panels: P,
+            pairs: 0..cols / 64,
+        };
+        let (mut want, mut got) = (vec![1.0; N * rows], vec![1.0; N * rows]);
+        tile.multiply(Isa::Avx2, &mut want, rows);
+        // SAFETY: as `Tile::multiply` just checked.
+        unsafe { emulated::<N, P, EIGHT, ZEROS>(&tile, &mut got, rows) };
+        assert_eq!(got, want, "{format:?}, {N} tokens, {P} panels");
+    }
+
+    #[test]
+    fn the_narrow_vnni_kernel_gives_the_bits_of_avx2() {
+        if !Isa::available().contains(&Isa::Avx2) {
+            return;
+        }
+        compare::<1, 1, true, false>();
+        compare::<2, 2, false, false>();
+        compare::<4, 2, true, false>();
+        compare::<4, 1, true, true>();
+        compare::<4, 2, false, true>();
+    }
+}
