@@ -25,8 +25,11 @@ const HEADROOM: usize = 128;
 /// Steps that end as planned behind one that gave way, so that long prompts go on whoever comes.
 const STEADY: usize = 3;
 
-/// Steps in which each prompt is read apart, behind one that was left because somebody's request ended: who
-/// ends theirs then takes nobody else's work with it, so that the others go on whoever comes and goes.
+/// Steps that are left in a row, each because somebody's request ended.
+const LEFT: usize = 4;
+
+/// Steps behind those in which each prompt is read apart: who ends theirs then takes nobody else's work with
+/// it, so that the others go on whoever comes and goes.
 const APART: usize = 3;
 
 /// A sequence that is computed.
@@ -85,6 +88,8 @@ pub(super) struct Scheduler {
     stats: EngineStats,
     /// Steps that nothing ends before the next one may give way again.
     steady: usize,
+    /// Steps that were just left in a row because a request ended.
+    n_left: usize,
     /// Steps that read prompts apart.
     apart: usize,
 }
@@ -99,6 +104,7 @@ impl Scheduler {
             prefix: PrefixCache::new(),
             stats: EngineStats::default(),
             steady: 0,
+            n_left: 0,
             apart: 0,
         }
     }
@@ -357,6 +363,7 @@ impl Scheduler {
         }
         if !left {
             self.apart = self.apart.saturating_sub(1);
+            self.n_left = 0;
         }
         // From the end on, so that the others keep their places.
         ended.sort_by_key(|(index, _)| std::cmp::Reverse(*index));
@@ -411,9 +418,13 @@ impl Scheduler {
             // No failure of theirs, perhaps one of operations that were left out; their caches are empty.
             batch.iter().for_each(|share| self.forget(share.index));
         }
-        match (0..self.running.len()).any(|index| self.has_ended(Share::new(index, 0))) {
-            true => self.apart = APART,
-            false => self.steady = STEADY,
+        if !(0..self.running.len()).any(|index| self.has_ended(Share::new(index, 0))) {
+            self.steady = STEADY;
+        } else if self.apart == 0 {
+            self.n_left += 1;
+            if self.n_left == LEFT {
+                (self.n_left, self.apart) = (0, APART);
+            }
         }
         None
     }

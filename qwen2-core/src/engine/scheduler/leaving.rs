@@ -231,15 +231,19 @@ fn a_step_that_decodes_is_left_as_well_and_spoils_nothing() {
 
 /// Who comes and goes cannot keep the others from going on.
 #[test]
-fn behind_a_step_that_was_left_prompts_are_read_apart() {
+fn behind_steps_that_were_left_in_a_row_prompts_are_read_apart() {
     let mut bench = Bench::new();
-    let ended = bench.submit(tokens(40, 1), &greedy(12));
     let comes_and_goes = bench.submit(tokens(30, 2), &greedy(12));
     let stays = bench.submit(tokens(50, 3), &greedy(12));
-    let batches = bench.batches();
-    ended.cancel_token().cancel();
-    bench.scheduler.step(batches.concat());
-    assert_eq!(bench.cached(), [0, 0, 0]);
+    for n_left in 1..=LEFT {
+        let ended = bench.submit(tokens(40, n_left), &greedy(12));
+        let batches = bench.batches();
+        assert_eq!(batches.len(), 1, "prompts are read together");
+        assert_eq!(bench.scheduler.apart, 0);
+        ended.cancel_token().cancel();
+        bench.scheduler.step(batches.concat());
+        assert_eq!(bench.cached(), [0, 0, 0]);
+    }
     assert_eq!(bench.scheduler.apart, APART);
 
     let batches = bench.batches();
