@@ -6,16 +6,18 @@ use half::{bf16, f16};
 use super::quantize::{Quantization, keep, pack_rows, shared, take};
 use crate::checkpoint::adapter::Adapter;
 use crate::checkpoint::gguf::blocks::Kind;
+use crate::checkpoint::groups::Groups;
 use crate::checkpoint::mmap::arena::Arena;
 use crate::checkpoint::{Encoding, StoredTensor, aligned};
 use crate::config::DType;
 use crate::error::Result;
 use crate::model::Kept;
+use crate::ops::packed::Beside;
 use crate::ops::{Threads, fit, packed};
 
 /// The tensor in `dtype` or packed, where one of them is asked for; else blocks of another format
 /// packed without loss where ours can hold them, in q8 where not, and everything else as it is.
-/// `zeros`: whether the device takes blocks with zero points.
+/// `beside`: whether the device takes blocks that have more than a scale.
 ///
 /// # Errors
 /// `OutOfMemory` where there is no room.
@@ -24,7 +26,7 @@ pub(super) fn keep_stored(
     stored: StoredTensor,
     dtype: Option<DType>,
     quantization: Option<Quantization>,
-    zeros: bool,
+    beside: bool,
     threads: &Threads,
     arena: &mut Arena,
 ) -> Result<Kept> {
@@ -38,7 +40,7 @@ pub(super) fn keep_stored(
     let format = match (quantization, dtype) {
         (Some(quantization), _) => quantization.format(name),
         (None, Some(_)) => None,
-        (None, None) => format_of(name, &stored, zeros),
+        (None, None) => format_of(name, &stored, beside),
     };
     let Some(format) = format else {
         return Ok(Kept::Dense(convert(stored, dtype)));
@@ -50,10 +52,10 @@ pub(super) fn keep_stored(
 }
 
 /// Bytes that [`keep_stored`] keeps of a tensor with no wish.
-pub(super) fn kept_bytes(name: &str, stored: &StoredTensor, zeros: bool) -> u64 {
+pub(super) fn kept_bytes(name: &str, stored: &StoredTensor, beside: bool) -> u64 {
     let bytes = match (stored.encoding, stored.shape.as_slice()) {
         (Encoding::Blocks(_) | Encoding::Grouped, &[rows, cols]) => {
-            match format_of(name, stored, zeros) {
+            match format_of(name, stored, beside) {
                 Some(format) => packed::Shape { format, rows, cols }.bytes(),
                 None => rows * cols * size_of::<f32>(),
             }
@@ -66,34 +68,45 @@ pub(super) fn kept_bytes(name: &str, stored: &StoredTensor, zeros: bool) -> u64 
 }
 
 /// What blocks and groups are packed into with no wish; a router keeps its precision, which f32 holds.
-fn format_of(name: &str, stored: &StoredTensor, zeros: bool) -> Option<packed::Format> {
+fn format_of(name: &str, stored: &StoredTensor, beside: bool) -> Option<packed::Format> {
+    use packed::Format::{Q4, Q4Zero, Q8, Q8Halves, Q8Zero};
     let q8 = Quantization::Q8.format(name)?;
-    let four = [packed::Format::Q4, packed::Format::Q4Zero];
-    let four = four
+    // The smallest first.
+    let formats = [Q4, Q4Zero, Q8, Q8Zero, Q8Halves];
+    let found = formats
         .into_iter()
-        .filter(|format| zeros || !format.has_zeros());
-    let found = four.into_iter().find(|format| is_lossless(stored, *format));
+        .filter(|format| beside || format.is_plain())
+        .find(|format| is_lossless(stored, *format));
     Some(found.unwrap_or(q8))
 }
 
-/// Whether our format holds the matrix weight for weight; blocks with a minimum but for what f16 rounds away
-/// of their scales.
+/// Whether our format holds the matrix weight for weight; with anything beside scales but for what f16
+/// rounds away of them.
 fn is_lossless(stored: &StoredTensor, format: packed::Format) -> bool {
-    match (stored.encoding, &stored.groups, format) {
-        (Encoding::Blocks(Kind::Q8_0), _, packed::Format::Q8)
-        | (Encoding::Blocks(Kind::Q4_0), _, packed::Format::Q4) => true,
-        (Encoding::Blocks(kind), _, packed::Format::Q4Zero) => {
-            kind.has_minima() && stored.shape[1].is_multiple_of(packed::BLOCK)
-        }
-        (Encoding::Grouped, Some(groups), packed::Format::Q4Zero) => {
-            groups.bits() == 4 && groups.has_blocks(packed::BLOCK)
-        }
-        (Encoding::Grouped, Some(groups), packed::Format::Q8) => groups.has_blocks(packed::BLOCK),
-        (Encoding::Grouped, Some(groups), packed::Format::Q4) => {
-            groups.bits() == 4 && groups.zeros_are(8) && groups.has_blocks(packed::BLOCK)
-        }
-        _ => false,
+    use packed::Format::{Q4, Q4Zero, Q8, Q8Halves, Q8Zero};
+    let (kind, groups) = match (stored.encoding, &stored.groups) {
+        (Encoding::Blocks(kind), _) => (kind, None),
+        (Encoding::Grouped, Some(groups)) => (Kind::F32, Some(groups)),
+        _ => return false,
+    };
+    if let Some(groups) = groups {
+        let four = groups.bits() == 4;
+        return groups.has_blocks(packed::BLOCK)
+            && match format {
+                Q4 => four && groups.zeros_are(8),
+                Q4Zero => four,
+                Q8 => true,
+                Q8Zero | Q8Halves => false,
+            };
     }
+    stored.shape[1].is_multiple_of(packed::BLOCK)
+        && match format {
+            Q4 => kind == Kind::Q4_0,
+            Q4Zero => kind.bits_above_minima() == Some(4),
+            Q8 => kind.has_scales(),
+            Q8Zero => kind.bits_above_minima().is_some(),
+            Q8Halves => kind == Kind::Q6K,
+        }
 }
 
 /// Packs a stored matrix panel by panel on all threads.
@@ -130,30 +143,16 @@ pub(super) fn rows(stored: &StoredTensor, index: usize, out: &mut [f32]) {
 
 /// Blocks of 32 into ours, weight for weight.
 fn transcribe(shape: packed::Shape, stored: &StoredTensor, threads: &Threads, bytes: &mut [u8]) {
-    let zeros = shape.format.has_zeros();
     let block = |row: usize, block: usize| match (&stored.groups, stored.encoding) {
-        (Some(groups), _) if zeros => {
-            let (scale, zero, quants) = groups.block_with_zero(row, block * packed::BLOCK);
-            packed::Block {
-                scale,
-                zero,
-                quants,
-            }
-        }
-        (Some(groups), _) => packed::Block::centred(groups.block(row, block * packed::BLOCK)),
+        (Some(groups), _) => group_block(groups, shape.format, row, block * packed::BLOCK),
         (None, Encoding::Blocks(kind)) => {
             let size = kind.row_bytes(shape.cols);
-            let row = &stored.bytes[row * size..][..size];
-            match zeros {
-                true => {
-                    let (scale, minimum, quants) = kind.block_with_minimum(row, block);
-                    packed::Block::above(scale, minimum, quants)
-                }
-                false => {
-                    let size = kind.block().1;
-                    packed::Block::centred(ggml_block(kind, &row[block * size..][..size]))
-                }
-            }
+            ggml_block(
+                kind,
+                shape.format,
+                &stored.bytes[row * size..][..size],
+                block,
+            )
         }
         _ => unreachable!("as is_lossless said"),
     };
@@ -162,14 +161,42 @@ fn transcribe(shape: packed::Shape, stored: &StoredTensor, threads: &Threads, by
     });
 }
 
-/// Scale and numbers of a block of Q8_0 or Q4_0.
-fn ggml_block(kind: Kind, bytes: &[u8]) -> (f16, [i8; packed::BLOCK]) {
-    let scale = f16::from_le_bytes([bytes[0], bytes[1]]);
-    let quants = std::array::from_fn(|i| match kind {
-        Kind::Q8_0 => bytes[2 + i] as i8,
-        _ => (bytes[2 + i % 16] >> (i / 16 * 4) & 15) as i8 - 8,
-    });
-    (scale, quants)
+/// A block of GPTQ or AWQ, from column `column` on.
+fn group_block(
+    groups: &Groups,
+    format: packed::Format,
+    row: usize,
+    column: usize,
+) -> packed::Block {
+    match format.beside() {
+        Beside::Zeros => {
+            let (scale, zero, quants) = groups.block_with_zero(row, column);
+            packed::Block {
+                scale,
+                other: zero,
+                quants,
+            }
+        }
+        _ => packed::Block::centred(groups.block(row, column)),
+    }
+}
+
+/// Block `index` of a row of GGUF.
+fn ggml_block(kind: Kind, format: packed::Format, row: &[u8], index: usize) -> packed::Block {
+    if format.beside() == Beside::Zeros {
+        let (scale, minimum, quants) = kind.block_with_minimum(row, index);
+        return packed::Block::above(scale, minimum, quants);
+    }
+    let numbers = kind.numbers(row, index);
+    match kind.scale_of(row, index) {
+        // A scale of f16 times an integer is exact in f32, and so is the way back.
+        Some(scale) if scale.to_f32() == 0.0 => packed::Block::centred((scale, [0; packed::BLOCK])),
+        Some(scale) => {
+            let quants = numbers.map(|x| (x / scale.to_f32()).round() as i8);
+            packed::Block::centred((scale, quants))
+        }
+        None => packed::Block::halves(Kind::half_scales(row, index), &numbers),
+    }
 }
 
 /// The tensor's bytes as they are in the map, or converted to `dtype`; blocks and groups become f32
@@ -258,8 +285,11 @@ mod tests {
             .map(|byte| if byte == 128 { 127 } else { byte })
             .collect();
         for (i, block) in bytes.chunks_mut(kind.block().1).enumerate() {
-            let scale = f16::from_f32(0.01 * (i % 17) as f32 - 0.05);
-            block[..2].copy_from_slice(&scale.to_le_bytes());
+            let scale = f16::from_f32(0.01 * (i % 17) as f32 - 0.05).to_le_bytes();
+            block[..2].copy_from_slice(&scale);
+            if kind == Kind::Q3K {
+                block[108..].copy_from_slice(&scale);
+            }
         }
         StoredTensor {
             encoding: Encoding::Blocks(kind),
@@ -277,11 +307,14 @@ mod tests {
 
     #[test]
     fn blocks_of_our_shape_are_kept_weight_for_weight() {
-        for (kind, format) in [
-            (Kind::Q8_0, packed::Format::Q8),
-            (Kind::Q4_0, packed::Format::Q4),
+        for (kind, format, cols) in [
+            (Kind::Q8_0, packed::Format::Q8, 32),
+            (Kind::Q4_0, packed::Format::Q4, 32),
+            (Kind::Q5_0, packed::Format::Q8, 32),
+            (Kind::Iq4Nl, packed::Format::Q8, 32),
+            (Kind::Q3K, packed::Format::Q8, 256),
         ] {
-            for (rows, cols) in [(16, 64), (37, 96), (5, 32)] {
+            for (rows, cols) in [(16, 2 * cols), (37, 3 * cols), (5, cols)] {
                 let stored = blocks(kind, rows, cols);
                 let want = convert(stored.clone(), None);
                 let Kept::Packed(shape, bytes) = kept("x.weight", stored, None) else {
@@ -302,19 +335,28 @@ mod tests {
 
     #[test]
     fn blocks_with_a_minimum_are_kept_but_for_what_f16_rounds_away() {
-        for (kind, cols) in [(Kind::Q4_1, 96), (Kind::Q4K, 512)] {
+        for (kind, cols, format) in [
+            (Kind::Q4_1, 96, packed::Format::Q4Zero),
+            (Kind::Q4K, 512, packed::Format::Q4Zero),
+            (Kind::Q5_1, 96, packed::Format::Q8Zero),
+            (Kind::Q5K, 512, packed::Format::Q8Zero),
+            (Kind::Q6K, 512, packed::Format::Q8Halves),
+        ] {
             let mut stored = blocks(kind, 37, cols);
             let mut bytes = stored.bytes.to_vec();
             for (i, block) in bytes.chunks_mut(kind.block().1).enumerate() {
-                let minimum = f16::from_f32(0.003 * (i % 13) as f32 - 0.01);
-                block[2..4].copy_from_slice(&minimum.to_le_bytes());
+                let minimum = f16::from_f32(0.003 * (i % 13) as f32 - 0.01).to_le_bytes();
+                match kind {
+                    Kind::Q6K => block[208..].copy_from_slice(&minimum), // its scale
+                    _ => block[2..4].copy_from_slice(&minimum),
+                }
             }
             stored.bytes = bytes.into();
             let want: Vec<f32> = convert(stored.clone(), None).iter::<f32>().collect();
             let Kept::Packed(shape, bytes) = kept("x.weight", stored.clone(), None) else {
                 panic!("packed");
             };
-            assert_eq!(shape.format, packed::Format::Q4Zero);
+            assert_eq!(shape.format, format);
             assert_eq!(kept_bytes("x.weight", &stored, true), bytes.len() as u64);
             let mut row = vec![f32::NAN; cols];
             for (i, want) in want.chunks(cols).enumerate() {
@@ -326,7 +368,7 @@ mod tests {
                     }
                 }
             }
-            // Where the kernels know no zero points.
+            // Where the kernels know nothing but scales.
             let (threads, mut arena) = (
                 Threads::start(Some(2), false).expect("threads"),
                 Arena::default(),
@@ -361,7 +403,7 @@ mod tests {
 
     #[test]
     fn other_blocks_become_q8_and_a_router_stays_whole() {
-        let Kept::Packed(shape, _) = kept("x.weight", blocks(Kind::Q5_1, 4, 64), None) else {
+        let Kept::Packed(shape, _) = kept("x.weight", blocks(Kind::Q2K, 4, 256), None) else {
             panic!("packed");
         };
         assert_eq!(shape.format, packed::Format::Q8);

@@ -61,7 +61,9 @@ fn quantize_kernel(format: Format, effort: Effort, x: &[f32; BLOCK]) -> (f16, [i
                 std::array::from_fn(|step| largest / (-9.0 + 0.1 * step as f32));
             fit(x, &scales, -8.0, 7.0)
         }
-        Format::Q4Zero | Format::Q8Zero => unreachable!("nothing is quantized into it"),
+        Format::Q4Zero | Format::Q8Zero | Format::Q8Halves => {
+            unreachable!("nothing is quantized into it")
+        }
     }
 }
 

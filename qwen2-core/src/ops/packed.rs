@@ -28,16 +28,30 @@ pub(crate) enum Format {
     /// Four bits, `q` in 0..=15, with an f16 zero point for each block: 5 bits a weight. What GPTQ, AWQ
     /// and the blocks of GGUF files that have a minimum become; nothing is quantized into it.
     Q4Zero,
-    /// [`Self::Q4Zero`] with a byte for each `q`: what it is brought to for many tokens.
+    /// [`Self::Q4Zero`] with a byte for each `q`, 9 bits a weight: what it is brought to for many tokens, and
+    /// what blocks of five bits with a minimum become.
     Q8Zero,
+    /// [`Self::Q8`] with a scale for each half of a block, 9 bits a weight: what blocks with a scale for 16
+    /// weights become.
+    Q8Halves,
+}
+
+/// What lies beside the scales of blocks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Beside {
+    Nothing,
+    /// Zero points: the scales are those of whole blocks.
+    Zeros,
+    /// The scales of second halves: the others are those of first halves.
+    SecondScales,
 }
 
 /// A block of a row.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(crate) struct Block {
     pub(crate) scale: f16,
-    /// Of formats that have zero points.
-    pub(crate) zero: f16,
+    /// What lies [beside](Format::beside) the scale.
+    pub(crate) other: f16,
     /// Less the offset of the format.
     pub(crate) quants: [i8; BLOCK],
 }
@@ -45,20 +59,34 @@ pub(crate) struct Block {
 impl Block {
     const EMPTY: Self = Self {
         scale: f16::ZERO,
-        zero: f16::ZERO,
+        other: f16::ZERO,
         quants: [0; BLOCK],
     };
 
-    /// Of a format without zero points.
+    /// Of a format with nothing beside.
     pub(crate) fn centred((scale, quants): (f16, [i8; BLOCK])) -> Self {
         Self {
             scale,
-            zero: f16::ZERO,
+            other: f16::ZERO,
             quants,
         }
     }
 
-    /// Four bits whose values are `scale · q + minimum`, off by what f16 rounds away.
+    /// Numbers whose halves are multiples of a scale each, off by what f16 rounds away.
+    pub(crate) fn halves(scales: [f32; 2], numbers: &[f32; BLOCK]) -> Self {
+        let quant = |i: usize| match scales[i / (BLOCK / 2)] {
+            0.0 => 0,
+            scale => (numbers[i] / scale).round() as i8,
+        };
+        let [scale, other] = scales.map(f16::from_f32);
+        Self {
+            scale,
+            other,
+            quants: std::array::from_fn(quant),
+        }
+    }
+
+    /// Four or five bits whose values are `scale · q + minimum`, off by what f16 rounds away.
     pub(crate) fn above(scale: f32, minimum: f32, quants: [i8; BLOCK]) -> Self {
         /// f16 has the integers up to it.
         const FARTHEST: f32 = 2048.0;
@@ -67,7 +95,7 @@ impl Block {
         if zero.abs() <= FARTHEST {
             return Self {
                 scale: rounded,
-                zero: f16::from_f32(zero),
+                other: f16::from_f32(zero),
                 quants,
             };
         }
@@ -79,7 +107,7 @@ impl Block {
         let step = scale / coarse.to_f32();
         Self {
             scale: coarse,
-            zero: f16::from_f32(-minimum / coarse.to_f32()),
+            other: f16::from_f32(-minimum / coarse.to_f32()),
             quants: quants.map(|q| (f32::from(q) * step).round() as i8),
         }
     }
@@ -89,14 +117,22 @@ impl Format {
     /// Bytes of the quants of one block of one panel.
     pub(crate) const fn block_bytes(self) -> usize {
         match self {
-            Self::Q8 | Self::Q8Zero => ROWS * BLOCK,
+            Self::Q8 | Self::Q8Zero | Self::Q8Halves => ROWS * BLOCK,
             Self::Q4 | Self::Q4Zero => ROWS * BLOCK / 2,
         }
     }
 
-    /// Whether blocks have zero points of their own.
-    pub(crate) const fn has_zeros(self) -> bool {
-        matches!(self, Self::Q4Zero | Self::Q8Zero)
+    pub(crate) const fn beside(self) -> Beside {
+        match self {
+            Self::Q8 | Self::Q4 => Beside::Nothing,
+            Self::Q4Zero | Self::Q8Zero => Beside::Zeros,
+            Self::Q8Halves => Beside::SecondScales,
+        }
+    }
+
+    /// Whether there is nothing beside the scales, which is all that GPUs have kernels for.
+    pub(crate) const fn is_plain(self) -> bool {
+        matches!(self.beside(), Beside::Nothing)
     }
 
     /// The same with a byte for each quant.
@@ -104,14 +140,15 @@ impl Format {
         match self {
             Self::Q8 | Self::Q4 => Self::Q8,
             Self::Q4Zero | Self::Q8Zero => Self::Q8Zero,
+            Self::Q8Halves => Self::Q8Halves,
         }
     }
 
     /// Bytes in front of the quants of two blocks.
     pub(crate) const fn head_bytes(self) -> usize {
-        match self.has_zeros() {
-            true => 2 * GROUP,
-            false => GROUP,
+        match self.is_plain() {
+            true => GROUP,
+            false => 2 * GROUP,
         }
     }
 
@@ -125,8 +162,8 @@ impl Format {
         block / 2 * self.pair_bytes() + (block % 2 * ROWS + row) * 2
     }
 
-    /// Where the zero point of a row and block lies in its panel.
-    pub(crate) const fn zero_at(self, block: usize, row: usize) -> usize {
+    /// Where what is beside the scale of a row and block lies in its panel.
+    pub(crate) const fn other_at(self, block: usize, row: usize) -> usize {
         self.scale_at(block, row) + GROUP
     }
 
@@ -138,7 +175,7 @@ impl Format {
     /// What is taken off a quant.
     pub(crate) const fn offset(self) -> i32 {
         match self {
-            Self::Q8 => 128,
+            Self::Q8 | Self::Q8Halves => 128,
             Self::Q4 => 8,
             Self::Q4Zero | Self::Q8Zero => 0,
         }
@@ -218,7 +255,7 @@ impl Shape {
                 false => Block::EMPTY,
             };
             // The kernels flip signs in eight bits.
-            if placed.quants.contains(&i8::MIN) {
+            if self.format.is_plain() && placed.quants.contains(&i8::MIN) {
                 let scale = placed.scale.to_f32();
                 let numbers = placed.quants.map(|q| scale * f32::from(q));
                 placed = Block::centred(quantize(self.format, Effort::Search, &numbers));
@@ -230,8 +267,8 @@ impl Shape {
     /// Writes block `b` of row `r` of a panel.
     fn place(self, panel: &mut [u8], r: usize, b: usize, block: &Block) {
         panel[self.format.scale_at(b, r)..][..2].copy_from_slice(&block.scale.to_le_bytes());
-        if self.format.has_zeros() {
-            panel[self.format.zero_at(b, r)..][..2].copy_from_slice(&block.zero.to_le_bytes());
+        if !self.format.is_plain() {
+            panel[self.format.other_at(b, r)..][..2].copy_from_slice(&block.other.to_le_bytes());
         }
         self.store(&mut panel[self.format.quants_at(b)..], r, &block.quants);
     }
@@ -246,7 +283,7 @@ impl Shape {
         let q = bytes;
         let (first, second) = q.split_at(BLOCK / 2);
         match self.format {
-            Format::Q8 | Format::Q8Zero => {
+            Format::Q8 | Format::Q8Zero | Format::Q8Halves => {
                 for (group, q) in block.chunks_exact_mut(GROUP).zip(q.as_chunks::<4>().0) {
                     group[r * 4..][..4].copy_from_slice(q);
                 }
@@ -272,17 +309,23 @@ impl Shape {
         for (c, out) in out.iter_mut().enumerate() {
             let (b, c) = (c / BLOCK, c % BLOCK);
             let half = |at: usize| f16::from_le_bytes([panel[at], panel[at + 1]]).to_f32();
-            let scale = half(self.format.scale_at(b, r));
+            let second = self.format.beside() == Beside::SecondScales && c >= BLOCK / 2;
+            let scale = half(match second {
+                true => self.format.other_at(b, r),
+                false => self.format.scale_at(b, r),
+            });
             let block = &panel[self.format.quants_at(b)..];
             let q = match self.format {
-                Format::Q8 | Format::Q8Zero => block[c / 4 * GROUP + r * 4 + c % 4],
+                Format::Q8 | Format::Q8Zero | Format::Q8Halves => {
+                    block[c / 4 * GROUP + r * 4 + c % 4]
+                }
                 Format::Q4 | Format::Q4Zero => {
                     block[c % 16 / 4 * GROUP + r * 4 + c % 4] >> (c / 16 * 4) & 15
                 }
             };
-            let zero = match self.format.has_zeros() {
-                true => half(self.format.zero_at(b, r)),
-                false => self.format.offset() as f32,
+            let zero = match self.format.beside() {
+                Beside::Zeros => half(self.format.other_at(b, r)),
+                _ => self.format.offset() as f32,
             };
             *out = scale * (f32::from(q) - zero);
         }
@@ -349,7 +392,7 @@ mod tests {
             assert!(block.quants.iter().all(|q| (0..16).contains(q)));
             for (q, kept) in quants.iter().zip(block.quants) {
                 let want = scale * f32::from(*q) + minimum;
-                let got = block.scale.to_f32() * (f32::from(kept) - block.zero.to_f32());
+                let got = block.scale.to_f32() * (f32::from(kept) - block.other.to_f32());
                 let most = minimum.abs().max((scale * 15.0).abs());
                 assert!(
                     (got - want).abs() <= half * most,
@@ -358,7 +401,7 @@ mod tests {
             }
         }
         let exact = Block::above(0.25, -2.0, quants);
-        assert_eq!((exact.scale.to_f32(), exact.zero.to_f32()), (0.25, 8.0));
+        assert_eq!((exact.scale.to_f32(), exact.other.to_f32()), (0.25, 8.0));
     }
 
     #[test]

@@ -133,8 +133,8 @@ impl ModelBuilder {
                     Encoding::Packed => keep_packed(name, stored, &shapes, checkpoint.path())?,
                     _ => {
                         let (dtype, quantize) = (self.kept_dtype(device), self.quantize);
-                        let zeros = device.is_cpu(); // their kernels are there alone
-                        keep_stored(name, stored, dtype, quantize, zeros, threads, &mut arena)?
+                        let beside = device.is_cpu(); // the kernels for more than a scale are there alone
+                        keep_stored(name, stored, dtype, quantize, beside, threads, &mut arena)?
                     }
                 };
                 weights.count(name, &data);

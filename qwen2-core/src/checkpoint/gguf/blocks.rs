@@ -114,25 +114,89 @@ impl Kind {
         }
     }
 
-    /// Whether 32 numbers in a row are 4-bit integers times a scale above a minimum.
-    pub(crate) fn has_minima(self) -> bool {
-        matches!(self, Self::Q4_1 | Self::Q4K)
+    /// How many bits the integers have, where 32 numbers in a row are integers times a scale above a
+    /// minimum.
+    pub(crate) fn bits_above_minima(self) -> Option<u8> {
+        match self {
+            Self::Q4_1 | Self::Q4K => Some(4),
+            Self::Q5_1 | Self::Q5K => Some(5),
+            _ => None,
+        }
     }
 
     /// Scale, minimum and integers of the 32 numbers `index` of a row, of a type that
-    /// [has minima](Self::has_minima).
+    /// [has minima](Self::bits_above_minima).
     pub(crate) fn block_with_minimum(self, row: &[u8], index: usize) -> (f32, f32, [i8; SMALL]) {
-        let (numbers, size) = self.block();
-        let block = &row[index * SMALL / numbers * size..][..size];
-        if self == Self::Q4K {
+        let block = self.block_of(row, index);
+        let nibble = |byte: u8, high: bool| if high { byte >> 4 } else { byte & 15 };
+        if matches!(self, Self::Q4K | Self::Q5K) {
             let j = index % (LARGE / SMALL);
             let (scale, m) = scale_min(&block[4..16], j);
-            let quants = &block[16 + j / 2 * SMALL..];
-            let quants = std::array::from_fn(|l| (quants[l] >> (j % 2 * 4) & 15) as i8);
+            let (high, quants) = match self {
+                Self::Q5K => (Some(&block[16..48]), &block[48..]),
+                _ => (None, &block[16..]),
+            };
+            let quants = std::array::from_fn(|l| {
+                let fifth = high.map_or(0, |high| high[l] >> j & 1);
+                (nibble(quants[j / 2 * SMALL + l], j % 2 == 1) | fifth << 4) as i8
+            });
             return (half_at(block, 0) * scale, -half_at(block, 2) * m, quants);
         }
-        let quants = std::array::from_fn(|l| (block[4 + l % 16] >> (l / 16 * 4) & 15) as i8);
+        let high = match self {
+            Self::Q5_1 => u32::from_le_bytes([block[4], block[5], block[6], block[7]]),
+            _ => 0,
+        };
+        let quants = &block[block.len() - SMALL / 2..];
+        let quants = std::array::from_fn(|l| {
+            let fifth = (high >> l & 1) as u8;
+            (nibble(quants[l % 16], l >= 16) | fifth << 4) as i8
+        });
         (half_at(block, 0), half_at(block, 2), quants)
+    }
+
+    /// What 32 numbers in a row are multiples of, by integers in -127..=127 (of Q3_K and Q8_0 as far as
+    /// -128); `None` for types that have no such scale in f16.
+    pub(crate) fn scale_of(self, row: &[u8], index: usize) -> Option<f16> {
+        let block = self.block_of(row, index);
+        let at = match self {
+            Self::Q4_0 | Self::Q5_0 | Self::Q8_0 | Self::Iq4Nl => 0,
+            Self::Q3K => 108,
+            _ => return None,
+        };
+        Some(f16::from_le_bytes([block[at], block[at + 1]]))
+    }
+
+    /// Whether [`Self::scale_of`] is there.
+    pub(crate) fn has_scales(self) -> bool {
+        matches!(
+            self,
+            Self::Q4_0 | Self::Q5_0 | Self::Q8_0 | Self::Iq4Nl | Self::Q3K
+        )
+    }
+
+    /// The scales of both halves of the 32 numbers `index` of a row of Q6_K.
+    pub(crate) fn half_scales(row: &[u8], index: usize) -> [f32; 2] {
+        let block = Self::Q6K.block_of(row, index);
+        let scales = &block[192 + index % (LARGE / SMALL) * 2..];
+        [scales[0], scales[1]].map(|scale| half_at(block, 208) * f32::from(scale as i8))
+    }
+
+    /// The 32 numbers `index` of a row, of a type with [scales](Self::has_scales) or Q6_K.
+    pub(crate) fn numbers(self, row: &[u8], index: usize) -> [f32; SMALL] {
+        let (block, first) = (self.block_of(row, index), index * SMALL % LARGE);
+        let mut out = [0.0; SMALL];
+        match self {
+            Self::Q3K => q3_k(block, first, &mut out),
+            Self::Q6K => q6_k(block, first, &mut out),
+            _ => self.dequantize(block, &mut out),
+        }
+        out
+    }
+
+    /// The block that the 32 numbers `index` of a row lie in.
+    fn block_of(self, row: &[u8], index: usize) -> &[u8] {
+        let (numbers, size) = self.block();
+        &row[index * SMALL / numbers * size..][..size]
     }
 
     /// The numbers that whole blocks stand for.
@@ -153,10 +217,10 @@ impl Kind {
                 Self::Q5_1 => q5(block, 4, half_at(block, 2), out),
                 Self::Q8_0 => q8_0(block, out),
                 Self::Q2K => q2_k(block, out),
-                Self::Q3K => q3_k(block, out),
+                Self::Q3K => q3_k(block, 0, out),
                 Self::Q4K => q4_k(block, out),
                 Self::Q5K => q5_k(block, out),
-                Self::Q6K => q6_k(block, out),
+                Self::Q6K => q6_k(block, 0, out),
                 Self::Iq4Nl => iq4_nl(block, out),
             }
         }
@@ -206,7 +270,8 @@ fn q2_k(block: &[u8], out: &mut [f32]) {
     }
 }
 
-fn q3_k(block: &[u8], out: &mut [f32]) {
+/// Of a block those from `first` on.
+fn q3_k(block: &[u8], first: usize, out: &mut [f32]) {
     let (high, quants, packed) = (&block[..32], &block[32..96], &block[96..108]);
     let d = half_at(block, 108);
     // Sixteen scales of six bits: four low bits in eight bytes, two high bits in four.
@@ -215,7 +280,7 @@ fn q3_k(block: &[u8], out: &mut [f32]) {
         let top = packed[8 + i % 4] >> (i / 4 * 2) & 3;
         f32::from((low | top << 4) as i8 - 32)
     };
-    for (i, out) in out.iter_mut().enumerate() {
+    for (i, out) in (first..).zip(out) {
         let (half, part, l) = (i / 128, i % 128 / 32, i % 32);
         let q = (quants[half * 32 + l] >> (2 * part) & 3) as i8;
         let off = if high[l] >> (4 * half + part) & 1 == 1 {
@@ -262,10 +327,11 @@ fn q5_k(block: &[u8], out: &mut [f32]) {
     }
 }
 
-fn q6_k(block: &[u8], out: &mut [f32]) {
+/// Of a block those from `first` on.
+fn q6_k(block: &[u8], first: usize, out: &mut [f32]) {
     let (low, high, scales) = (&block[..128], &block[128..192], &block[192..208]);
     let d = half_at(block, 208);
-    for (i, out) in out.iter_mut().enumerate() {
+    for (i, out) in (first..).zip(out) {
         let (half, part, l) = (i / 128, i % 128 / 32, i % 32);
         let nibble = low[half * 64 + part % 2 * 32 + l] >> (part / 2 * 4) & 15;
         let top = high[half * 32 + l] >> (2 * part) & 3;

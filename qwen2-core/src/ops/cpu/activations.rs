@@ -25,6 +25,8 @@ pub(crate) struct Activations {
     /// `[spans][n][SPAN_BLOCKS]`: -128 times the sum of a block's quants, which takes the offset of
     /// eight-bit weights off.
     pub(super) starts: Vec<i32>,
+    /// As `starts`, of the first halves of blocks.
+    pub(super) firsts: Vec<i32>,
     /// Tokens.
     pub(super) n: usize,
     cols: usize,
@@ -55,6 +57,7 @@ impl Activations {
             quants: vec![0; spans * n * SPAN],
             scales: vec![0.0; spans * n],
             starts: vec![0; spans * n * SPAN_BLOCKS],
+            firsts: vec![0; spans * n * SPAN_BLOCKS],
             n,
             cols,
         };
@@ -83,17 +86,20 @@ impl Activations {
         let spans = self.quants.as_chunks_mut().0.chunks_mut(n);
         let spans = spans.zip(self.scales.chunks_mut(n));
         let spans = spans.zip(self.starts.as_chunks_mut().0.chunks_mut(n));
+        let spans = spans.zip(self.firsts.as_chunks_mut().0.chunks_mut(n));
         spans
             .enumerate()
-            .flat_map(move |(span, ((quants, scales), starts))| {
+            .flat_map(move |(span, (((quants, scales), starts), firsts))| {
                 let chunks = quants.chunks_mut(CHUNK).zip(scales.chunks_mut(CHUNK));
-                let chunks = chunks.zip(starts.chunks_mut(CHUNK)).enumerate();
-                chunks.map(move |(chunk, ((quants, scales), starts))| {
+                let chunks = chunks.zip(starts.chunks_mut(CHUNK));
+                let chunks = chunks.zip(firsts.chunks_mut(CHUNK)).enumerate();
+                chunks.map(move |(chunk, (((quants, scales), starts), firsts))| {
                     let first = chunk * CHUNK;
                     let out = SpanMut {
                         quants,
                         scales,
                         starts,
+                        firsts,
                     };
                     (span, first..n.min(first + CHUNK), out)
                 })
@@ -106,6 +112,7 @@ pub(super) struct SpanMut<'a> {
     quants: &'a mut [[i8; SPAN]],
     scales: &'a mut [f32],
     starts: &'a mut [[i32; SPAN_BLOCKS]],
+    firsts: &'a mut [[i32; SPAN_BLOCKS]],
 }
 
 per_isa!(pub(super) quantize, quantize_kernel, (x: &[f32], stride: usize, left: usize, out: SpanMut<'_>));
@@ -119,7 +126,7 @@ unsafe fn quantize_kernel<S: Simd>(x: &[f32], stride: usize, left: usize, out: S
     let width = left.min(SPAN);
     for (i, quants) in out.quants.iter_mut().enumerate() {
         let x = &x[i * stride..][..width];
-        (out.scales[i], out.starts[i]) = match x.as_array::<SPAN>() {
+        (out.scales[i], [out.starts[i], out.firsts[i]]) = match x.as_array::<SPAN>() {
             // SAFETY: the caller's promise.
             Some(x) => unsafe { quantize_span::<S>(x, quants) },
             None => {
@@ -132,7 +139,7 @@ unsafe fn quantize_kernel<S: Simd>(x: &[f32], stride: usize, left: usize, out: S
     }
 }
 
-/// Scale and -128 times the sums of the quants.
+/// Scale and -128 times the sums of the quants, of blocks and of their first halves.
 ///
 /// # Safety
 /// The instruction set of `S` is present.
@@ -140,7 +147,7 @@ unsafe fn quantize_kernel<S: Simd>(x: &[f32], stride: usize, left: usize, out: S
 unsafe fn quantize_span<S: Simd>(
     x: &[f32; SPAN],
     out: &mut [i8; SPAN],
-) -> (f32, [i32; SPAN_BLOCKS]) {
+) -> (f32, [[i32; SPAN_BLOCKS]; 2]) {
     let mut largest = 0_u32;
     for x in x {
         // The bits of |x| are ordered like |x|, with infinity and NaN on top.
@@ -152,26 +159,34 @@ unsafe fn quantize_span<S: Simd>(
         *out = [0; SPAN];
         // Zero or subnormal is nothing that a product would show.
         let scale = if largest.is_finite() { 0.0 } else { f32::NAN };
-        return (scale, [0; SPAN_BLOCKS]);
+        return (scale, [[0; SPAN_BLOCKS]; 2]);
     }
     // Adding 1.5 · 2^23 rounds to an integer, ties to even.
     const MAGIC: f32 = 12_582_912.0;
-    let mut starts = [0; SPAN_BLOCKS];
+    const HALF: usize = BLOCK / 2;
+    let (mut starts, mut firsts) = ([0; SPAN_BLOCKS], [0; SPAN_BLOCKS]);
     // SAFETY: a vector from `at` on is inside both.
     unsafe {
         let (inverse, up, down) = (S::splat(inverse), S::splat(MAGIC), S::splat(-MAGIC));
-        for (block, start) in starts.iter_mut().enumerate() {
-            let mut sum = S::zero();
-            for at in (block * BLOCK..(block + 1) * BLOCK).step_by(S::LANES) {
-                let x = S::load(x.as_ptr().add(at)).mul(inverse);
-                let q = x.add(up).add(down);
-                q.store_i8(out.as_mut_ptr().add(at));
-                sum = sum.add(q);
-            }
-            *start = -128 * sum.sum() as i32; // exact: below 2^24
+        for block in 0..SPAN_BLOCKS {
+            let mut half = |half: usize| {
+                let mut sum = S::zero();
+                let first = block * BLOCK + half * HALF;
+                for at in (first..first + HALF).step_by(S::LANES) {
+                    let x = S::load(x.as_ptr().add(at)).mul(inverse);
+                    let q = x.add(up).add(down);
+                    q.store_i8(out.as_mut_ptr().add(at));
+                    sum = sum.add(q);
+                }
+                sum
+            };
+            let (first, second) = (half(0), half(1));
+            // Exact: below 2^24.
+            firsts[block] = -128 * first.sum() as i32;
+            starts[block] = -128 * first.add(second).sum() as i32;
         }
     }
-    (largest / 127.0, starts)
+    (largest / 127.0, [starts, firsts])
 }
 
 #[cfg(test)]
@@ -196,6 +211,12 @@ mod tests {
                 let sums =
                     sums.map(|block| block.iter().map(|q| -128 * i32::from(*q)).sum::<i32>());
                 assert_eq!(a.starts, sums.collect::<Vec<_>>(), "{isa:?}");
+                let sums = a.quants.chunks(BLOCK);
+                let sums = sums.map(|block| {
+                    let first = &block[..BLOCK / 2];
+                    first.iter().map(|q| -128 * i32::from(*q)).sum::<i32>()
+                });
+                assert_eq!(a.firsts, sums.collect::<Vec<_>>(), "{isa:?}");
             }
         }
     }

@@ -7,18 +7,25 @@ use std::arch::asm;
 use std::array::from_fn;
 
 use super::activations::{SPAN, SPAN_BLOCKS};
-use super::packed_tile::{SPAN_PAIRS, Tile, format};
+use super::packed_tile::{NOTHING, SECOND_SCALES, SPAN_PAIRS, Tile, ZEROS, format};
 use crate::ops::packed::{BLOCK, GROUP};
+
+/// All columns of a block.
+const WHOLE: u8 = 0;
+/// Its first 16.
+const FIRST: u8 = 1;
+/// Its last 16.
+const SECOND: u8 = 2;
 
 /// How the products of a block are summed. A vector of weights holds four columns of four rows.
 trait Block {
-    /// A block of `N` tokens times a block of `V` vectors of rows; eight-bit weights without their
-    /// offset, those of four bits with it.
+    /// A block of `N` tokens times a block of `V` vectors of rows, all of it or a half (`PART`);
+    /// eight-bit weights without their offset, those of four bits with it.
     ///
     /// # Safety
     /// The instruction set is present; the weights lie at `quants`, groups [`GROUP`] bytes apart, the
     /// activations at `xs`, tokens [`SPAN`] apart.
-    unsafe fn sums<const N: usize, const V: usize, const Q8: bool>(
+    unsafe fn sums<const N: usize, const V: usize, const Q8: bool, const PART: u8>(
         quants: *const u8,
         xs: *const i8,
     ) -> [[int32x4_t; V]; N];
@@ -59,7 +66,7 @@ struct Widening;
 
 impl Block for Widening {
     #[inline(always)]
-    unsafe fn sums<const N: usize, const V: usize, const Q8: bool>(
+    unsafe fn sums<const N: usize, const V: usize, const Q8: bool, const PART: u8>(
         quants: *const u8,
         xs: *const i8,
     ) -> [[int32x4_t; V]; N] {
@@ -77,10 +84,14 @@ impl Block for Widening {
                     let (first, second) = (four(columns), four(columns.add(4)));
                     for (v, w) in w.iter().enumerate() {
                         let (low, high) = &mut short[i][v];
-                        *low = vmlal_s8(*low, vget_low_s8(w.0), vget_low_s8(first));
-                        *high = vmlal_high_s8(*high, w.0, first);
-                        *low = vmlal_s8(*low, vget_low_s8(w.1), vget_low_s8(second));
-                        *high = vmlal_high_s8(*high, w.1, second);
+                        if PART != SECOND {
+                            *low = vmlal_s8(*low, vget_low_s8(w.0), vget_low_s8(first));
+                            *high = vmlal_high_s8(*high, w.0, first);
+                        }
+                        if PART != FIRST {
+                            *low = vmlal_s8(*low, vget_low_s8(w.1), vget_low_s8(second));
+                            *high = vmlal_high_s8(*high, w.1, second);
+                        }
                         // Two products of eight bits stay below 2^15, as do eight of four bits.
                         if Q8 || g == 3 {
                             let sums = &mut long[i][v];
@@ -115,7 +126,7 @@ macro_rules! sdot {
 
 impl Block for Dots {
     #[inline(always)]
-    unsafe fn sums<const N: usize, const V: usize, const Q8: bool>(
+    unsafe fn sums<const N: usize, const V: usize, const Q8: bool, const PART: u8>(
         quants: *const u8,
         xs: *const i8,
     ) -> [[int32x4_t; V]; N] {
@@ -128,8 +139,12 @@ impl Block for Dots {
                     let w: [_; V] = from_fn(|v| weights::<Q8>(quants.add(v * 16), $g));
                     for (sums, x) in sums.iter_mut().zip(x) {
                         for (sum, w) in sums.iter_mut().zip(w) {
-                            sdot!(*sum, w.0, x.0, $g);
-                            sdot!(*sum, w.1, x.1, $g);
+                            if PART != SECOND {
+                                sdot!(*sum, w.0, x.0, $g);
+                            }
+                            if PART != FIRST {
+                                sdot!(*sum, w.1, x.1, $g);
+                            }
                         }
                     }
                 )*};
@@ -167,7 +182,13 @@ unsafe fn smmla(sums: &mut int32x4_t, weights: int32x4_t, x: int64x2_t) {
 /// # Safety
 /// As [`Block::sums`].
 #[inline(always)]
-unsafe fn eight_columns<const N: usize, const V: usize, const Q8: bool, const E: usize>(
+unsafe fn eight_columns<
+    const N: usize,
+    const V: usize,
+    const Q8: bool,
+    const PART: u8,
+    const E: usize,
+>(
     quants: *const u8,
     x: &[[int64x2_t; 2]; N],
     sums: &mut [[[int32x4_t; 2]; V]; N],
@@ -183,7 +204,12 @@ unsafe fn eight_columns<const N: usize, const V: usize, const Q8: bool, const E:
             })
         });
         for (sums, x) in sums.iter_mut().zip(x.chunks_exact(2)) {
-            for half in 0..2 {
+            let halves = match PART {
+                WHOLE => 0..2,
+                FIRST => 0..1,
+                _ => 1..2,
+            };
+            for half in halves {
                 let (a, b) = (x[0][half], x[1][half]);
                 let x = if E == 0 {
                     vzip1q_s64(a, b)
@@ -201,7 +227,7 @@ unsafe fn eight_columns<const N: usize, const V: usize, const Q8: bool, const E:
 
 impl Block for Pairs {
     #[inline(always)]
-    unsafe fn sums<const N: usize, const V: usize, const Q8: bool>(
+    unsafe fn sums<const N: usize, const V: usize, const Q8: bool, const PART: u8>(
         quants: *const u8,
         xs: *const i8,
     ) -> [[int32x4_t; V]; N] {
@@ -209,8 +235,8 @@ impl Block for Pairs {
         unsafe {
             let x = halves::<N>(xs).map(|(a, b)| [a, b].map(|x| vreinterpretq_s64_s8(x)));
             let mut sums = [[[vdupq_n_s32(0); 2]; V]; N]; // of pairs: the second half stays
-            eight_columns::<N, V, Q8, 0>(quants, &x, &mut sums);
-            eight_columns::<N, V, Q8, 1>(quants, &x, &mut sums);
+            eight_columns::<N, V, Q8, PART, 0>(quants, &x, &mut sums);
+            eight_columns::<N, V, Q8, PART, 1>(quants, &x, &mut sums);
             from_fn(|i| {
                 sums[i / 2].map(|[first, last]| match i % 2 {
                     0 => vuzp1q_s32(first, last),
@@ -233,13 +259,13 @@ unsafe fn multiply<
     const P: usize,
     const V: usize,
     const EIGHT: bool,
-    const ZEROS: bool,
+    const BESIDE: u8,
 >(
     tile: &Tile<'_>,
     sums: &mut [f32],
     stride: usize,
 ) {
-    let format = format::<EIGHT, ZEROS>();
+    let format = format::<EIGHT, BESIDE>();
     // SAFETY: every pointer stays inside the lengths that `Tile::multiply` checked.
     unsafe {
         for quarter in (0..4 * P).step_by(V) {
@@ -249,7 +275,7 @@ unsafe fn multiply<
             let panel = tile.bytes.as_ptr().add(quarter / 4 * tile.panel_bytes);
             let mut pair = tile.pairs.start;
             while pair < tile.pairs.end {
-                let (xs, starts, x_scales) = tile.activations(pair);
+                let x = tile.activations(pair);
                 let mut parts = [[vdupq_n_f32(0.0); V]; N];
                 let end = tile.pairs.end.min(pair + SPAN_PAIRS);
                 for b in 0..2 * (end - pair) {
@@ -262,30 +288,43 @@ unsafe fn multiply<
                         })
                     };
                     let scales = numbers(format.scale_at(block, quarter % 4 * 4));
-                    let zeros = match ZEROS {
-                        true => numbers(format.zero_at(block, quarter % 4 * 4)),
-                        false => [vdupq_n_f32(0.0); V],
+                    let others = match BESIDE {
+                        NOTHING => [vdupq_n_f32(0.0); V],
+                        _ => numbers(format.other_at(block, quarter % 4 * 4)),
                     };
-                    let totals = B::sums::<N, V, EIGHT>(quants, xs.add(b * BLOCK));
+                    let xs = x.quants.add(b * BLOCK);
+                    if BESIDE == SECOND_SCALES {
+                        let firsts = B::sums::<N, V, EIGHT, FIRST>(quants, xs);
+                        let seconds = B::sums::<N, V, EIGHT, SECOND>(quants, xs);
+                        for (i, parts) in parts.iter_mut().enumerate() {
+                            for v in 0..V {
+                                let (first, second) = (firsts[i][v], seconds[i][v]);
+                                parts[v] = vfmaq_f32(parts[v], vcvtq_f32_s32(first), scales[v]);
+                                parts[v] = vfmaq_f32(parts[v], vcvtq_f32_s32(second), others[v]);
+                            }
+                        }
+                        continue;
+                    }
+                    let totals = B::sums::<N, V, EIGHT, WHOLE>(quants, xs);
                     for (i, (parts, totals)) in parts.iter_mut().zip(totals).enumerate() {
-                        let sum = *starts.add(i * SPAN_BLOCKS + b); // of the activations, times -128
-                        let start = vdupq_n_s32(match (EIGHT, ZEROS) {
-                            (true, false) | (false, true) => 0,
-                            (false, false) => sum / 16, // 8 of 128
-                            (true, true) => -sum,       // what `weights` has taken off
+                        let sum = *x.starts.add(i * SPAN_BLOCKS + b); // of the activations, times -128
+                        let start = vdupq_n_s32(match (EIGHT, BESIDE) {
+                            (true, NOTHING) | (false, ZEROS) => 0,
+                            (false, _) => sum / 16, // 8 of 128
+                            (true, _) => -sum,      // what `weights` has taken off
                         });
                         for v in 0..V {
                             let mut total = vcvtq_f32_s32(vaddq_s32(totals[v], start));
-                            if ZEROS {
+                            if BESIDE == ZEROS {
                                 let sum = vdupq_n_f32(sum as f32 / 128.0);
-                                total = vfmaq_f32(total, zeros[v], sum);
+                                total = vfmaq_f32(total, others[v], sum);
                             }
                             parts[v] = vfmaq_f32(parts[v], total, scales[v]);
                         }
                     }
                 }
                 for (i, (acc, parts)) in acc.iter_mut().zip(parts).enumerate() {
-                    let scale = vdupq_n_f32(*x_scales.add(i));
+                    let scale = vdupq_n_f32(*x.scales.add(i));
                     for (acc, part) in acc.iter_mut().zip(parts) {
                         *acc = vfmaq_f32(*acc, part, scale);
                     }
@@ -312,7 +351,7 @@ macro_rules! kernel {
             const N: usize,
             const P: usize,
             const EIGHT: bool,
-            const ZEROS: bool,
+            const BESIDE: u8,
         >(
             tile: &Tile<'_>,
             sums: &mut [f32],
@@ -322,7 +361,7 @@ macro_rules! kernel {
             unsafe {
                 match N {
                     $($tokens => {
-                        multiply::<$block, N, P, $vectors, EIGHT, ZEROS>(tile, sums, stride);
+                        multiply::<$block, N, P, $vectors, EIGHT, BESIDE>(tile, sums, stride);
                     })*
                 }
             }

@@ -13,7 +13,7 @@ use super::neon_tile;
 use super::simd::Isa;
 #[cfg(target_arch = "x86_64")]
 use super::x86_tile;
-use crate::ops::packed::{BLOCK, Format, GROUP, ROWS};
+use crate::ops::packed::{BLOCK, Beside, Format, GROUP, ROWS};
 
 /// Most tokens of a long tile, one panel high, where there are registers for it.
 pub(super) const LONG: usize = 8;
@@ -46,6 +46,16 @@ pub(super) struct Tile<'a> {
     pub(super) pairs: Range<usize>,
 }
 
+/// The activations of a span, as pointers to those of the first token.
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+#[derive(Clone, Copy)]
+pub(super) struct Span {
+    pub(super) quants: *const i8,
+    pub(super) starts: *const i32,
+    pub(super) firsts: *const i32,
+    pub(super) scales: *const f32,
+}
+
 impl Tile<'_> {
     /// Adds the products to `sums`: rows of `stride`, one a token.
     ///
@@ -71,10 +81,13 @@ impl Tile<'_> {
                 unsafe {
                     match (tokens, self.format) {
                         $(
-                            ($n, Format::Q8) => $module::$kernel::<$n, $panels, true, false>(self, sums, stride),
-                            ($n, Format::Q4) => $module::$kernel::<$n, $panels, false, false>(self, sums, stride),
-                            ($n, Format::Q8Zero) => $module::$kernel::<$n, $panels, true, true>(self, sums, stride),
-                            ($n, Format::Q4Zero) => $module::$kernel::<$n, $panels, false, true>(self, sums, stride),
+                            ($n, Format::Q8) => $module::$kernel::<$n, $panels, true, NOTHING>(self, sums, stride),
+                            ($n, Format::Q4) => $module::$kernel::<$n, $panels, false, NOTHING>(self, sums, stride),
+                            ($n, Format::Q8Zero) => $module::$kernel::<$n, $panels, true, ZEROS>(self, sums, stride),
+                            ($n, Format::Q4Zero) => $module::$kernel::<$n, $panels, false, ZEROS>(self, sums, stride),
+                            ($n, Format::Q8Halves) => {
+                                $module::$kernel::<$n, $panels, true, SECOND_SCALES>(self, sums, stride);
+                            }
                         )*
                         _ => unreachable!("tiles have 1, 2 or 4 tokens, long ones up to 8"),
                     }
@@ -110,22 +123,22 @@ impl Tile<'_> {
         }
     }
 
-    /// Where the activations of the first token lie in a span, a pointer each to quants, starts and
-    /// scales.
+    /// Where the activations of the first token lie in a span.
     ///
     /// # Safety
     /// The span is inside the activations.
     #[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
     #[inline(always)]
-    pub(super) unsafe fn activations(&self, pair: usize) -> (*const i8, *const i32, *const f32) {
+    pub(super) unsafe fn activations(&self, pair: usize) -> Span {
         let at = pair / SPAN_PAIRS * self.x.n + self.tokens.0;
         // SAFETY: the caller's promise.
         unsafe {
-            (
-                self.x.quants.as_ptr().add(at * SPAN),
-                self.x.starts.as_ptr().add(at * SPAN_BLOCKS),
-                self.x.scales.as_ptr().add(at),
-            )
+            Span {
+                quants: self.x.quants.as_ptr().add(at * SPAN),
+                starts: self.x.starts.as_ptr().add(at * SPAN_BLOCKS),
+                firsts: self.x.firsts.as_ptr().add(at * SPAN_BLOCKS),
+                scales: self.x.scales.as_ptr().add(at),
+            }
         }
     }
 
@@ -154,32 +167,46 @@ impl Tile<'_> {
         let block = block - self.pairs.start * 2;
         let quants = &panel[self.format.quants_at(block)..][..self.format.block_bytes()];
         for (r, part) in parts.iter_mut().enumerate() {
-            let mut total = -self.format.offset() * sum;
+            let mut totals = [0; 2]; // of the halves
             for (c, x) in xs.iter().enumerate() {
                 let q = match self.format {
-                    Format::Q8 | Format::Q8Zero => quants[c / 4 * GROUP + r * 4 + c % 4],
+                    Format::Q8 | Format::Q8Zero | Format::Q8Halves => {
+                        quants[c / 4 * GROUP + r * 4 + c % 4]
+                    }
                     Format::Q4 | Format::Q4Zero => {
                         quants[c % 16 / 4 * GROUP + r * 4 + c % 4] >> (c / 16 * 4) & 15
                     }
                 };
-                total += i32::from(q) * i32::from(*x);
+                totals[c / 16] += (i32::from(q) - self.format.offset()) * i32::from(*x);
             }
             let half = |at: usize| f16::from_le_bytes([panel[at], panel[at + 1]]).to_f32();
-            let mut total = total as f32;
-            if self.format.has_zeros() {
-                total -= half(self.format.zero_at(block, r)) * sum as f32;
-            }
-            *part += total * half(self.format.scale_at(block, r));
+            let other = || half(self.format.other_at(block, r));
+            let scale = half(self.format.scale_at(block, r));
+            let [first, second] = totals;
+            *part += match self.format.beside() {
+                Beside::Nothing => (first + second) as f32 * scale,
+                Beside::Zeros => ((first + second) as f32 - other() * sum as f32) * scale,
+                Beside::SecondScales => first as f32 * scale + second as f32 * other(),
+            };
         }
     }
 }
 
+/// [`Beside`] as a parameter of kernels.
+pub(super) const NOTHING: u8 = Beside::Nothing as u8;
+/// As [`NOTHING`].
+pub(super) const ZEROS: u8 = Beside::Zeros as u8;
+/// As [`NOTHING`].
+pub(super) const SECOND_SCALES: u8 = Beside::SecondScales as u8;
+
 /// The format of kernels that are made for it.
-pub(super) const fn format<const EIGHT: bool, const ZEROS: bool>() -> Format {
-    match (EIGHT, ZEROS) {
-        (true, false) => Format::Q8,
-        (false, false) => Format::Q4,
-        (true, true) => Format::Q8Zero,
-        (false, true) => Format::Q4Zero,
+pub(super) const fn format<const EIGHT: bool, const BESIDE: u8>() -> Format {
+    match (EIGHT, BESIDE) {
+        (true, NOTHING) => Format::Q8,
+        (false, NOTHING) => Format::Q4,
+        (true, ZEROS) => Format::Q8Zero,
+        (false, ZEROS) => Format::Q4Zero,
+        (true, SECOND_SCALES) => Format::Q8Halves,
+        _ => panic!("there is no such format"),
     }
 }

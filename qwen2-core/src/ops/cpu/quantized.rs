@@ -297,7 +297,7 @@ mod tests {
     use super::super::product::{Finish, run_all};
     use super::*;
     use crate::ops::fit::Effort;
-    use crate::ops::packed::{BLOCK, Block};
+    use crate::ops::packed::{BLOCK, Beside, Block};
     use half::f16;
 
     fn wave(len: usize, f: f32) -> Vec<f32> {
@@ -320,7 +320,10 @@ mod tests {
             let noise = |i: usize| (r * 7919 + b * 104_729 + i * 1009) % 251;
             Block {
                 scale: f16::from_f32((noise(40) as f32 - 125.0) * 1e-3),
-                zero: f16::from_f32(noise(41) as f32 / 12.0 - 3.0),
+                other: f16::from_f32(match shape.format.beside() {
+                    Beside::SecondScales => (noise(41) as f32 - 125.0) * 1e-3,
+                    _ => noise(41) as f32 / 12.0 - 3.0,
+                }),
                 quants: std::array::from_fn(|i| (noise(i) % 16) as i8),
             }
         };
@@ -395,10 +398,11 @@ mod tests {
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(20))]
         #[test]
-        fn blocks_with_zero_points_match_the_definition(
-            n in 1usize..70, rows in 1usize..100, blocks in 1usize..20,
+        fn blocks_with_more_than_a_scale_match_the_definition(
+            n in 1usize..70, rows in 1usize..100, blocks in 1usize..20, format in 0usize..3,
         ) {
-            let shape = Shape { format: Format::Q4Zero, rows, cols: blocks * BLOCK };
+            let format = [Format::Q4Zero, Format::Q8Zero, Format::Q8Halves][format];
+            let shape = Shape { format, rows, cols: blocks * BLOCK };
             let bytes = pack_blocks(shape);
             let x = Activations::new(Isa::Portable, &wave(n * shape.cols, 0.73), shape.cols);
             let bias = wave(rows, 0.9);
@@ -420,15 +424,17 @@ mod tests {
             (Format::Q8, 704),
             (Format::Q4, 704),
             (Format::Q4Zero, 704),
+            (Format::Q8Zero, 704),
+            (Format::Q8Halves, 704),
         ] {
             let shape = Shape {
                 format,
                 rows: 90,
                 cols,
             };
-            let bytes = match format.has_zeros() {
-                true => pack_blocks(shape),
-                false => pack(shape, &wave(90 * cols, 0.37)),
+            let bytes = match format.is_plain() {
+                true => pack(shape, &wave(90 * cols, 0.37)),
+                false => pack_blocks(shape),
             };
             let x = wave(61 * cols, 0.73);
             for isa in Isa::available() {

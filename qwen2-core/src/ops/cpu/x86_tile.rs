@@ -3,9 +3,10 @@
 #![cfg(target_arch = "x86_64")]
 
 use std::arch::x86_64::*;
+use std::ops::Range;
 
 use super::activations::{SPAN, SPAN_BLOCKS};
-use super::packed_tile::{SPAN_PAIRS, Tile, format};
+use super::packed_tile::{NOTHING, SECOND_SCALES, SPAN_PAIRS, Tile, ZEROS, format};
 use super::simd::Simd;
 use super::x86::{Avx2, Avx512};
 use crate::ops::packed::{BLOCK, ROWS};
@@ -108,14 +109,14 @@ pub(super) unsafe fn avx512_vnni<
     const N: usize,
     const P: usize,
     const EIGHT: bool,
-    const ZEROS: bool,
+    const BESIDE: u8,
 >(
     tile: &Tile<'_>,
     sums: &mut [f32],
     stride: usize,
 ) {
     // SAFETY: the caller's promise.
-    unsafe { vnni::<Zmm, N, P, EIGHT, ZEROS>(tile, sums.as_mut_ptr(), stride) }
+    unsafe { vnni::<Zmm, N, P, EIGHT, BESIDE>(tile, sums.as_mut_ptr(), stride) }
 }
 
 /// # Safety
@@ -125,14 +126,14 @@ pub(super) unsafe fn avx_vnni<
     const N: usize,
     const P: usize,
     const EIGHT: bool,
-    const ZEROS: bool,
+    const BESIDE: u8,
 >(
     tile: &Tile<'_>,
     sums: &mut [f32],
     stride: usize,
 ) {
     // SAFETY: the caller's promise.
-    unsafe { by_panels::<Ymm, N, P, EIGHT, ZEROS>(tile, sums, stride) }
+    unsafe { by_panels::<Ymm, N, P, EIGHT, BESIDE>(tile, sums, stride) }
 }
 
 /// One panel after the other, two vectors high: there are no registers for more sums.
@@ -145,7 +146,7 @@ unsafe fn by_panels<
     const N: usize,
     const P: usize,
     const EIGHT: bool,
-    const ZEROS: bool,
+    const BESIDE: u8,
 >(
     tile: &Tile<'_>,
     sums: &mut [f32],
@@ -158,7 +159,7 @@ unsafe fn by_panels<
         };
         let sums = sums[p * ROWS..].as_mut_ptr();
         // SAFETY: the caller's promise.
-        unsafe { vnni::<B, N, 2, EIGHT, ZEROS>(&tile, sums, stride) }
+        unsafe { vnni::<B, N, 2, EIGHT, BESIDE>(&tile, sums, stride) }
     }
 }
 
@@ -167,12 +168,12 @@ unsafe fn by_panels<
 /// # Safety
 /// As [`avx512_vnni`], with the instruction set of `B`; `sums` are those of the tile.
 #[inline(always)]
-unsafe fn vnni<B: Bytes, const N: usize, const V: usize, const EIGHT: bool, const ZEROS: bool>(
+unsafe fn vnni<B: Bytes, const N: usize, const V: usize, const EIGHT: bool, const BESIDE: u8>(
     tile: &Tile<'_>,
     sums: *mut f32,
     stride: usize,
 ) {
-    let format = format::<EIGHT, ZEROS>(); // a constant of this function
+    let format = format::<EIGHT, BESIDE>(); // a constant of this function
     let lanes = B::Floats::LANES;
     // SAFETY: every pointer stays inside the lengths that `Tile::multiply` checked.
     unsafe {
@@ -190,69 +191,85 @@ unsafe fn vnni<B: Bytes, const N: usize, const V: usize, const EIGHT: bool, cons
         });
         let mut pair = tile.pairs.start;
         while pair < tile.pairs.end {
-            let (mut quants, mut starts, scales) = tile.activations(pair);
+            let x = tile.activations(pair);
             let mut parts = [[zero; V]; N];
             let end = tile.pairs.end.min(pair + SPAN_PAIRS);
-            while pair < end {
-                for half in 0..2 {
-                    // The offset of the weights times the sum of the activations.
-                    let mut totals: [[B; V]; N] = std::array::from_fn(|i| {
-                        let start = *starts.add(i * SPAN_BLOCKS + half);
-                        [B::splat(match (EIGHT, ZEROS) {
-                            (_, true) => 0,
-                            (true, false) => start,
-                            (false, false) => start / 16, // 8 of 128
-                        }); V]
-                    });
-                    for g in 0..4 {
-                        // Columns 4 g.. and 16 + 4 g.. of the block.
-                        let w = panels.map(|(panel, row)| {
-                            let quants = panel.add(format.quants_at(half) + g * 64 + row * 4);
-                            let first = B::load(quants);
-                            if EIGHT {
-                                (first, B::load(quants.add(256)))
-                            } else {
-                                first.nibbles()
-                            }
-                        });
-                        for (i, totals) in totals.iter_mut().enumerate() {
-                            let at = i * SPAN + half * BLOCK + g * 4;
-                            let columns: *const i32 = quants.add(at).cast();
-                            let first = B::splat(columns.read_unaligned());
-                            let second = B::splat(columns.add(4).read_unaligned());
-                            for (total, w) in totals.iter_mut().zip(w) {
-                                *total = total.add_products(w.0, first);
-                            }
-                            for (total, w) in totals.iter_mut().zip(w) {
-                                *total = total.add_products(w.1, second);
-                            }
+            for b in 0..2 * (end - pair) {
+                let half = b % 2;
+                // The offset of the weights times the sum of the activations; where the second halves of
+                // blocks have scales of their own, that of the first ones.
+                let mut totals: [[B; V]; N] = std::array::from_fn(|i| {
+                    let start = *x.starts.add(i * SPAN_BLOCKS + b);
+                    [B::splat(match (EIGHT, BESIDE) {
+                        (_, ZEROS) => 0,
+                        (_, SECOND_SCALES) => *x.firsts.add(i * SPAN_BLOCKS + b),
+                        (true, _) => start,
+                        (false, _) => start / 16, // 8 of 128
+                    }); V]
+                });
+                let mut seconds: [[B; V]; N] = std::array::from_fn(|i| {
+                    let at = i * SPAN_BLOCKS + b;
+                    [B::splat(match BESIDE {
+                        SECOND_SCALES => *x.starts.add(at) - *x.firsts.add(at),
+                        _ => 0, // and not used
+                    }); V]
+                });
+                for g in 0..4 {
+                    // Columns 4 g.. and 16 + 4 g.. of the block.
+                    let w = panels.map(|(panel, row)| {
+                        let quants = panel.add(format.quants_at(half) + g * 64 + row * 4);
+                        let first = B::load(quants);
+                        if EIGHT {
+                            (first, B::load(quants.add(256)))
+                        } else {
+                            first.nibbles()
                         }
-                    }
-                    let scales = panels.map(|(panel, row)| {
-                        B::Floats::load_f16(panel.add(format.scale_at(half, row)).cast())
                     });
-                    let zeros = panels.map(|(panel, row)| match ZEROS {
-                        true => B::Floats::load_f16(panel.add(format.zero_at(half, row)).cast()),
-                        false => zero,
-                    });
-                    for (i, (parts, totals)) in parts.iter_mut().zip(totals).enumerate() {
-                        // -128 times the sum of the activations, brought to minus that sum.
-                        let start = *starts.add(i * SPAN_BLOCKS + half) as f32 / 128.0;
-                        for v in 0..V {
-                            let mut total = totals[v].to_floats();
-                            if ZEROS {
-                                total = zeros[v].mul_add(B::Floats::splat(start), total);
-                            }
-                            parts[v] = total.mul_add(scales[v], parts[v]);
+                    for (i, totals) in totals.iter_mut().enumerate() {
+                        let at = i * SPAN + b * BLOCK + g * 4;
+                        let columns: *const i32 = x.quants.add(at).cast();
+                        let first = B::splat(columns.read_unaligned());
+                        let second = B::splat(columns.add(4).read_unaligned());
+                        for (total, w) in totals.iter_mut().zip(w) {
+                            *total = total.add_products(w.0, first);
+                        }
+                        let totals = match BESIDE {
+                            SECOND_SCALES => &mut seconds[i],
+                            _ => totals,
+                        };
+                        for (total, w) in totals.iter_mut().zip(w) {
+                            *total = total.add_products(w.1, second);
                         }
                     }
                 }
-                panels = panels.map(|(panel, row)| (panel.add(format.pair_bytes()), row));
-                (quants, starts) = (quants.add(2 * BLOCK), starts.add(2));
-                pair += 1;
+                let scales = panels.map(|(panel, row)| {
+                    B::Floats::load_f16(panel.add(format.scale_at(half, row)).cast())
+                });
+                let others = panels.map(|(panel, row)| match BESIDE {
+                    NOTHING => zero,
+                    _ => B::Floats::load_f16(panel.add(format.other_at(half, row)).cast()),
+                });
+                for (i, (parts, totals)) in parts.iter_mut().zip(totals).enumerate() {
+                    // -128 times the sum of the activations, brought to minus that sum.
+                    let start = *x.starts.add(i * SPAN_BLOCKS + b) as f32 / 128.0;
+                    for v in 0..V {
+                        let mut total = totals[v].to_floats();
+                        if BESIDE == ZEROS {
+                            total = others[v].mul_add(B::Floats::splat(start), total);
+                        }
+                        parts[v] = total.mul_add(scales[v], parts[v]);
+                        if BESIDE == SECOND_SCALES {
+                            parts[v] = seconds[i][v].to_floats().mul_add(others[v], parts[v]);
+                        }
+                    }
+                }
+                if half == 1 {
+                    panels = panels.map(|(panel, row)| (panel.add(format.pair_bytes()), row));
+                }
             }
+            pair = end;
             for (i, (acc, parts)) in acc.iter_mut().zip(parts).enumerate() {
-                let scale = B::Floats::splat(*scales.add(i));
+                let scale = B::Floats::splat(*x.scales.add(i));
                 for (acc, part) in acc.iter_mut().zip(parts) {
                     *acc = part.mul_add(scale, *acc);
                 }
@@ -273,24 +290,22 @@ struct Block<'a, const N: usize> {
     x: *const i8,
     /// Those at even places, then those at odd ones, of each token; where weights have eight bits.
     words: &'a [[i16; BLOCK]; N],
-    /// What the sums begin with.
-    starts: [i32; N],
 }
 
 impl<const N: usize> Block<'_, N> {
-    /// Weights of eight bits: products of two are sums of 32.
+    /// Weights of eight bits, groups of four columns: products of two are sums of 32.
     ///
     /// # Safety
     /// AVX2 is present, and the block is there.
     #[inline(always)]
-    unsafe fn eight_bits(&self) -> [[__m256i; 2]; N] {
+    unsafe fn eight_bits(&self, starts: [i32; N], groups: Range<usize>) -> [[__m256i; 2]; N] {
         // SAFETY: the caller's promise.
         unsafe {
             let mut totals = [[_mm256_setzero_si256(); 2]; N];
-            for (totals, start) in totals.iter_mut().zip(self.starts) {
+            for (totals, start) in totals.iter_mut().zip(starts) {
                 *totals = [_mm256_set1_epi32(start); 2];
             }
-            for g in 0..8 {
+            for g in groups {
                 let split = |both: Ymm| {
                     let even = _mm256_and_si256(both.0, _mm256_set1_epi16(0xFF));
                     (even, _mm256_srli_epi16::<8>(both.0))
@@ -316,7 +331,7 @@ impl<const N: usize> Block<'_, N> {
     /// # Safety
     /// As [`Self::eight_bits`].
     #[inline(always)]
-    unsafe fn four_bits(&self) -> [[__m256i; 2]; N] {
+    unsafe fn four_bits(&self, starts: [i32; N]) -> [[__m256i; 2]; N] {
         // SAFETY: the caller's promise.
         unsafe {
             let mut sums = [[_mm256_setzero_si256(); 2]; N];
@@ -337,7 +352,7 @@ impl<const N: usize> Block<'_, N> {
                     }
                 }
             }
-            for (sums, start) in sums.iter_mut().zip(self.starts) {
+            for (sums, start) in sums.iter_mut().zip(starts) {
                 for sum in sums {
                     let total = _mm256_madd_epi16(*sum, _mm256_set1_epi16(1));
                     *sum = _mm256_add_epi32(total, _mm256_set1_epi32(start));
@@ -351,35 +366,35 @@ impl<const N: usize> Block<'_, N> {
 /// # Safety
 /// As [`avx512_vnni`].
 #[target_feature(enable = "avx2,fma,f16c")]
-pub(super) unsafe fn avx2<const N: usize, const P: usize, const EIGHT: bool, const ZEROS: bool>(
+pub(super) unsafe fn avx2<const N: usize, const P: usize, const EIGHT: bool, const BESIDE: u8>(
     tile: &Tile<'_>,
     sums: &mut [f32],
     stride: usize,
 ) {
     // SAFETY: the caller's promise.
-    unsafe { multiplied::<N, P, EIGHT, ZEROS>(tile, sums.as_mut_ptr(), stride) }
+    unsafe { multiplied::<N, P, EIGHT, BESIDE>(tile, sums.as_mut_ptr(), stride) }
 }
 
 /// # Safety
 /// As [`avx512_vnni`], with AVX2, FMA and F16C.
 #[inline(always)] // closures with a target feature of their own would be calls
-unsafe fn multiplied<const N: usize, const P: usize, const EIGHT: bool, const ZEROS: bool>(
+unsafe fn multiplied<const N: usize, const P: usize, const EIGHT: bool, const BESIDE: u8>(
     tile: &Tile<'_>,
     sums: *mut f32,
     stride: usize,
 ) {
-    let format = format::<EIGHT, ZEROS>();
+    let format = format::<EIGHT, BESIDE>();
     let mut words = [[[0; BLOCK]; N]; SPAN_BLOCKS];
     for pair in tile.pairs.clone().step_by(SPAN_PAIRS) {
         let blocks = 2 * (tile.pairs.end.min(pair + SPAN_PAIRS) - pair);
         let first = (pair - tile.pairs.start) * 2;
         // SAFETY: as in `vnni`.
         unsafe {
-            let (xs, starts, scales) = tile.activations(pair);
+            let x = tile.activations(pair);
             if EIGHT {
                 for (b, words) in words.iter_mut().enumerate().take(blocks) {
                     for (i, words) in words.iter_mut().enumerate() {
-                        split(xs.add(i * SPAN + b * BLOCK), words);
+                        split(x.quants.add(i * SPAN + b * BLOCK), words);
                     }
                 }
             }
@@ -388,37 +403,47 @@ unsafe fn multiplied<const N: usize, const P: usize, const EIGHT: bool, const ZE
                 let numbers = |at: usize| Avx2::load_f16(panel.add(at).cast());
                 let mut parts = [[Avx2::zero(); 2]; N];
                 for (b, words) in words.iter().enumerate().take(blocks) {
-                    let starts: [i32; N] =
-                        std::array::from_fn(|i| *starts.add(i * SPAN_BLOCKS + b));
+                    let starts = block_starts::<N>(x.starts, b);
+                    let firsts = block_starts::<N>(x.firsts, b);
                     let block = Block {
                         weights: panel.add(format.quants_at(first + b)),
-                        x: xs.add(b * BLOCK),
+                        x: x.quants.add(b * BLOCK),
                         words,
-                        starts: starts.map(|start| match (EIGHT, ZEROS) {
-                            (_, true) => 0,
-                            (true, false) => start,
-                            (false, false) => start / 16, // 8 of 128
-                        }),
                     };
-                    let totals = match EIGHT {
-                        true => block.eight_bits(),
-                        false => block.four_bits(),
+                    let (totals, seconds) = match (EIGHT, BESIDE) {
+                        (true, NOTHING) => (block.eight_bits(starts, 0..8), None),
+                        (true, SECOND_SCALES) => {
+                            let rests = std::array::from_fn(|i| starts[i] - firsts[i]);
+                            let seconds = block.eight_bits(rests, 4..8);
+                            (block.eight_bits(firsts, 0..4), Some(seconds))
+                        }
+                        (true, _) => (block.eight_bits([0; N], 0..8), None),
+                        // 8 of 128
+                        (false, NOTHING) => (block.four_bits(starts.map(|start| start / 16)), None),
+                        (false, _) => (block.four_bits([0; N]), None),
                     };
                     for half in 0..2 {
                         let scale = numbers(format.scale_at(first + b, half * 8));
+                        let other = match BESIDE {
+                            NOTHING => Avx2::zero(),
+                            _ => numbers(format.other_at(first + b, half * 8)),
+                        };
                         for (i, parts) in parts.iter_mut().enumerate() {
                             let mut total = Ymm(totals[i][half]).to_floats();
-                            if ZEROS {
-                                let zero = numbers(format.zero_at(first + b, half * 8));
+                            if BESIDE == ZEROS {
                                 let start = Avx2::splat(starts[i] as f32 / 128.0);
-                                total = zero.mul_add(start, total);
+                                total = other.mul_add(start, total);
                             }
                             parts[half] = total.mul_add(scale, parts[half]);
+                            if let Some(seconds) = &seconds {
+                                let second = Ymm(seconds[i][half]).to_floats();
+                                parts[half] = second.mul_add(other, parts[half]);
+                            }
                         }
                     }
                 }
                 for (i, parts) in parts.into_iter().enumerate() {
-                    let scale = Avx2::splat(*scales.add(i));
+                    let scale = Avx2::splat(*x.scales.add(i));
                     for (half, part) in parts.into_iter().enumerate() {
                         let sum = sums.add(i * stride + p * ROWS + half * 8);
                         part.mul_add(scale, Avx2::load(sum)).store(sum);
@@ -427,6 +452,20 @@ unsafe fn multiplied<const N: usize, const P: usize, const EIGHT: bool, const ZE
             }
         }
     }
+}
+
+/// What sums of a block of `N` tokens begin with.
+///
+/// # Safety
+/// The block is there.
+#[inline(always)]
+unsafe fn block_starts<const N: usize>(starts: *const i32, block: usize) -> [i32; N] {
+    let mut out = [0; N];
+    for (i, out) in out.iter_mut().enumerate() {
+        // SAFETY: the caller's promise.
+        *out = unsafe { *starts.add(i * SPAN_BLOCKS + block) };
+    }
+    out
 }
 
 /// A block of activations as words: those at even places, then those at odd ones.
@@ -495,27 +534,27 @@ mod tests {
     }
 
     #[target_feature(enable = "avx2,fma,f16c")]
-    unsafe fn emulated<const N: usize, const P: usize, const EIGHT: bool, const ZEROS: bool>(
+    unsafe fn emulated<const N: usize, const P: usize, const EIGHT: bool, const BESIDE: u8>(
         tile: &Tile<'_>,
         sums: &mut [f32],
         stride: usize,
     ) {
         // SAFETY: the caller's promise.
-        unsafe { by_panels::<Emulated, N, P, EIGHT, ZEROS>(tile, sums, stride) }
+        unsafe { by_panels::<Emulated, N, P, EIGHT, BESIDE>(tile, sums, stride) }
     }
 
-    fn compare<const N: usize, const P: usize, const EIGHT: bool, const ZEROS: bool>() {
-        let format = format::<EIGHT, ZEROS>();
+    fn compare<const N: usize, const P: usize, const EIGHT: bool, const BESIDE: u8>() {
+        let format = format::<EIGHT, BESIDE>();
         let (rows, cols) = (ROWS * P, 256 + 64);
         let shape = Shape { format, rows, cols };
         let noise = |r: usize, b: usize, i: usize| (r * 7919 + b * 104_729 + i * 1009) % 251;
         let quant = |noise: usize| match format {
-            Format::Q8 => noise as i16 - 125,
+            Format::Q8 | Format::Q8Halves => noise as i16 - 125,
             _ => noise as i16 % 16,
         };
         let block = |r: usize, b: usize| packed::Block {
             scale: f16::from_f32((noise(r, b, 40) as f32 - 125.0) * 1e-3),
-            zero: f16::from_f32(noise(r, b, 41) as f32 / 12.0 - 3.0),
+            other: f16::from_f32(noise(r, b, 41) as f32 / 12.0 - 3.0),
             quants: std::array::from_fn(|i| quant(noise(r, b, i)) as i8),
         };
         let mut bytes = vec![0; shape.bytes()];
@@ -535,7 +574,7 @@ mod tests {
         let (mut want, mut got) = (vec![1.0; N * rows], vec![1.0; N * rows]);
         tile.multiply(Isa::Avx2, &mut want, rows);
         // SAFETY: as `Tile::multiply` just checked.
-        unsafe { emulated::<N, P, EIGHT, ZEROS>(&tile, &mut got, rows) };
+        unsafe { emulated::<N, P, EIGHT, BESIDE>(&tile, &mut got, rows) };
         assert_eq!(got, want, "{format:?}, {N} tokens, {P} panels");
     }
 
@@ -544,10 +583,12 @@ mod tests {
         if !Isa::available().contains(&Isa::Avx2) {
             return;
         }
-        compare::<1, 1, true, false>();
-        compare::<2, 2, false, false>();
-        compare::<4, 2, true, false>();
-        compare::<4, 1, true, true>();
-        compare::<4, 2, false, true>();
+        compare::<1, 1, true, NOTHING>();
+        compare::<2, 2, false, NOTHING>();
+        compare::<4, 2, true, NOTHING>();
+        compare::<4, 1, true, ZEROS>();
+        compare::<4, 2, false, ZEROS>();
+        compare::<1, 1, true, SECOND_SCALES>();
+        compare::<4, 2, true, SECOND_SCALES>();
     }
 }

@@ -214,7 +214,7 @@ fn launch(
                 );
             }
             Stored::Packed(format) => {
-                assert!(!format.has_zeros(), "loaded for the processor alone");
+                assert!(format.is_plain(), "loaded for the processor alone");
                 let panels = |rows: &usize| rows.div_ceil(ROWS);
                 let cubes: usize = match gated {
                     true => panels(&total),
