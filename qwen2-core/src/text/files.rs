@@ -38,9 +38,8 @@ pub(super) struct TokenizerConfig {
     pub(super) added_tokens: Vec<(u32, AddedToken)>,
 }
 
-/// The crate's tokenizer with its model named: where any model may come, it holds the whole file as
-/// values first.
-type BpeTokenizer = tokenizers::TokenizerImpl<
+/// The crate's tokenizer with our model.
+pub(super) type BpeTokenizer = tokenizers::TokenizerImpl<
     Bpe,
     tokenizers::NormalizerWrapper,
     tokenizers::PreTokenizerWrapper,
@@ -129,15 +128,14 @@ fn read_if_there(path: &Path) -> Result<Option<Vec<u8>>> {
 
 /// `tokenizer.json` as the tokenizers crate reads it, with what it would do silently refused:
 /// other ids than the file's, cropping, padding, dropout.
-pub(super) fn parse_tokenizer(bytes: &[u8], path: &Path) -> Result<tokenizers::Tokenizer> {
+pub(super) fn parse_tokenizer(bytes: &[u8], path: &Path) -> Result<BpeTokenizer> {
     let text = utf8(bytes, path)?;
     let header: Header = serde_json::from_str(text).map_err(|error| invalid_json(error, path))?;
     check_kind(&header, path)?;
     // The crate's own indexing may panic on a hostile file; that is a bad file, not our bug.
     let mut tokenizer = fenced(|| serde_json::from_slice::<BpeTokenizer>(bytes))
         .map_err(|_| invalid(path).with_why("the tokenizers crate panicked on it"))?
-        .map_err(|error| invalid_json(error, path))
-        .map(tokenizers::Tokenizer::from)?;
+        .map_err(|error| invalid_json(error, path))?;
     tokenizer
         .with_padding(None)
         .with_truncation(None)
@@ -183,7 +181,7 @@ fn is_byte_level(decoder: &Value) -> bool {
 }
 
 /// The crate numbers added tokens by itself and only logs when the file says otherwise.
-fn check_id(tokenizer: &tokenizers::Tokenizer, token: &str, id: u32, path: &Path) -> Result<()> {
+fn check_id(tokenizer: &BpeTokenizer, token: &str, id: u32, path: &Path) -> Result<()> {
     match tokenizer.token_to_id(token) {
         Some(found) if found != id => Err(invalid(path)
             .with_key(one_line(&format!("added token {token:?}")))
@@ -194,7 +192,7 @@ fn check_id(tokenizer: &tokenizers::Tokenizer, token: &str, id: u32, path: &Path
 
 /// Adds the tokens of the config that tokenizer.json lacks, as transformers does.
 pub(super) fn add_from_config(
-    tokenizer: &mut tokenizers::Tokenizer,
+    tokenizer: &mut BpeTokenizer,
     added: &[(u32, AddedToken)],
     path: &Path,
 ) -> Result<()> {

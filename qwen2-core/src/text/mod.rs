@@ -7,6 +7,7 @@ mod chat;
 mod decode;
 mod files;
 mod strftime;
+mod tables;
 mod template;
 mod token_bytes;
 mod tokenizer;

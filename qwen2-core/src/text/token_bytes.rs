@@ -3,10 +3,8 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use tokenizers::Model;
-
 use crate::error::Result;
-use crate::text::files;
+use crate::text::files::{self, BpeTokenizer};
 
 /// The bytes of every token, end to end.
 pub(super) struct TokenBytes {
@@ -19,11 +17,7 @@ const NO_TOKEN: (u32, u32) = (u32::MAX, u32::MAX);
 
 impl TokenBytes {
     /// `file_len` bounds the table: each token takes at least a byte of the file.
-    pub(super) fn new(
-        tokenizer: &tokenizers::Tokenizer,
-        file_len: usize,
-        path: &Path,
-    ) -> Result<Self> {
+    pub(super) fn new(tokenizer: &BpeTokenizer, file_len: usize, path: &Path) -> Result<Self> {
         let letters = byte_alphabet();
         let last = letters
             .keys()
@@ -33,7 +27,7 @@ impl TokenBytes {
         for (letter, byte) in letters {
             alphabet[letter as usize] = Some(byte);
         }
-        let vocabulary = vocabulary(tokenizer);
+        let vocabulary = tokenizer.get_model().tokens();
         let added = tokenizer.get_added_vocabulary().get_added_tokens_decoder();
         let ids = vocabulary.iter().map(|(_, id)| id).chain(added.keys());
         let highest = ids.copied().max().unwrap_or(0);
@@ -93,17 +87,6 @@ impl TokenBytes {
         let &(start, end) = self.spans.get(id as usize)?;
         self.bytes.get(start as usize..end as usize)
     }
-}
-
-/// The tokens of the model with their ids.
-fn vocabulary(tokenizer: &tokenizers::Tokenizer) -> Vec<(String, u32)> {
-    let model = tokenizer.get_model();
-    // Ids from 0 without a gap, as they should be, are found without a copy of the crate's map.
-    let size = model.get_vocab_size() as u32;
-    let tokens = (0..size).map(|id| Some((model.id_to_token(id)?, id)));
-    tokens
-        .collect::<Option<Vec<_>>>()
-        .unwrap_or_else(|| tokenizer.get_vocab(false).into_iter().collect())
 }
 
 /// GPT-2's alphabet: printable bytes stand for themselves, the others are the characters from

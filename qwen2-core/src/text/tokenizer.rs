@@ -12,7 +12,7 @@ use tokenizers::{
 use crate::config::one_line;
 use crate::error::{Error, ErrorKind, Result};
 use crate::fence::fenced;
-use crate::text::files::{self, ReadFile, TokenizerFiles};
+use crate::text::files::{self, BpeTokenizer, ReadFile, TokenizerFiles};
 use crate::text::template::ChatTemplate;
 use crate::text::token_bytes::TokenBytes;
 
@@ -30,7 +30,7 @@ pub struct Tokenizer(Arc<Inner>);
 
 pub(super) struct Inner {
     path: PathBuf,
-    tokenizer: tokenizers::Tokenizer,
+    tokenizer: BpeTokenizer,
     // Encoding with no added tokens is what keeps special tokens in a text ordinary text.
     no_added_tokens: AddedVocabulary,
     bytes: TokenBytes,
@@ -324,7 +324,7 @@ fn check_white_space(text: &str) -> Result<()> {
     Ok(())
 }
 
-fn added_strings(tokenizer: &tokenizers::Tokenizer) -> Vec<String> {
+fn added_strings(tokenizer: &BpeTokenizer) -> Vec<String> {
     let vocabulary = tokenizer.get_added_vocabulary();
     let decoder = vocabulary.get_added_tokens_decoder();
     // A token with `normalized` is matched in its normalized spelling.
@@ -338,7 +338,7 @@ fn added_strings(tokenizer: &tokenizers::Tokenizer) -> Vec<String> {
     strings
 }
 
-fn special_ids(tokenizer: &tokenizers::Tokenizer) -> HashSet<u32> {
+fn special_ids(tokenizer: &BpeTokenizer) -> HashSet<u32> {
     let decoder = tokenizer.get_added_vocabulary().get_added_tokens_decoder();
     let special = decoder.iter().filter(|(_, token)| token.special);
     special.map(|(&id, _)| id).collect()

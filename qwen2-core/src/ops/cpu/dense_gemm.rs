@@ -100,10 +100,12 @@ unsafe fn turn<S: Simd, W: Stored>(
         for column in (0..whole).step_by(8) {
             // SAFETY: eight columns of eight rows are inside the weights and inside `out`.
             unsafe {
-                let octets = std::array::from_fn(|i| {
-                    W::load::<S::Octet>(args.weight.as_ptr().add(at(row + i, column)))
-                });
-                for (i, octet) in S::Octet::transpose(octets).into_iter().enumerate() {
+                let mut octets = [S::Octet::zero(); 8];
+                for (i, octet) in octets.iter_mut().enumerate() {
+                    *octet = W::load(args.weight.as_ptr().add(at(row + i, column)));
+                }
+                S::Octet::transpose(&mut octets);
+                for (i, octet) in octets.iter().enumerate() {
                     octet.store(out.as_mut_ptr().add((column + i) * width + row));
                 }
             }
@@ -159,22 +161,26 @@ impl Tile {
         // SAFETY: the caller's promise.
         unsafe {
             let mut sums = [[S::zero(); VECTORS]; N];
-            let x: [*const f32; N] = std::array::from_fn(|i| self.x.add(i * self.x_stride));
+            let mut x = [self.x; N];
+            for (i, x) in x.iter_mut().enumerate() {
+                *x = x.add(i * self.x_stride);
+            }
             for column in 0..self.depth {
-                let weights: [S; VECTORS] = std::array::from_fn(|v| {
-                    S::load(self.turned.add((column * VECTORS + v) * S::LANES))
-                });
+                let mut weights = [S::zero(); VECTORS];
+                for (v, weights) in weights.iter_mut().enumerate() {
+                    *weights = S::load(self.turned.add((column * VECTORS + v) * S::LANES));
+                }
                 for (sums, x) in sums.iter_mut().zip(x) {
                     let x = S::splat(*x.add(column));
-                    for (sum, weights) in sums.iter_mut().zip(weights) {
-                        *sum = x.mul_add(weights, *sum);
+                    for (sum, weights) in sums.iter_mut().zip(&weights) {
+                        *sum = x.mul_add(*weights, *sum);
                     }
                 }
             }
-            for (i, sums) in sums.into_iter().enumerate() {
-                for (v, sum) in sums.into_iter().enumerate() {
+            for (i, sums) in sums.iter().enumerate() {
+                for (v, sum) in sums.iter().enumerate() {
                     let place = self.sums.add(i * self.stride + v * S::LANES);
-                    S::load(place).add(sum).store(place);
+                    S::load(place).add(*sum).store(place);
                 }
             }
         }

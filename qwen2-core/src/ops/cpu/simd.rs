@@ -187,17 +187,19 @@ pub(crate) trait Simd: Copy {
 pub(crate) trait Octet: Simd {
     /// Rows become columns.
     #[inline(always)]
-    unsafe fn transpose(rows: [Self; 8]) -> [Self; 8] {
-        let mut square = [[0.0; 8]; 8];
+    unsafe fn transpose(rows: &mut [Self; 8]) {
+        let (mut square, mut column) = ([[0.0; 8]; 8], [0.0; 8]);
         // SAFETY: the caller's promise; a vector has eight elements.
         unsafe {
-            for (to, row) in square.iter_mut().zip(rows) {
+            for (to, row) in square.iter_mut().zip(&*rows) {
                 row.store(to.as_mut_ptr());
             }
-            std::array::from_fn(|i| {
-                let column: [f32; 8] = std::array::from_fn(|j| square[j][i]);
-                Self::load(column.as_ptr())
-            })
+            for (i, to) in rows.iter_mut().enumerate() {
+                for (element, row) in column.iter_mut().zip(&square) {
+                    *element = row[i];
+                }
+                *to = Self::load(column.as_ptr());
+            }
         }
     }
 }

@@ -152,7 +152,7 @@ impl Simd for Avx2 {
 
 impl Octet for Avx2 {
     #[inline(always)]
-    unsafe fn transpose(rows: [Self; 8]) -> [Self; 8] {
+    unsafe fn transpose(rows: &mut [Self; 8]) {
         // SAFETY: the caller's promise.
         unsafe {
             // Squares of four in each half of the registers, then the halves.
@@ -166,13 +166,11 @@ impl Octet for Avx2 {
                 squares[i + 2] = _mm256_shuffle_ps::<0x44>(high_ab, high_cd);
                 squares[i + 3] = _mm256_shuffle_ps::<0xEE>(high_ab, high_cd);
             }
-            std::array::from_fn(|i| {
-                let (upper, lower) = (squares[i % 4], squares[i % 4 + 4]);
-                Self(match i {
-                    0..4 => _mm256_permute2f128_ps::<0x20>(upper, lower),
-                    _ => _mm256_permute2f128_ps::<0x31>(upper, lower),
-                })
-            })
+            for i in 0..4 {
+                let (upper, lower) = (squares[i], squares[i + 4]);
+                rows[i] = Self(_mm256_permute2f128_ps::<0x20>(upper, lower));
+                rows[i + 4] = Self(_mm256_permute2f128_ps::<0x31>(upper, lower));
+            }
         }
     }
 }

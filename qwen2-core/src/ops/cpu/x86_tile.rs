@@ -165,6 +165,9 @@ unsafe fn by_panels<
 
 /// `V` vectors of rows.
 ///
+/// Arrays of vectors are filled by loops: what `map` or `from_fn` is given may stay a function without the
+/// instruction set, called in the innermost loop.
+///
 /// # Safety
 /// As [`avx512_vnni`], with the instruction set of `B`; `sums` are those of the tile.
 #[inline(always)]
@@ -179,104 +182,110 @@ unsafe fn vnni<B: Bytes, const N: usize, const V: usize, const EIGHT: bool, cons
     unsafe {
         let zero = B::Floats::zero();
         let place = |i: usize, v: usize| sums.add(i * stride + v * lanes);
-        let mut acc: [[B::Floats; V]; N] =
-            std::array::from_fn(|i| std::array::from_fn(|v| B::Floats::load(place(i, v))));
-        // The panel of each vector, and the first of its rows there.
-        let mut panels: [(*const u8, usize); V] = std::array::from_fn(|v| {
-            let panel = v * lanes / ROWS;
-            (
-                tile.bytes.as_ptr().add(panel * tile.panel_bytes),
-                v * lanes % ROWS,
-            )
-        });
+        let mut acc = [[zero; V]; N];
+        for (i, acc) in acc.iter_mut().enumerate() {
+            for (v, acc) in acc.iter_mut().enumerate() {
+                *acc = B::Floats::load(place(i, v));
+            }
+        }
+        // The panel of each vector; the first of its rows there.
+        let mut panels = [tile.bytes.as_ptr(); V];
+        for (v, panel) in panels.iter_mut().enumerate() {
+            *panel = panel.add(v * lanes / ROWS * tile.panel_bytes);
+        }
+        let row = |v: usize| v * lanes % ROWS;
         let mut pair = tile.pairs.start;
         while pair < tile.pairs.end {
-            let x = tile.activations(pair);
+            let mut x = tile.activations(pair);
             let mut parts = [[zero; V]; N];
             let end = tile.pairs.end.min(pair + SPAN_PAIRS);
-            for b in 0..2 * (end - pair) {
-                let half = b % 2;
-                // The offset of the weights times the sum of the activations; where the second halves of
-                // blocks have scales of their own, that of the first ones.
-                let mut totals: [[B; V]; N] = std::array::from_fn(|i| {
-                    let start = *x.starts.add(i * SPAN_BLOCKS + b);
-                    [B::splat(match (EIGHT, BESIDE) {
-                        (_, ZEROS) => 0,
-                        (_, SECOND_SCALES) => *x.firsts.add(i * SPAN_BLOCKS + b),
-                        (true, _) => start,
-                        (false, _) => start / 16, // 8 of 128
-                    }); V]
-                });
-                let mut seconds: [[B; V]; N] = std::array::from_fn(|i| {
-                    let at = i * SPAN_BLOCKS + b;
-                    [B::splat(match BESIDE {
-                        SECOND_SCALES => *x.starts.add(at) - *x.firsts.add(at),
-                        _ => 0, // and not used
-                    }); V]
-                });
-                for g in 0..4 {
-                    // Columns 4 g.. and 16 + 4 g.. of the block.
-                    let w = panels.map(|(panel, row)| {
-                        let quants = panel.add(format.quants_at(half) + g * 64 + row * 4);
-                        let first = B::load(quants);
-                        if EIGHT {
-                            (first, B::load(quants.add(256)))
-                        } else {
-                            first.nibbles()
-                        }
-                    });
+            while pair < end {
+                for half in 0..2 {
+                    // The offset of the weights times the sum of the activations; where the second halves
+                    // of blocks have scales of their own, that of the first ones, and that of the second.
+                    let mut totals = [[B::splat(0); V]; N];
+                    let mut seconds = [[B::splat(0); V]; N];
                     for (i, totals) in totals.iter_mut().enumerate() {
-                        let at = i * SPAN + b * BLOCK + g * 4;
-                        let columns: *const i32 = x.quants.add(at).cast();
-                        let first = B::splat(columns.read_unaligned());
-                        let second = B::splat(columns.add(4).read_unaligned());
-                        for (total, w) in totals.iter_mut().zip(w) {
-                            *total = total.add_products(w.0, first);
-                        }
-                        let totals = match BESIDE {
-                            SECOND_SCALES => &mut seconds[i],
-                            _ => totals,
-                        };
-                        for (total, w) in totals.iter_mut().zip(w) {
-                            *total = total.add_products(w.1, second);
-                        }
-                    }
-                }
-                let scales = panels.map(|(panel, row)| {
-                    B::Floats::load_f16(panel.add(format.scale_at(half, row)).cast())
-                });
-                let others = panels.map(|(panel, row)| match BESIDE {
-                    NOTHING => zero,
-                    _ => B::Floats::load_f16(panel.add(format.other_at(half, row)).cast()),
-                });
-                for (i, (parts, totals)) in parts.iter_mut().zip(totals).enumerate() {
-                    // -128 times the sum of the activations, brought to minus that sum.
-                    let start = *x.starts.add(i * SPAN_BLOCKS + b) as f32 / 128.0;
-                    for v in 0..V {
-                        let mut total = totals[v].to_floats();
-                        if BESIDE == ZEROS {
-                            total = others[v].mul_add(B::Floats::splat(start), total);
-                        }
-                        parts[v] = total.mul_add(scales[v], parts[v]);
+                        let start = *x.starts.add(i * SPAN_BLOCKS + half);
+                        let first = *x.firsts.add(i * SPAN_BLOCKS + half);
                         if BESIDE == SECOND_SCALES {
-                            parts[v] = seconds[i][v].to_floats().mul_add(others[v], parts[v]);
+                            *totals = [B::splat(first); V];
+                            seconds[i] = [B::splat(start - first); V];
+                        } else if BESIDE == NOTHING {
+                            let start = if EIGHT { start } else { start / 16 }; // 8 of 128
+                            *totals = [B::splat(start); V];
+                        }
+                    }
+                    for g in 0..4 {
+                        // Columns 4 g.. and 16 + 4 g.. of the block.
+                        let mut w = [(B::splat(0), B::splat(0)); V];
+                        for (v, w) in w.iter_mut().enumerate() {
+                            let quants =
+                                panels[v].add(format.quants_at(half) + g * 64 + row(v) * 4);
+                            let first = B::load(quants);
+                            *w = if EIGHT {
+                                (first, B::load(quants.add(256)))
+                            } else {
+                                first.nibbles()
+                            };
+                        }
+                        for (i, totals) in totals.iter_mut().enumerate() {
+                            let at = i * SPAN + half * BLOCK + g * 4;
+                            let columns: *const i32 = x.quants.add(at).cast();
+                            let first = B::splat(columns.read_unaligned());
+                            let second = B::splat(columns.add(4).read_unaligned());
+                            for (total, w) in totals.iter_mut().zip(&w) {
+                                *total = total.add_products(w.0, first);
+                            }
+                            let totals = match BESIDE {
+                                SECOND_SCALES => &mut seconds[i],
+                                _ => totals,
+                            };
+                            for (total, w) in totals.iter_mut().zip(&w) {
+                                *total = total.add_products(w.1, second);
+                            }
+                        }
+                    }
+                    let (mut scales, mut others) = ([zero; V], [zero; V]);
+                    for v in 0..V {
+                        let at = panels[v].add(format.scale_at(half, row(v)));
+                        scales[v] = B::Floats::load_f16(at.cast());
+                        if BESIDE != NOTHING {
+                            let at = panels[v].add(format.other_at(half, row(v)));
+                            others[v] = B::Floats::load_f16(at.cast());
+                        }
+                    }
+                    for (i, parts) in parts.iter_mut().enumerate() {
+                        // -128 times the sum of the activations, brought to minus that sum.
+                        let start = *x.starts.add(i * SPAN_BLOCKS + half) as f32 / 128.0;
+                        for v in 0..V {
+                            let mut total = totals[i][v].to_floats();
+                            if BESIDE == ZEROS {
+                                total = others[v].mul_add(B::Floats::splat(start), total);
+                            }
+                            parts[v] = total.mul_add(scales[v], parts[v]);
+                            if BESIDE == SECOND_SCALES {
+                                parts[v] = seconds[i][v].to_floats().mul_add(others[v], parts[v]);
+                            }
                         }
                     }
                 }
-                if half == 1 {
-                    panels = panels.map(|(panel, row)| (panel.add(format.pair_bytes()), row));
+                for panel in &mut panels {
+                    *panel = panel.add(format.pair_bytes());
                 }
+                (x.quants, x.starts) = (x.quants.add(2 * BLOCK), x.starts.add(2));
+                x.firsts = x.firsts.add(2);
+                pair += 1;
             }
-            pair = end;
-            for (i, (acc, parts)) in acc.iter_mut().zip(parts).enumerate() {
+            for (i, (acc, parts)) in acc.iter_mut().zip(&parts).enumerate() {
                 let scale = B::Floats::splat(*x.scales.add(i));
                 for (acc, part) in acc.iter_mut().zip(parts) {
                     *acc = part.mul_add(scale, *acc);
                 }
             }
         }
-        for (i, acc) in acc.into_iter().enumerate() {
-            for (v, acc) in acc.into_iter().enumerate() {
+        for (i, acc) in acc.iter().enumerate() {
+            for (v, acc) in acc.iter().enumerate() {
                 acc.store(place(i, v));
             }
         }
@@ -377,7 +386,7 @@ pub(super) unsafe fn avx2<const N: usize, const P: usize, const EIGHT: bool, con
 
 /// # Safety
 /// As [`avx512_vnni`], with AVX2, FMA and F16C.
-#[inline(always)] // closures with a target feature of their own would be calls
+#[inline(always)]
 unsafe fn multiplied<const N: usize, const P: usize, const EIGHT: bool, const BESIDE: u8>(
     tile: &Tile<'_>,
     sums: *mut f32,
