@@ -192,8 +192,11 @@ fn ggml_block(kind: Kind, format: packed::Format, row: &[u8], index: usize) -> p
         // A scale of f16 times an integer is exact in f32, and so is the way back.
         Some(scale) if scale.to_f32() == 0.0 => packed::Block::centred((scale, [0; packed::BLOCK])),
         Some(scale) => {
-            let quants = numbers.map(|x| (x / scale.to_f32()).round() as i8);
-            packed::Block::centred((scale, quants))
+            let quants = numbers.map(|x| (x / scale.to_f32()).round());
+            packed::Block::centred(match quants.iter().all(|q| q.abs() <= 127.0) {
+                true => (scale, quants.map(|q| q as i8)),
+                false => fit::quantize(format, fit::Effort::Search, &numbers),
+            })
         }
         None => packed::Block::halves(Kind::half_scales(row, index), &numbers),
     }
@@ -289,6 +292,8 @@ mod tests {
             block[..2].copy_from_slice(&scale);
             if kind == Kind::Q3K {
                 block[108..].copy_from_slice(&scale);
+                // No scale of -32, which makes an eight-bit 128 of a -4.
+                block[104..108].iter_mut().for_each(|high| *high |= 0x55);
             }
         }
         StoredTensor {
@@ -399,6 +404,25 @@ mod tests {
         shape.unpack_row(&bytes, 0, &mut row);
         assert!(row[..16].iter().all(|x| (x - 100.0).abs() < 0.6), "{row:?}");
         assert!(row[16..].iter().all(|x| (x + 128.0).abs() < 0.6), "{row:?}");
+    }
+
+    #[test]
+    fn a_block_of_three_bits_that_takes_nine_is_packed_anew() {
+        // Scales of -32 times numbers of -4.
+        let mut block = vec![0; 110];
+        block[108..].copy_from_slice(&f16::ONE.to_le_bytes());
+        let stored = StoredTensor {
+            encoding: Encoding::Blocks(Kind::Q3K),
+            shape: vec![1, 256],
+            bytes: block.into(),
+            groups: None,
+        };
+        let Kept::Packed(shape, bytes) = kept("x.weight", stored, None) else {
+            panic!("packed");
+        };
+        let mut row = [0.0; 256];
+        shape.unpack_row(&bytes, 0, &mut row);
+        assert!(row.iter().all(|x| (x - 128.0).abs() < 0.6), "{row:?}");
     }
 
     #[test]
