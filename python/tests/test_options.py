@@ -95,7 +95,8 @@ def test_log_probabilities_are_those_of_score() -> None:
     assert repr(first.top[0]).startswith("TokenLogprob(token=")
     piece = next(model.stream(prompt, max_new_tokens=5, seed=1, temperature=1.5, logprobs=3))
     assert piece.logprobs is not None
-    assert piece.logprobs.logprob == first.logprob
+    # The head multiplied thirty rows above and one here, which are summed in another order.
+    assert piece.logprobs.logprob == pytest.approx(first.logprob, abs=1e-5)
     plain = model.generate(prompt, max_new_tokens=1)
     assert (plain.logprobs, plain.prompt_logprobs) == ([], [])
 
