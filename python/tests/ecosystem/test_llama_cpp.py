@@ -13,7 +13,9 @@ from conftest import DEMO
 
 import qwen2_rs
 
-llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed; see scripts/ecosystem")
+llama_cpp = pytest.importorskip(
+    "llama_cpp", reason="llama-cpp-python is not installed; see scripts/ecosystem"
+)
 
 TEXT = "<|im_start|>user\nWhat is 12 plus 30?<|im_end|>\n<|im_start|>assistant\n12 + 30 = 42.<|im_end|>"
 # Of types that llama.cpp makes of a file: what ours reads of it is to be what llama.cpp reads.
