@@ -90,7 +90,7 @@ fn of_crate(file: File, vocab: &Vocabulary, merges: &MergeList) -> Result<BPE> {
         .build()
 }
 
-/// What a text is for: `take` gets it without a copy.
+/// What a text is expected to be, and what becomes of it, without a copy of its own.
 struct Text<F>(&'static str, F);
 
 impl<'de, T, F: FnOnce(&str) -> std::result::Result<T, Misfit>> DeserializeSeed<'de> for Text<F> {

@@ -157,21 +157,22 @@ impl Kind {
     /// What 32 numbers in a row are multiples of, by integers in -127..=127 (of Q3_K and Q8_0 as far as
     /// -128); `None` for types that have no such scale in f16.
     pub(crate) fn scale_of(self, row: &[u8], index: usize) -> Option<f16> {
-        let block = self.block_of(row, index);
-        let at = match self {
-            Self::Q4_0 | Self::Q5_0 | Self::Q8_0 | Self::Iq4Nl => 0,
-            Self::Q3K => 108,
-            _ => return None,
-        };
+        let (block, at) = (self.block_of(row, index), self.scale_at()?);
         Some(f16::from_le_bytes([block[at], block[at + 1]]))
     }
 
     /// Whether [`Self::scale_of`] is there.
     pub(crate) fn has_scales(self) -> bool {
-        matches!(
-            self,
-            Self::Q4_0 | Self::Q5_0 | Self::Q8_0 | Self::Iq4Nl | Self::Q3K
-        )
+        self.scale_at().is_some()
+    }
+
+    /// Where it lies in a block.
+    fn scale_at(self) -> Option<usize> {
+        match self {
+            Self::Q4_0 | Self::Q5_0 | Self::Q8_0 | Self::Iq4Nl => Some(0),
+            Self::Q3K => Some(108),
+            _ => None,
+        }
     }
 
     /// The scales of both halves of the 32 numbers `index` of a row of Q6_K.
