@@ -1,17 +1,15 @@
-"""Our GGUF files in llama.cpp, and its own in ours: the same tokens, and logits as near as its rounding lets them be."""
+"""Our GGUF files in llama.cpp, and its own in ours: the same tokens, logits as near as rounding allows."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pytest
-from conftest import DEMO
-
 import qwen2_rs
+from conftest import DEMO
 
 llama_cpp = pytest.importorskip(
     "llama_cpp", reason="llama-cpp-python is not installed; see scripts/ecosystem"
@@ -33,13 +31,13 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(params=["f32", "bf16", "f16", "q8", "q4"])
-def ours(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
+def ours(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     path = tmp_path / f"{request.param}.gguf"
     if request.param.startswith("q"):
         qwen2_rs.quantize(DEMO, path, request.param)
     else:
         qwen2_rs.convert(DEMO, path, request.param)
-    yield path
+    return path
 
 
 def theirs(path: Path) -> tuple[list[int], Array]:
@@ -55,8 +53,8 @@ def compare(path: Path) -> None:
     model = qwen2_rs.Model.load(path, device="cpu", kv_cache="f32")
     assert model.tokenizer.encode_with_special_tokens(TEXT) == tokens
     got = model.logits(tokens)[:, : want.shape[1]]
-    # It rounds activations to eight bits in front of quantized weights, and to bf16 and f16 in front of those,
-    # each in blocks of its own: measured 0.02 % (f32) to 1.6 % of the logits' deviation.
+    # It rounds activations to eight bits in front of quantized weights, and to bf16 and f16 in front of
+    # those, each in blocks of its own: measured 0.02 % (f32) to 1.6 % of the logits' deviation.
     share = float(np.abs(got - want).mean() / want.std())
     agree = float((got.argmax(1) == want.argmax(1)).mean())
     print(f"{path.name}: off by {100 * share:.2f} % of their deviation, {100 * agree:.0f} % choose alike")
