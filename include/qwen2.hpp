@@ -433,6 +433,8 @@ public:
             found.emplace_back(qwen2_model_adapter(raw_.get(), i));
         return found;
     }
+    /// Reads the weights in, and has a GPU compile its kernels, before the first request.
+    void warmup() const { detail::call(qwen2_model_warmup, raw_.get(), nullptr); }
     Tokenizer tokenizer() const { return Tokenizer(qwen2_model_tokenizer(raw_.get())); }
     std::string name() const { return qwen2_model_name(raw_.get()); }
     std::string device() const { return qwen2_model_device(raw_.get()); }

@@ -531,6 +531,11 @@ class Model:
         result is one shorter than tokens.
         """
 
+    def warmup(self) -> None:
+        """Readies the device for the first request: reads every weight once, or of a layer's experts those that
+        a few tokens visit, and has a GPU's driver compile the kernels for prompts of all lengths.
+        """
+
     def embed(self, prompt: Prompt, *, pooling: str = "mean") -> npt.NDArray[np.float32]:
         """The embedding of a prompt: float32, [hidden_size], with squares that sum to 1. It is made of the
         hidden states behind the final norm: their mean, or with pooling="last_token" the last token's.

@@ -272,6 +272,12 @@ def test_logits_and_scores_are_arrays(demo: Model) -> None:
             verb([10**6])
 
 
+def test_a_warmup_changes_no_answer(demo: Model) -> None:
+    before = demo.generate("What is 1 plus 1?", max_new_tokens=8, temperature=0).tokens
+    demo.warmup()
+    assert demo.generate("What is 1 plus 1?", max_new_tokens=8, temperature=0).tokens == before
+
+
 def test_what_a_model_says_of_itself(demo: Model) -> None:
     assert demo.name == "demo-model"
     assert demo.device == "cpu"
@@ -426,6 +432,7 @@ def test_a_closed_model_raises_value_error() -> None:
         model.session,
         lambda: model.logits([1]),
         lambda: model.score([1]),
+        model.warmup,
         lambda: model.config,
         lambda: model.device,
         lambda: model.tokenizer,

@@ -208,6 +208,22 @@ pub unsafe extern "C" fn qwen2_model_score_with(
     })
 }
 
+/// Readies the device for the first request: reads every weight once, or of a layer's experts those that a
+/// few tokens visit, and has a GPU's driver compile the kernels for prompts of all lengths. Nothing of it
+/// stays in a cache, and no answer changes. `cancel` (may be NULL) ends it with `QWEN2_ERROR_CANCELLED`.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn qwen2_model_warmup(
+    model: *const qwen2_model,
+    cancel: *const qwen2_cancel,
+    error: *mut *mut qwen2_error,
+) -> qwen2_status {
+    fence::entry(error, || {
+        let model = fence::borrow(model)?;
+        model.model.warmup_with(&or_off(cancel)?)?;
+        Ok(QWEN2_OK)
+    })
+}
+
 /// Copies scores to the caller's array.
 unsafe fn give_scores(computed: &[f32], scores: *mut f32) -> Outcome<qwen2_status> {
     if !computed.is_empty() {

@@ -11,6 +11,7 @@ use crate::{load, output};
 pub(crate) fn run(args: &ServeArgs) -> Result<(), Failure> {
     let settings = settings(args)?;
     let model = load::load(args.model.as_deref(), &args.load)?;
+    model.warmup()?;
     let server = Server::bind(model, (args.host.as_str(), args.port), settings);
     let server = server.map_err(|error| {
         Failure::new(

@@ -162,3 +162,29 @@ fn a_timeout_ends_with_what_there_is() {
         (FinishReason::Timeout, 0)
     );
 }
+
+#[test]
+fn a_warmup_changes_no_answer_and_can_be_cancelled() {
+    let model = deep();
+    let prompt = Prompt::Tokens(long());
+    let before = model.generate(prompt.clone(), &greedy(5)).unwrap();
+    model.warmup().unwrap();
+    let after = model.generate(prompt, &greedy(5)).unwrap();
+    assert_eq!(before.tokens, after.tokens);
+    assert_eq!(after.usage.cached_tokens, 0);
+
+    let cancel = CancelToken::new();
+    cancel.cancel();
+    let error = model.warmup_with(&cancel).unwrap_err();
+    assert_eq!(error.kind(), ErrorKind::Cancelled);
+}
+
+#[test]
+fn a_context_of_one_token_is_warmed_up_as_well() {
+    let path = fixture("tied").join("config.json");
+    let config = ModelConfig::from_json(json(path.clone()).to_string().as_bytes(), &path).unwrap();
+    for length in [1, 2, 17] {
+        let model = Model::random(&config).device(common::device());
+        model.context_length(length).load().unwrap().warmup().unwrap();
+    }
+}

@@ -339,6 +339,14 @@ impl Model {
         Ok(PyArray1::from_vec(py, scores))
     }
 
+    /// Readies the device for the first request: reads every weight once, or of a layer's experts those that a
+    /// few tokens visit, and has a GPU's driver compile the kernels for prompts of all lengths.
+    fn warmup(&self, py: Python<'_>) -> PyResult<()> {
+        let model = self.get()?;
+        let cancel = CancelToken::new();
+        enter::long(py, &cancel, || Ok(model.warmup_with(&cancel)?))
+    }
+
     /// The embedding of a prompt: float32, [hidden_size], with squares that sum to 1. It is made of the hidden
     /// states behind the final norm: their mean, or with pooling="last_token" the last token's.
     #[pyo3(signature = (prompt, *, pooling="mean"))]

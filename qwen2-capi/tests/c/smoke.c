@@ -482,7 +482,10 @@ static void speculating(const qwen2_model *model) {
     OK(qwen2_model_score_with(model, tokens, 3, NULL, scores, &error));
     OK(qwen2_model_score(model, tokens, 3, same, &error));
     CHECK(scores[0] == same[0] && scores[1] == same[1] && scores[0] < 0);
+    OK(qwen2_model_warmup(model, NULL, &error));
+    OK(qwen2_model_warmup(model, cancel, &error));
     qwen2_cancel_now(cancel);
+    CHECK(qwen2_model_warmup(model, cancel, NULL) == QWEN2_ERROR_CANCELLED);
     CHECK(qwen2_model_score_with(model, tokens, 3, cancel, scores, NULL) == QWEN2_ERROR_CANCELLED);
     CHECK(qwen2_model_logits_with(model, tokens, 3, cancel, &logits, NULL) == QWEN2_ERROR_CANCELLED);
     CHECK(logits == NULL);

@@ -1,5 +1,6 @@
 //! The model handle: every public verb, each a few lines of delegation.
 
+use std::iter::successors;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -17,6 +18,9 @@ use crate::generate::{
 };
 use crate::model::{Delta, Rows};
 use crate::text::{Message, Tokenizer};
+
+/// Tokens that ready a processor.
+const WARM_TOKENS: usize = 16;
 
 /// A loaded model: a handle that is cheap to clone and shared between threads.
 #[derive(Clone)]
@@ -287,6 +291,48 @@ impl Model {
         for chunk in tokens.chunks(host.prefill_chunk) {
             let network = &host.network;
             body(network.forward(chunk, &mut cache, Rows::All, &watch)?);
+        }
+        Ok(())
+    }
+
+    /// Readies the device for the first request: reads every weight once, or of a layer's experts those that a
+    /// few tokens visit, and has a GPU's driver compile the kernels for prompts of all lengths. Nothing of it
+    /// stays in a cache, and no answer changes.
+    ///
+    /// # Errors
+    /// `DeviceFailed`.
+    pub fn warmup(&self) -> Result<()> {
+        self.warmup_with(&CancelToken::new())
+    }
+
+    /// As [`Model::warmup`], until `cancel` ends it.
+    ///
+    /// # Errors
+    /// As [`Model::warmup`], and `Cancelled`.
+    pub fn warmup_with(&self, cancel: &CancelToken) -> Result<()> {
+        let Host {
+            network,
+            prefill_chunk,
+            ..
+        } = &self.inner.host;
+        let longest = match self.inner.device.is_gpu() {
+            true => *prefill_chunk,
+            false => WARM_TOKENS, // the kernels are there, and more tokens read no more weights
+        };
+        let longest = longest.min(self.context_length() - 1).max(1);
+        // Kernels are chosen by the size of the batch.
+        let lengths = successors(Some(longest), |n| (*n > 1).then(|| n.div_ceil(4)));
+        let vocab_size = self.inner.config.vocab_size;
+        let (mut cache, watch) = (self.new_cache(), cancel.watch());
+        for n in lengths {
+            cache.clear();
+            network.qwen2.ready(&mut cache, n);
+            // Far from each other, so that they visit different experts.
+            let tokens: Vec<u32> = (0..n).map(|i| (i * 997 % vocab_size) as u32).collect();
+            network.forward(&tokens, &mut cache, Rows::Last, &watch)?;
+            if n < self.context_length() {
+                network.forward(&tokens[..1], &mut cache, Rows::Screened, &watch)?;
+            }
         }
         Ok(())
     }

@@ -66,8 +66,12 @@ pub(super) fn outlet(cancel: CancelToken, wake: Wake) -> (Outlet, RequestStream)
 }
 
 impl Outlet {
+    /// Behind the end nothing comes.
     pub(super) fn push(&self, piece: Piece) {
         let mut state = self.channel.lock();
+        if state.ended {
+            return;
+        }
         state.pieces.push_back(piece);
         if state.pieces.len() >= ROOM {
             state.full_since.get_or_insert_with(Instant::now);
@@ -89,11 +93,8 @@ impl Outlet {
         self.channel.lock().dropped
     }
 
-    pub(super) fn end(self, result: Result<Generation>) {
-        self.finish(result);
-    }
-
-    fn finish(&self, result: Result<Generation>) {
+    /// The first one is the end.
+    pub(super) fn end(&self, result: Result<Generation>) {
         let mut state = self.channel.lock();
         if !state.ended {
             state.ended = true;
@@ -108,7 +109,7 @@ impl Drop for Outlet {
     fn drop(&mut self) {
         let is_open = !self.channel.lock().ended;
         if is_open {
-            self.finish(Err(self.wake.shared().gone()));
+            self.end(Err(self.wake.shared().gone()));
         }
     }
 }

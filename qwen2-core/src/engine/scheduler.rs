@@ -1,8 +1,8 @@
 //! Who is computed next: sequences join and leave at every step, prompts are read between the tokens of
 //! the others.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
 
 use super::outlet::Outlet;
@@ -29,7 +29,7 @@ const STEADY: usize = 3;
 const LEFT: usize = 4;
 
 /// Steps behind those in which each prompt is read apart: who ends theirs then takes nobody else's work with
-/// it, so that the others go on whoever comes and goes.
+/// it and is told without waiting for it, so that the others go on whoever comes and goes.
 const APART: usize = 3;
 
 /// A sequence that is computed.
@@ -92,6 +92,28 @@ pub(super) struct Scheduler {
     n_left: usize,
     /// Steps that read prompts apart.
     apart: usize,
+    /// Those beside the one that such a step reads.
+    beside: Arc<Beside>,
+}
+
+/// Sequences that are not computed while another is; those that end meanwhile are told from its layers.
+#[derive(Default)]
+struct Beside(Mutex<Vec<Running>>);
+
+impl Beside {
+    fn lock(&self) -> MutexGuard<'_, Vec<Running>> {
+        // Who is told here ends; a panic leaves the others as they are.
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn tell_ended(&self) {
+        for running in self.lock().iter_mut() {
+            if let Some(reason) = running.sequence.interruption() {
+                running.sequence.end(reason, None);
+                running.tell(None);
+            }
+        }
+    }
 }
 
 impl Scheduler {
@@ -106,6 +128,7 @@ impl Scheduler {
             steady: 0,
             n_left: 0,
             apart: 0,
+            beside: Arc::default(),
         }
     }
 
@@ -395,24 +418,20 @@ impl Scheduler {
 
     /// The logits of a batch; `None` where it was left, and then nothing has changed.
     fn forward(&mut self, batch: &[Share], watch: &Watch) -> Option<Result<Vec<f32>>> {
-        let network = self.running[batch[0].index].network.clone();
-        let mut shares = batch.iter().peekable();
-        let parts = self.running.iter_mut().enumerate();
-        let mut parts: Vec<Part<'_>> = parts
-            .filter_map(|(index, running)| {
-                let share = shares.next_if(|share| share.index == index)?;
-                Some(running.part(*share))
-            })
-            .collect();
-        let n_past: Vec<usize> = parts.iter().map(|part| part.cache.n_tokens()).collect();
-        let logits = watched(watch, || network.forward_batch(&mut parts));
+        let logits = match batch {
+            [share] if self.apart > 0 => {
+                self.running.swap(0, share.index);
+                *self.beside.lock() = self.running.split_off(1);
+                let logits = self.compute(&[Share { index: 0, ..*share }], watch);
+                self.running.append(&mut self.beside.lock());
+                self.running.swap(0, share.index);
+                logits
+            }
+            _ => self.compute(batch, watch),
+        };
         if !watch.is_over() {
             self.steady = self.steady.saturating_sub(1);
             return Some(logits);
-        }
-        // The tokens may be in the caches already: it ended behind the last layer.
-        for (part, n_past) in parts.iter_mut().zip(n_past) {
-            part.cache.truncate(n_past);
         }
         if logits.is_err() {
             // No failure of theirs, perhaps one of operations that were left out; their caches are empty.
@@ -427,6 +446,28 @@ impl Scheduler {
             }
         }
         None
+    }
+
+    /// The logits of a batch; its caches are as before where it was left.
+    fn compute(&mut self, batch: &[Share], watch: &Watch) -> Result<Vec<f32>> {
+        let network = self.running[batch[0].index].network.clone();
+        let mut shares = batch.iter().peekable();
+        let parts = self.running.iter_mut().enumerate();
+        let mut parts: Vec<Part<'_>> = parts
+            .filter_map(|(index, running)| {
+                let share = shares.next_if(|share| share.index == index)?;
+                Some(running.part(*share))
+            })
+            .collect();
+        let n_past: Vec<usize> = parts.iter().map(|part| part.cache.n_tokens()).collect();
+        let logits = watched(watch, || network.forward_batch(&mut parts));
+        if watch.is_over() {
+            // The tokens may be in the caches already: it ended behind the last layer.
+            for (part, n_past) in parts.iter_mut().zip(n_past) {
+                part.cache.truncate(n_past);
+            }
+        }
+        logits
     }
 
     fn has_ended(&self, share: Share) -> bool {
@@ -450,11 +491,12 @@ impl Scheduler {
         }
         let may_give_way = self.steady == 0 && self.running.len() < self.settings.max_sequences;
         let short = self.settings.prefill_chunk / 2;
-        let shared = self.shared.clone();
+        let (shared, beside) = (self.shared.clone(), self.beside.clone());
         let switch = Arc::<AtomicBool>::default();
         let gives_way = switch.clone();
         let on_layer = move |_, _| {
             withdraw(&shared);
+            beside.tell_ended();
             let inbox = shared.lock();
             let is_short = |waiting: &Waiting| waiting.job.sequence.tokens().len() <= short;
             let waits = || {
@@ -559,7 +601,7 @@ impl Scheduler {
         self.stats.failed += u64::from(error.is_some());
         while self.used() > self.settings.cache_bytes && self.prefix.evict() {}
         self.report();
-        running.finish(error);
+        running.tell(error);
     }
 }
 
@@ -630,26 +672,20 @@ impl Running {
         self.shared = true;
     }
 
-    fn finish(self, error: Option<Error>) {
-        let Self {
-            sequence,
-            outlet,
-            started,
-            first,
-            ..
-        } = self;
-        outlet.end(match error {
+    /// Hands the result to the reader, once.
+    fn tell(&mut self, error: Option<Error>) {
+        self.outlet.end(match error {
             Some(error) => Err(error),
             None => {
-                let usage = sequence.usage();
-                let first = first.unwrap_or_else(Instant::now);
+                let usage = self.sequence.usage();
+                let first = self.first.unwrap_or_else(Instant::now);
                 let timings = Timings::new(
-                    first - started,
+                    first - self.started,
                     usage.prompt_tokens - usage.cached_tokens,
                     first.elapsed(),
                     usage.completion_tokens.saturating_sub(1),
                 );
-                Ok(sequence.into_generation(timings))
+                Ok(self.sequence.take_generation(timings))
             }
         });
     }
@@ -670,7 +706,7 @@ fn withdraw(shared: &Shared) {
         let mut sequence = job.sequence;
         let reason = sequence.interruption();
         sequence.end(reason.unwrap_or(FinishReason::Cancelled), None);
-        outlet.end(Ok(sequence.into_generation(Timings::default())));
+        outlet.end(Ok(sequence.take_generation(Timings::default())));
     }
 }
 

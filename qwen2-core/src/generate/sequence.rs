@@ -350,15 +350,16 @@ impl Sequence {
         self.tools.as_ref().map_or(&[], |tools| &tools.calls)
     }
 
-    /// The result; a generation that was not run to its end counts as cancelled.
-    pub(crate) fn into_generation(mut self, timings: Timings) -> Generation {
+    /// The result, which is no longer here then; a generation that was not run to its end counts as cancelled.
+    pub(crate) fn take_generation(&mut self, timings: Timings) -> Generation {
         if self.finished.is_none() {
             self.end(FinishReason::Cancelled, None);
         }
-        let (finish_reason, stop_match) = self.finished.unwrap_or((FinishReason::Cancelled, None));
-        let (text, tool_calls) = match self.tools {
+        let finished = self.finished.clone();
+        let (finish_reason, stop_match) = finished.unwrap_or((FinishReason::Cancelled, None));
+        let (text, tool_calls) = match self.tools.take() {
             Some(tools) => (tools.text, tools.calls),
-            None => (self.text, Vec::new()),
+            None => (std::mem::take(&mut self.text), Vec::new()),
         };
         let asks = finish_reason == FinishReason::Stop && !tool_calls.is_empty();
         let (finish_reason, stop_match) = match asks {
@@ -368,14 +369,14 @@ impl Sequence {
         Generation {
             text,
             tool_calls,
-            tokens: self.tokens.split_off(self.usage.prompt_tokens),
+            tokens: self.tokens[self.usage.prompt_tokens..].to_vec(),
             finish_reason,
             stop_match,
             usage: self.usage,
             timings,
             seed: (!self.options.is_greedy()).then_some(self.options.seed),
-            logprobs: self.logprobs,
-            prompt_logprobs: self.prompt_logprobs,
+            logprobs: std::mem::take(&mut self.logprobs),
+            prompt_logprobs: std::mem::take(&mut self.prompt_logprobs),
         }
     }
 }

@@ -232,12 +232,12 @@ impl Run {
     }
 
     /// The result; a generation that was not run to its end counts as cancelled.
-    pub(crate) fn into_generation(self) -> Generation {
+    pub(crate) fn into_generation(mut self) -> Generation {
         let usage = self.sequence.usage();
         let n_prefill = usage.prompt_tokens - usage.cached_tokens;
         let n_decode = usage.completion_tokens.saturating_sub(1);
         let timings = Timings::new(self.prefill, n_prefill, self.decode, n_decode);
-        self.sequence.into_generation(timings)
+        self.sequence.take_generation(timings)
     }
 }
 

@@ -233,7 +233,7 @@ fn a_step_that_decodes_is_left_as_well_and_spoils_nothing() {
 #[test]
 fn behind_steps_that_were_left_in_a_row_prompts_are_read_apart() {
     let mut bench = Bench::new();
-    let comes_and_goes = bench.submit(tokens(30, 2), &greedy(12));
+    let mut comes_and_goes = bench.submit(tokens(30, 2), &greedy(12));
     let stays = bench.submit(tokens(50, 3), &greedy(12));
     for n_left in 1..=LEFT {
         let ended = bench.submit(tokens(40, n_left), &greedy(12));
@@ -259,11 +259,13 @@ fn behind_steps_that_were_left_in_a_row_prompts_are_read_apart() {
         let mut batches = batches.iter();
         batches.find(|batch| batch[0].index == index).unwrap()
     };
-    // It ends while the other is read, which goes on, and while it is read itself.
+    // It ends while the other is read, which goes on, and is told in the middle of it.
     let cancel = comes_and_goes.cancel_token();
     let computed = bench.compute(batch_of(other), move || cancel.cancel());
     assert_eq!(computed, (false, N_LAYERS));
+    assert!(comes_and_goes.try_next().is_ready());
     assert!(bench.cached()[other] > 0);
+    // Nor is it read itself.
     assert_eq!(bench.compute(batch_of(goes), || {}), (true, 1));
     assert_eq!(bench.cached()[goes], 0);
 
