@@ -185,6 +185,11 @@ fn a_context_of_one_token_is_warmed_up_as_well() {
     let config = ModelConfig::from_json(json(path.clone()).to_string().as_bytes(), &path).unwrap();
     for length in [1, 2, 17] {
         let model = Model::random(&config).device(common::device());
-        model.context_length(length).load().unwrap().warmup().unwrap();
+        model
+            .context_length(length)
+            .load()
+            .unwrap()
+            .warmup()
+            .unwrap();
     }
 }

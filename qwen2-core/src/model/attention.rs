@@ -17,43 +17,75 @@ pub(crate) struct Attention {
 }
 
 impl Attention {
-    /// `h + attention(norm(h))`, `[n, hidden]`; the new keys and values go to the caches of the lanes.
+    /// `h + attention(norm(h))`, `[n_out, hidden]`, of the rows that go on, nothing for none; the new keys
+    /// and values of all go to the caches of the lanes.
     pub(super) fn forward(
         &self,
         h: Tensor<2>,
         norm: &RmsNorm,
         lanes: &mut [Lane<'_>],
-    ) -> Tensor<2> {
+    ) -> Option<Tensor<2>> {
         let matrices = [&self.q_proj, &self.k_proj, &self.v_proj];
         let qkv = part("norm, q k v", || ops::project(&h, norm, matrices));
-        let attended = match lanes {
-            [lane] => vec![self.attend(qkv, lane)],
-            lanes => lanes
-                .iter_mut()
-                .map(|lane| {
+        let attended: Vec<_> = match &mut *lanes {
+            [lane] => self.attend(qkv, lane).into_iter().collect(),
+            lanes => {
+                let of = |lane: &mut Lane<'_>| {
                     let rows = lane.rows.clone();
-                    self.attend(qkv.clone().narrow(0, rows.start, rows.len()), lane)
-                })
-                .collect(),
+                    self.attend(narrowed(qkv.clone(), rows.start, rows.len()), lane)
+                };
+                lanes.iter_mut().filter_map(of).collect()
+            }
         };
-        // [n, heads · head_dim]
+        if attended.is_empty() {
+            return None;
+        }
+        let all_go_on = lanes.iter().all(|lane| lane.n_out == lane.rows.len());
+        let h = match all_go_on {
+            true => h,
+            false => {
+                let going = lanes.iter().filter(|lane| lane.n_out > 0);
+                let last =
+                    |lane: &Lane<'_>| narrowed(h.clone(), lane.rows.end - lane.n_out, lane.n_out);
+                joined(going.map(last).collect())
+            }
+        };
+        // [n_out, heads · head_dim]
         let out = joined(attended);
-        part("o, add", || ops::add_project(h, out, &self.o_proj))
+        Some(part("o, add", || ops::add_project(h, out, &self.o_proj)))
     }
 
-    /// The rows of one lane, `[n, heads · head_dim]`.
-    fn attend(&self, qkv: Tensor<2>, lane: &mut Lane<'_>) -> Tensor<2> {
+    /// The rows of one lane that go on, `[n_out, heads · head_dim]`; nothing for none.
+    fn attend(&self, qkv: Tensor<2>, lane: &mut Lane<'_>) -> Option<Tensor<2>> {
         let (n_past, chunk) = (lane.n_past, lane.tables.chunk);
+        let (n, n_out) = (lane.rows.len(), lane.n_out);
         let Some(cache) = lane.layers.next() else {
             unreachable!("a cache has every layer");
         };
         // [rotations · n, heads, head_dim]
         let q = part("rope, cache", || cache.append(qkv, &lane.tables, n_past));
+        // Chunks take each query in several rotations, which lie one behind the other.
+        let early = if chunk.is_none() { n - n_out } else { 0 };
+        if n_out == 0 {
+            return None;
+        }
         let visible = Visible {
-            n_past,
+            n_past: n_past + early,
             window: self.sliding_window,
             chunk,
         };
-        part("attention", || ops::attention(q, cache.pages(), visible))
+        let n_queries = q.dims()[0] - early;
+        let q = narrowed(q, early, n_queries);
+        let out = part("attention", || ops::attention(q, cache.pages(), visible));
+        let rows = out.dims()[0];
+        Some(narrowed(out, rows - n_out, n_out))
+    }
+}
+
+/// `len` rows from `start` on.
+fn narrowed<const D: usize>(x: Tensor<D>, start: usize, len: usize) -> Tensor<D> {
+    match len == x.dims()[0] {
+        true => x,
+        false => x.narrow(0, start, len),
     }
 }

@@ -84,10 +84,25 @@ pub(crate) struct Part<'a> {
     pub(crate) rows: Rows,
 }
 
+impl Rows {
+    /// How many of a sequence's `n` new tokens leave the last layer; they are its last ones.
+    fn among(self, n: usize) -> usize {
+        match self {
+            Self::None => 0,
+            Self::Last | Self::Screened => 1,
+            Self::Tail(rows) => rows,
+            Self::All | Self::Hidden => n,
+        }
+    }
+}
+
 /// One sequence of a batch on its way through the layers.
 struct Lane<'a> {
     /// Its rows among those of the batch.
     rows: Range<usize>,
+    /// How many of them, the last ones, go on behind the attention of the layer at hand: all, but for the last
+    /// layer, whose other rows nobody reads.
+    n_out: usize,
     n_past: usize,
     tables: RopeTables,
     layers: std::slice::IterMut<'a, LayerCache>,
@@ -110,6 +125,7 @@ impl Qwen2 {
         }
         let device = &self.cache_shape.device;
         let tokens: Vec<u32> = batch.iter().flat_map(|part| part.tokens).copied().collect();
+        let wanted: Vec<Rows> = batch.iter().map(|part| part.rows).collect();
         let mut end = 0;
         let lanes = batch.iter_mut().map(|part| {
             let (n, long) = (part.tokens.len(), part.cache.is_long());
@@ -117,16 +133,24 @@ impl Qwen2 {
             end += n;
             Lane {
                 rows: end - n..end,
+                n_out: n,
                 n_past,
                 tables: self.rope.tables(n_past, n, long, device),
                 layers: layers.iter_mut(),
             }
         });
         let mut lanes: Vec<_> = part("rope tables", || lanes.collect());
-        let mut h = part("embed", || ops::embed(&self.embed_tokens, &tokens)); // [n, hidden]
+        let h = part("embed", || ops::embed(&self.embed_tokens, &tokens)); // [n, hidden]
+        let mut h = Some(h);
+        let n_layers = self.layers.len();
         for (index, layer) in self.layers.iter().enumerate() {
-            h = layer.forward(h, &mut lanes);
-            if ops::layer_done(index + 1, self.layers.len()).is_break() {
+            if index + 1 == n_layers {
+                for (lane, rows) in lanes.iter_mut().zip(&wanted) {
+                    lane.n_out = rows.among(lane.rows.len());
+                }
+            }
+            h = h.and_then(|h| layer.forward(h, &mut lanes));
+            if ops::layer_done(index + 1, n_layers).is_break() {
                 return Ok(None);
             }
         }
@@ -134,13 +158,11 @@ impl Qwen2 {
         for part in &mut *batch {
             part.cache.advance(part.tokens.len());
         }
-        Ok(match batch {
-            [part] if part.rows == Rows::Screened => {
-                Some(self.screened_head(h.narrow(0, end - 1, 1)))
-            }
-            [part] if part.rows == Rows::Hidden => Some(ops::norm(h, &self.norm)),
-            _ => chosen_rows(h, batch).map(|h| self.head(h)),
-        })
+        Ok(h.map(|h| match wanted[..] {
+            [Rows::Screened] => self.screened_head(h),
+            [Rows::Hidden] => ops::norm(h, &self.norm),
+            _ => self.head(h),
+        }))
     }
 
     /// `h` `[rows, hidden]` → logits `[rows, vocab_size]`.
@@ -186,23 +208,6 @@ impl Qwen2 {
     }
 }
 
-/// The rows whose logits the parts of a batch want; nothing for no rows.
-fn chosen_rows(h: Tensor<2>, batch: &[Part<'_>]) -> Option<Tensor<2>> {
-    let mut end = 0;
-    let mut chosen = Vec::new();
-    for part in batch {
-        let n = part.tokens.len();
-        end += n;
-        match part.rows {
-            Rows::All => chosen.push(h.clone().narrow(0, end - n, n)),
-            Rows::Tail(rows) => chosen.push(h.clone().narrow(0, end - rows, rows)),
-            Rows::Last | Rows::Screened => chosen.push(h.clone().narrow(0, end - 1, 1)),
-            Rows::None | Rows::Hidden => {}
-        }
-    }
-    (!chosen.is_empty()).then(|| joined(chosen))
-}
-
 /// Rows of several tensors as one.
 fn joined(mut parts: Vec<Tensor<2>>) -> Tensor<2> {
     match parts.len() {
@@ -212,13 +217,13 @@ fn joined(mut parts: Vec<Tensor<2>>) -> Tensor<2> {
 }
 
 impl DecoderLayer {
-    /// `h` `[n, hidden]` → `[n, hidden]`, the rows of all lanes.
-    fn forward(&self, h: Tensor<2>, lanes: &mut [Lane<'_>]) -> Tensor<2> {
-        let h = self.self_attn.forward(h, &self.input_layernorm, lanes);
+    /// `h` `[n, hidden]`, the rows of all lanes → those that go on; nothing for none.
+    fn forward(&self, h: Tensor<2>, lanes: &mut [Lane<'_>]) -> Option<Tensor<2>> {
+        let h = self.self_attn.forward(h, &self.input_layernorm, lanes)?;
         let norm = &self.post_attention_layernorm;
-        match &self.mlp {
+        Some(match &self.mlp {
             FeedForward::Dense(mlp) => mlp.forward(h, norm),
             FeedForward::Sparse(moe) => moe.forward(h, norm),
-        }
+        })
     }
 }

@@ -5,6 +5,7 @@
 //! them.
 
 use std::cell::Cell;
+use std::mem::MaybeUninit;
 
 use super::super::visible::{Distance, Visible};
 use super::layout::{BLOCK, Dims, Layout};
@@ -77,7 +78,7 @@ unsafe impl Send for Out {}
 ///
 /// # Panics
 /// If a length does not fit the shape.
-pub(crate) fn attention<L: Layout>(isa: Isa, args: Attention<'_, L>, out: &mut [f32]) {
+pub(crate) fn attention<L: Layout>(isa: Isa, args: Attention<'_, L>, out: &mut [MaybeUninit<f32>]) {
     let Attention {
         heads,
         pages,
@@ -124,7 +125,7 @@ pub(crate) fn attention<L: Layout>(isa: Isa, args: Attention<'_, L>, out: &mut [
             0
         }
     ];
-    let whole = Out::Whole(out.as_mut_ptr());
+    let whole = Out::Whole(out.as_mut_ptr().cast());
     let part = Out::Part(parts.as_mut_ptr());
     let task = |index: usize| {
         let (share, index) = (index % shares, index / shares);
@@ -170,7 +171,7 @@ fn shares(keys: usize, tasks: usize) -> usize {
 }
 
 /// Adds up what the tasks found in their shares of the keys.
-fn merge(parts: &[f32], head_dim: usize, out: &mut [f32]) {
+fn merge(parts: &[f32], head_dim: usize, out: &mut [MaybeUninit<f32>]) {
     let row = head_dim + 2;
     let part = out.len() / head_dim * row;
     for (index, out) in out.chunks_exact_mut(head_dim).enumerate() {
@@ -184,7 +185,9 @@ fn merge(parts: &[f32], head_dim: usize, out: &mut [f32]) {
             |max, row| if row[0] > max { row[0] } else { max },
         );
         let mut sum = 0.0;
-        out.fill(0.0);
+        out.fill(MaybeUninit::new(0.0));
+        // SAFETY: all of it was just written.
+        let out = unsafe { out.assume_init_mut() };
         for row in rows() {
             let weight = exp(row[0] - max);
             sum += row[1] * weight;
@@ -650,9 +653,11 @@ mod tests {
                 heads: self.heads,
                 visible: self.visible,
             };
-            let mut out = vec![f32::NAN; self.q.len() / self.visible.rotations()];
+            let n = self.q.len() / self.visible.rotations();
+            let mut out = vec![MaybeUninit::new(f32::NAN); n];
             attention(isa, args, &mut out);
-            out
+            // SAFETY: they were numbers before.
+            out.iter().map(|x| unsafe { x.assume_init() }).collect()
         }
 
         /// The kernel's result, in a cache with `spare` blocks; what is not written is NaN.

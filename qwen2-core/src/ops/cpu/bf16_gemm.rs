@@ -8,15 +8,17 @@
 
 use std::arch::x86_64::*;
 use std::cell::Cell;
+use std::mem::MaybeUninit;
 use std::sync::{Mutex, PoisonError};
 
 use half::bf16;
 
 use super::amx;
+use super::filled::filled;
 use super::matmul::Linear;
 use super::pool;
 use super::product::{self, Product, Sums, Target};
-use super::simd::Isa;
+use super::simd::{Isa, prefetch};
 
 /// Fewer tokens than this do not pay for interleaving the weights.
 pub(crate) const MIN_TOKENS: usize = 16;
@@ -83,14 +85,39 @@ fn check(args: Linear<'_, bf16>, x: &Rounded) {
     assert_eq!(x.cols, args.inner, "activation width");
 }
 
-/// The sums of all tokens with some panels of rows from `row` on, `[n, panels · 32]`.
+/// Weights of a panel that are interleaved next: [`multiply`] has them brought near meanwhile.
+#[derive(Clone, Copy)]
+struct Ahead<'a> {
+    args: Linear<'a, bf16>,
+    row: usize,
+    start: usize,
+}
+
+impl Ahead<'_> {
+    /// Asks for the lines of the weights' share from `done` of `all` on, `step` of them.
+    #[inline]
+    fn ask(self, done: usize, step: usize, all: usize) {
+        let Linear { inner, outer, .. } = self.args;
+        let columns = self.start..(self.start + DEPTH).min(inner);
+        for row in ROWS * done / all..ROWS * (done + step) / all {
+            let row = self.row + row;
+            if row < outer {
+                let lines = self.args.weight[row * inner..][columns.clone()].chunks(BLOCK);
+                lines.for_each(|line| prefetch(line.as_ptr().addr()));
+            }
+        }
+    }
+}
+
+/// The sums of all tokens with some panels of rows from `row` on, `[n, panels · 32]`; `next` is what
+/// comes behind them.
 fn sum(
     isa: Isa,
     args: Linear<'_, bf16>,
     x: &Rounded,
     (row, panels): (usize, usize),
-    scratch: &mut Vec<u32>,
-    sums: &mut [f32],
+    next: Ahead<'_>,
+    (scratch, sums): (&mut Vec<u32>, &mut [f32]),
 ) {
     scratch.resize(panels * ROWS * DEPTH / 2, 0);
     sums.fill(0.0);
@@ -118,8 +145,16 @@ fn sum(
         let strided = panels * ROWS;
         for (panel, scratch) in scratch.chunks(ROWS * DEPTH / 2).enumerate() {
             let sums = &mut sums[panel * ROWS..];
+            let ahead = match start + depth < args.inner {
+                true => Ahead {
+                    args,
+                    row: row + panel * ROWS,
+                    start: start + depth,
+                },
+                false => next,
+            };
             // SAFETY: as above.
-            unsafe { multiply(x, start, depth, scratch, sums, strided) };
+            unsafe { multiply(x, (start, depth), scratch, (sums, strided), ahead) };
         }
     }
 }
@@ -137,12 +172,20 @@ pub(crate) fn swiglu(
     check(gate, x);
     check(up, x);
     assert_eq!(gate.outer, up.outer, "a pair");
+    let threads = pool::current_threads();
     Rounded::make(x.n, gate.outer, &|block, out| {
         let (mut scratch, mut sums) = SCRATCH.take();
         sums.resize(2 * x.n * ROWS, 0.0);
         let (gates, ups) = sums[..2 * x.n * ROWS].split_at_mut(x.n * ROWS);
-        sum(isa, gate, x, (block * ROWS, 1), &mut scratch, gates);
-        sum(isa, up, x, (block * ROWS, 1), &mut scratch, ups);
+        let row = block * ROWS;
+        let ahead = |args, row| Ahead {
+            args,
+            row,
+            start: 0,
+        };
+        let next = (ahead(up, row), ahead(gate, row + ROWS * threads));
+        sum(isa, gate, x, (row, 1), next.0, (&mut scratch, gates));
+        sum(isa, up, x, (row, 1), next.1, (&mut scratch, ups));
         product::gate(isa, gates, ups);
         // Rows past the last are sums of nothing.
         for (out, row) in out.iter_mut().zip(gates.as_chunks().0) {
@@ -172,13 +215,20 @@ impl Product for Blocks<'_> {
         let stride = panels * ROWS;
         let (mut scratch, mut sums) = SCRATCH.take();
         sums.resize(n * stride, 0.0);
+        // Threads take tasks in turn, mostly.
+        let next = Ahead {
+            args: self.args,
+            row: row + self.panels * ROWS * pool::current_threads(),
+            start: 0,
+        };
+        let rows = (row, panels);
         sum(
             self.isa,
             self.args,
             self.x,
-            (row, panels),
-            &mut scratch,
-            &mut sums,
+            rows,
+            next,
+            (&mut scratch, &mut sums),
         );
         let rows = (row, stride.min(left));
         // SAFETY: the lengths were checked, and the rows are this task's own.
@@ -202,12 +252,15 @@ thread_local! {
     static SCRATCH: Cell<(Vec<u32>, Vec<f32>)> = const { Cell::new((Vec::new(), Vec::new())) };
 }
 
+/// A block of one token.
+type Line = [u32; BLOCK / 2];
+
 /// Activations in bf16, pairs of columns as one word, block by block, so that a product takes a block
 /// of all tokens from one stretch of memory; padded with zeros to whole blocks.
 #[cfg_attr(test, derive(Debug, PartialEq))]
 pub(crate) struct Rounded {
     /// `[blocks][n]`.
-    words: Vec<[u32; BLOCK / 2]>,
+    words: Vec<Line>,
     n: usize,
     cols: usize,
 }
@@ -230,16 +283,24 @@ impl Rounded {
         })
     }
 
-    /// What `fill(block, out)` makes of every block of all tokens.
-    fn make(n: usize, cols: usize, fill: &(dyn Fn(usize, &mut [[u32; BLOCK / 2]]) + Sync)) -> Self {
-        let mut words = vec![[0; BLOCK / 2]; cols.div_ceil(BLOCK) * n];
-        let blocks: Vec<_> = words.chunks_mut(n).map(Mutex::new).collect();
-        pool::parallel(blocks.len(), &|block| {
-            // Each lock is taken once, by its own task.
-            let mut out = blocks[block].lock().unwrap_or_else(PoisonError::into_inner);
-            fill(block, &mut out);
-        });
-        drop(blocks);
+    /// What `fill(block, out)` makes of every block of all tokens; it writes them all.
+    fn make(
+        n: usize,
+        cols: usize,
+        fill: &(dyn Fn(usize, &mut [MaybeUninit<Line>]) + Sync),
+    ) -> Self {
+        let n_lines = cols.div_ceil(BLOCK) * n;
+        // SAFETY: each block is written by its task.
+        let words = unsafe {
+            filled(n_lines, |words| {
+                let blocks: Vec<_> = words.chunks_mut(n).map(Mutex::new).collect();
+                pool::parallel(blocks.len(), &|block| {
+                    // Each lock is taken once, by its own task.
+                    let mut out = blocks[block].lock().unwrap_or_else(PoisonError::into_inner);
+                    fill(block, &mut out);
+                });
+            })
+        };
         Self { words, n, cols }
     }
 }
@@ -249,7 +310,7 @@ impl Rounded {
 /// # Safety
 /// The instructions are present.
 #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
-unsafe fn round_block(x: &[f32; BLOCK], out: &mut [u32; BLOCK / 2]) {
+unsafe fn round_block(x: &[f32; BLOCK], out: &mut MaybeUninit<Line>) {
     // SAFETY: 32 elements are read, 16 words written.
     unsafe {
         let low = _mm512_loadu_ps(x.as_ptr());
@@ -349,11 +410,10 @@ fn transpose(t: &mut [__m512i; 16]) {
 #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
 unsafe fn multiply(
     x: &Rounded,
-    start: usize,
-    depth: usize,
+    (start, depth): (usize, usize),
     scratch: &[u32],
-    sums: &mut [f32],
-    stride: usize,
+    (sums, stride): (&mut [f32], usize),
+    ahead: Ahead<'_>,
 ) {
     let first = start / BLOCK * x.n;
     let blocks = depth.div_ceil(BLOCK);
@@ -363,12 +423,14 @@ unsafe fn multiply(
         unsafe {
             let words = x.words.as_ptr().add(first + t);
             let (w, sums) = (scratch.as_ptr(), sums.as_mut_ptr().add(t * stride));
+            let before = t;
             t += match x.n - t {
                 12.. => tile::<12>(words, x.n, blocks, w, sums, stride),
                 8.. => tile::<8>(words, x.n, blocks, w, sums, stride),
                 4.. => tile::<4>(words, x.n, blocks, w, sums, stride),
                 _ => tile::<1>(words, x.n, blocks, w, sums, stride),
             };
+            ahead.ask(before, t - before, x.n);
         }
     }
 }
@@ -388,7 +450,7 @@ fn bf16_words(words: __m512i) -> __m512bh {
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
 unsafe fn tile<const N: usize>(
-    mut x: *const [u32; BLOCK / 2],
+    mut x: *const Line,
     n: usize,
     blocks: usize,
     mut w: *const u32,

@@ -8,6 +8,7 @@ mod bf16_gemm;
 mod dense_gemm;
 mod elementwise;
 mod experts;
+mod filled;
 mod layout;
 mod many;
 mod matmul;
@@ -22,6 +23,7 @@ pub(crate) mod simd;
 mod x86;
 mod x86_tile;
 
+use std::mem::MaybeUninit;
 use std::ops::Range;
 
 use burn::backend::tensor::{FloatTensor, IntTensor};
@@ -36,6 +38,7 @@ use super::{
 };
 use attention::Attention;
 use elementwise::New;
+use filled::filled;
 use layout::{Coded, CodedMut, Codes, CodesWriter, Dims, Floats, FloatsWriter, Layout};
 use many::Many;
 use matrix::{Element, Gated, Input, Matrix, elements, matrix};
@@ -471,24 +474,26 @@ fn flex_project(
     let list: Vec<_> = matrices.iter().collect();
     let input = Input::new(&x, norm.layout().shape()[0], &list);
     let (n, width) = (input.n(), matrices.iter().map(Matrix::rows).sum());
-    let mut out = vec![0.0; n * width];
-    let mut first = 0;
-    let products: Vec<_> = matrices
-        .iter()
-        .map(|matrix| {
-            let columns = first..first + matrix.rows();
-            first = columns.end;
-            let target = Target::new(&mut out, width, columns, Finish::Store, matrix.bias());
-            matrix.product(&input, target, width)
-        })
-        .collect();
-    run_all(
-        &products
+    let fill = |out: &mut [MaybeUninit<f32>]| {
+        let mut first = 0;
+        let products: Vec<_> = matrices
             .iter()
-            .map(|product| &**product)
-            .collect::<Vec<_>>(),
-    );
-    drop(products);
+            .map(|matrix| {
+                let columns = first..first + matrix.rows();
+                first = columns.end;
+                let target = Target::unset(out, width, columns, matrix.bias());
+                matrix.product(&input, target, width)
+            })
+            .collect();
+        run_all(
+            &products
+                .iter()
+                .map(|product| &**product)
+                .collect::<Vec<_>>(),
+        );
+    };
+    // SAFETY: the products have all columns, of all tokens.
+    let out = unsafe { filled(n * width, fill) };
     tensor(out, Shape::new([n, width]))
 }
 
@@ -554,14 +559,15 @@ fn flex_attention<L: Layout>(q: &FlexTensor, pages: &[L], visible: Visible) -> F
     let q = q.to_contiguous();
     let [rows, heads, head_dim] = dims(&q); // rotations · n
     let n = rows / visible.rotations();
-    let mut out = vec![0.0; n * heads * head_dim];
     let args = Attention {
         q: elements(&q),
         pages,
         heads,
         visible,
     };
-    attention::attention(Isa::selected(), args, &mut out);
+    let fill = |out: &mut [MaybeUninit<f32>]| attention::attention(Isa::selected(), args, out);
+    // SAFETY: attention writes every head of every token.
+    let out = unsafe { filled(n * heads * head_dim, fill) };
     tensor(out, Shape::new([n, heads * head_dim]))
 }
 

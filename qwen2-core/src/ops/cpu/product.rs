@@ -1,6 +1,8 @@
 //! Products of one set of activations with several matrices as one job of the pool, and what becomes
 //! of their sums.
 
+use std::mem::MaybeUninit;
+
 use super::pool;
 use super::simd::{Isa, Simd, exp, per_isa};
 
@@ -122,8 +124,34 @@ impl<'a> Target<'a> {
         finish: Finish,
         bias: Option<&'a [f32]>,
     ) -> Self {
+        // Numbers stay numbers: only they are written.
+        let out = (out.as_mut_ptr(), out.len());
+        Self::over(out, stride, columns, finish, bias)
+    }
+
+    /// As [`Self::new`], for numbers that are stored where there are none yet.
+    ///
+    /// # Panics
+    /// As [`Self::new`].
+    pub(crate) fn unset(
+        out: &mut [MaybeUninit<f32>],
+        stride: usize,
+        columns: std::ops::Range<usize>,
+        bias: Option<&'a [f32]>,
+    ) -> Self {
+        let out = (out.as_mut_ptr().cast(), out.len());
+        Self::over(out, stride, columns, Finish::Store, bias)
+    }
+
+    fn over(
+        (out, len): (*mut f32, usize),
+        stride: usize,
+        columns: std::ops::Range<usize>,
+        finish: Finish,
+        bias: Option<&'a [f32]>,
+    ) -> Self {
         assert!(
-            columns.end <= stride && out.len().is_multiple_of(stride),
+            columns.end <= stride && len.is_multiple_of(stride),
             "output shape"
         );
         assert!(
@@ -131,8 +159,8 @@ impl<'a> Target<'a> {
             "bias length"
         );
         Self {
-            out: out.as_mut_ptr(),
-            len: out.len(),
+            out,
+            len,
             stride,
             first: columns.start,
             finish,
@@ -196,7 +224,7 @@ per_isa!(finish, finish_kernel, (
 
 /// # Safety
 /// The instruction set of `S` is present; tokens and rows are inside `sums` and `out`, whose rows are
-/// `stride` apart.
+/// `stride` apart and hold numbers, unless those are only stored.
 #[inline(always)]
 unsafe fn finish_kernel<S: Simd>(
     how: Finish,
@@ -209,11 +237,16 @@ unsafe fn finish_kernel<S: Simd>(
     for i in 0..sums.tokens.1 {
         let values = &sums.values[i * sums.stride..][..rows];
         // SAFETY: the caller's promise.
-        let out = unsafe { std::slice::from_raw_parts_mut(out.add(i * stride), rows) };
-        let write = |out: &mut f32, sum: f32| match how {
-            Finish::Store => *out = sum,
-            Finish::Add => *out += sum,
-            Finish::Gate => *out = gated(*out, sum),
+        let out: &mut [MaybeUninit<f32>] =
+            unsafe { std::slice::from_raw_parts_mut(out.add(i * stride).cast(), rows) };
+        let write = |out: &mut MaybeUninit<f32>, sum: f32| {
+            // SAFETY: as above.
+            let before = |out: &MaybeUninit<f32>| unsafe { out.assume_init() };
+            out.write(match how {
+                Finish::Store => sum,
+                Finish::Add => before(out) + sum,
+                Finish::Gate => gated(before(out), sum),
+            });
         };
         match bias {
             None => out

@@ -12,6 +12,8 @@ mod bf16_gemm;
 mod dense_gemm;
 #[path = "../../../../../qwen2-core/src/ops/cpu/elementwise.rs"]
 mod elementwise;
+#[path = "../../../../../qwen2-core/src/ops/cpu/filled.rs"]
+mod filled;
 #[path = "../../../../../qwen2-core/src/ops/cpu/layout.rs"]
 mod layout;
 #[path = "../../../../../qwen2-core/src/ops/cpu/matmul.rs"]
