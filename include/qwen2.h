@@ -530,6 +530,11 @@ qwen2_status qwen2_model_score_with(const qwen2_model *model,
                                     float *scores,
                                     qwen2_error **error);
 
+// Readies the device for the first request: reads every weight once, or of a layer's experts those that a
+// few tokens visit, and has a GPU's driver compile the kernels for prompts of all lengths. Nothing of it
+// stays in a cache, and no answer changes. `cancel` (may be NULL) ends it with `QWEN2_ERROR_CANCELLED`.
+qwen2_status qwen2_model_warmup(const qwen2_model *model, const qwen2_cancel *cancel, qwen2_error **error);
+
 // The logits, row-major: one row for each token, one column for each id of the vocabulary; the
 // sizes go to `n_tokens` and `vocab_size` (may be NULL). Valid until the logits are freed. NULL,
 // and 0 in both, for a handle that is none.

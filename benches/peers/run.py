@@ -41,6 +41,7 @@ PACKAGES = {
     "transformers": ["torch", "transformers"],
     "llama.cpp": ["llama-cpp-python"],
     "openvino": ["openvino-genai", "optimum-intel[openvino]"],
+    "onnxruntime": ["onnxruntime-genai", "onnx", "onnx-ir", "torch", "transformers"],
 }
 
 
@@ -79,6 +80,7 @@ def engines(work: Path, shape: str) -> list[Engine]:
         llama("Q4_0", "q4"),
         llama("Q4_K_M", "q4"),
         openvino("int4", "q4"),
+        Engine("onnxruntime-genai int4", "q4", "onnxruntime", (str(model / "onnxruntime-int4"),)),
     ]
 
 
@@ -149,6 +151,9 @@ def convert(work: Path, engine: Engine, checkpoint: Path, target: Path) -> None:
             subprocess.run([command(), "convert", checkpoint, source], check=True)
         if not target.exists():
             subprocess.run([python(work, "llama.cpp"), HERE / "quantize_gguf.py", source, target], check=True)
+    elif engine.venv == "onnxruntime":
+        build = [python(work, "onnxruntime"), "-m", "onnxruntime_genai.models.builder"]
+        subprocess.run([*build, "-i", checkpoint, "-o", target, "-p", "int4", "-e", "cpu"], check=True)
     else:
         export = [
             python(work, "openvino").with_name("optimum-cli"),

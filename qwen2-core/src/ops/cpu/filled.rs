@@ -51,7 +51,7 @@ mod tests {
 
     #[test]
     fn what_no_task_wrote_is_zero() {
-        assert_eq!(count(0), []);
+        assert!(count(0).is_empty());
         assert_eq!(count(5), [1, 2, 3, 4, 5]);
         let over = Watch::of(Arc::new(AtomicBool::new(true)));
         assert_eq!(watched(&over, || count(5)), [0; 5]);
