@@ -227,3 +227,64 @@ impl DecoderLayer {
         })
     }
 }
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)] // a panic is how a test fails
+mod tests {
+    use super::*;
+    use crate::{Device, Model};
+
+    fn tokens(n: usize, seed: u32) -> Vec<u32> {
+        (0..n as u32).map(|i| 5 + (i * 7 + seed) % 90).collect()
+    }
+
+    /// The logits of the rows of one sequence behind 9 tokens, and the next token's.
+    fn ask(model: &Model, n: usize, seed: u32, rows: Rows) -> (Vec<f32>, Vec<f32>) {
+        let mut caches = [model.new_cache(), model.new_cache()];
+        let lists = [tokens(n, seed), tokens(7, seed + 3)];
+        let network = &model.inner.host.network;
+        let mut run = |lists: [&[u32]; 2], rows: [Rows; 2]| {
+            let parts = caches.iter_mut().zip(lists).zip(rows);
+            let mut batch: Vec<_> = parts
+                .map(|((cache, tokens), rows)| Part {
+                    tokens,
+                    cache,
+                    rows,
+                })
+                .collect();
+            network.forward_batch(&mut batch).unwrap()
+        };
+        run([&tokens(9, seed), &[1]], [Rows::None; 2]);
+        let logits = run([&lists[0], &lists[1]], [rows, Rows::None]);
+        (logits, run([&[3], &[4]], [Rows::Last; 2]))
+    }
+
+    fn near(got: &[f32], want: &[f32], what: &str) {
+        assert_eq!(got.len(), want.len(), "{what}");
+        for (got, want) in got.iter().zip(want) {
+            // One row is summed in another order than many.
+            assert!((got - want).abs() < 2e-5, "{what}: {got} {want}");
+        }
+    }
+
+    #[test]
+    fn rows_that_nobody_reads_change_nothing() {
+        let root = concat!(env!("CARGO_MANIFEST_DIR"), "/../conformance/models/");
+        for name in ["tied", "gqa7", "sliding", "moe", "dual_chunk"] {
+            let model = Model::builder(format!("{root}{name}")).device(Device::cpu());
+            let model = model.load().unwrap();
+            let vocab_size = model.config().vocab_size;
+            for n in [1, 6, 40] {
+                let (all, next) = ask(&model, n, 1, Rows::All);
+                assert_eq!(all.len(), n * vocab_size);
+                let tail = n.min(3);
+                for (rows, count) in [(Rows::None, 0), (Rows::Last, 1), (Rows::Tail(tail), tail)] {
+                    let (some, after) = ask(&model, n, 1, rows);
+                    let what = format!("{name}, {n}, {rows:?}");
+                    near(&some, &all[(n - count) * vocab_size..], &what);
+                    near(&after, &next, &what);
+                }
+            }
+        }
+    }
+}
