@@ -532,8 +532,8 @@ class Model:
         """
 
     def warmup(self) -> None:
-        """Readies the device for the first request: reads every weight once, or of a layer's experts those that
-        a few tokens visit, and has a GPU's driver compile the kernels for prompts of all lengths.
+        """Readies the device for the first request: reads every weight once, or of a layer's experts those
+        that a few tokens visit, and has a GPU's driver compile the kernels for prompts of all lengths.
         """
 
     def embed(self, prompt: Prompt, *, pooling: str = "mean") -> npt.NDArray[np.float32]:
