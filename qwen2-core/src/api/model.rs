@@ -315,13 +315,12 @@ impl Model {
             prefill_chunk,
             ..
         } = &self.inner.host;
-        let longest = match self.inner.device.is_gpu() {
-            true => *prefill_chunk,
-            false => WARM_TOKENS, // the kernels are there, and more tokens read no more weights
-        };
+        let is_gpu = self.inner.device.is_gpu();
+        // A processor's kernels are there: one prompt and one step read every weight.
+        let longest = if is_gpu { *prefill_chunk } else { WARM_TOKENS };
         let longest = longest.min(self.context_length() - 1).max(1);
-        // Kernels are chosen by the size of the batch.
-        let lengths = successors(Some(longest), |n| (*n > 1).then(|| n.div_ceil(4)));
+        // A GPU's are chosen by the size of the batch.
+        let lengths = successors(Some(longest), |n| (is_gpu && *n > 1).then(|| n.div_ceil(4)));
         let vocab_size = self.inner.config.vocab_size;
         let (mut cache, watch) = (self.new_cache(), cancel.watch());
         for n in lengths {
