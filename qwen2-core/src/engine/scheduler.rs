@@ -1,6 +1,8 @@
 //! Who is computed next: sequences join and leave at every step, prompts are read between the tokens of
 //! the others.
 
+mod running;
+
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Instant;
@@ -12,10 +14,10 @@ use super::worker::{Shared, Waiting};
 use super::{EngineStats, Settings};
 use crate::error::{Error, ErrorKind, Result};
 use crate::fence::fenced;
-use crate::generate::{FinishReason, Network, Piece, Sequence, Timings};
-use crate::model::cache::Cache;
+use crate::generate::{FinishReason, Sequence, Timings};
 use crate::model::{Part, Rows};
 use crate::ops::{Watch, watched};
+use running::Running;
 
 /// Tokens that a sequence may have to run to count as one that decodes, not reads.
 const FEW: usize = 16;
@@ -31,24 +33,6 @@ const LEFT: usize = 4;
 /// Steps behind those in which each prompt is read apart: who ends theirs then takes nobody else's work with
 /// it and is told without waiting for it, so that the others go on whoever comes and goes.
 const APART: usize = 3;
-
-/// A sequence that is computed.
-pub(super) struct Running {
-    network: Arc<Network>,
-    sequence: Sequence,
-    cache: Cache,
-    outlet: Outlet,
-    place: Place,
-    /// Whole pages at its start that the prefix tree has.
-    n_pinned: usize,
-    /// Its prompt is in the prefix tree.
-    shared: bool,
-    /// It was part of a batch that failed: it runs alone, so that it fails alone.
-    alone: bool,
-    started: Instant,
-    /// When its first token came.
-    first: Option<Instant>,
-}
 
 /// What one sequence runs in a step.
 #[derive(Clone, Copy)]
@@ -602,92 +586,6 @@ impl Scheduler {
         while self.used() > self.settings.cache_bytes && self.prefix.evict() {}
         self.report();
         running.tell(error);
-    }
-}
-
-impl Running {
-    pub(super) fn new(waiting: Waiting, place: Place) -> Self {
-        let Waiting { job, outlet } = waiting;
-        Self {
-            network: job.network,
-            sequence: job.sequence,
-            cache: job.cache,
-            outlet,
-            place,
-            n_pinned: 0,
-            shared: false,
-            alone: false,
-            started: Instant::now(),
-            first: None,
-        }
-    }
-
-    /// Hands on the token that was chosen and those that a constraint forces behind it, which the next
-    /// step reads together; returns how many.
-    fn take(&mut self, chosen: Result<Piece>) -> Result<u64> {
-        let mut n_tokens = 0;
-        let mut next = Some(chosen);
-        while let Some(piece) = next {
-            self.outlet.push(piece?);
-            n_tokens += 1;
-            next = self.sequence.forced();
-        }
-        Ok(n_tokens)
-    }
-
-    /// Tokens that no forward has seen.
-    fn pending(&self) -> usize {
-        self.sequence.tokens().len() - self.cache.n_tokens()
-    }
-
-    /// Bytes of its cache without what the prefix tree has.
-    fn own_bytes(&self) -> u64 {
-        self.cache.bytes() - self.cache.bytes_of_pages(self.n_pinned)
-    }
-
-    /// What a step of so many tokens is to give, alone in its batch or not.
-    fn rows(&self, n_tokens: usize, single: bool) -> Rows {
-        let is_last = n_tokens == self.pending();
-        match (is_last, single && self.sequence.screens()) {
-            _ if self.sequence.reads_prompt() => Rows::All,
-            (false, _) => Rows::None,
-            (true, true) => Rows::Screened,
-            (true, false) => Rows::Last,
-        }
-    }
-
-    fn part(&mut self, share: Share) -> Part<'_> {
-        let n_past = self.cache.n_tokens();
-        Part {
-            tokens: &self.sequence.tokens()[n_past..n_past + share.n_tokens],
-            cache: &mut self.cache,
-            rows: share.rows,
-        }
-    }
-
-    /// Gives what its cache holds to the prefix tree.
-    fn share(&mut self, prefix: &mut PrefixCache) {
-        let tokens = self.sequence.tokens();
-        self.n_pinned = prefix.add(&self.network, tokens, &self.cache, self.n_pinned);
-        self.shared = true;
-    }
-
-    /// Hands the result to the reader, once.
-    fn tell(&mut self, error: Option<Error>) {
-        self.outlet.end(match error {
-            Some(error) => Err(error),
-            None => {
-                let usage = self.sequence.usage();
-                let first = self.first.unwrap_or_else(Instant::now);
-                let timings = Timings::new(
-                    first - self.started,
-                    usage.prompt_tokens - usage.cached_tokens,
-                    first.elapsed(),
-                    usage.completion_tokens.saturating_sub(1),
-                );
-                Ok(self.sequence.take_generation(timings))
-            }
-        });
     }
 }
 
