@@ -120,7 +120,9 @@ impl Device {
         tracing::debug!(device = row.1, "opening");
         if self.would_crash() {
             return Err(self
-                .unavailable("only a software driver is here, and cubecl's SPIR-V crashes it")
+                .unavailable(
+                    "no GPU was found; drivers in software are not used, cubecl's SPIR-V crashes them",
+                )
                 .with_help("install the GPU's driver, or build with `wgpu` and without `vulkan`"));
         }
         let opened = fenced(|| {

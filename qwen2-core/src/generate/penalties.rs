@@ -56,6 +56,17 @@ impl Penalties {
         (!raises && !unbounded).then_some(self.logit_bias.len() + ends)
     }
 
+    /// Whether it changes no logit behind so many tokens of output.
+    #[cfg(feature = "gpu")]
+    pub(crate) fn is_idle(&self, n_output: usize) -> bool {
+        self.repetition == 1.0
+            && self.presence == 0.0
+            && self.frequency == 0.0
+            && self.logit_bias.is_empty()
+            && self.bad_words.is_empty()
+            && n_output >= self.min_new_tokens
+    }
+
     /// Whether it can leave no token at all.
     pub(crate) fn bans(&self) -> bool {
         !self.bad_words.is_empty() || self.min_new_tokens > 0

@@ -197,6 +197,26 @@ impl Sequence {
             && self.sampler.looks_at().saturating_add(lowers) <= SCREENED_TOKENS / 2
     }
 
+    /// Whether the next token is the one with the highest logit, and nobody looks at the others.
+    #[cfg(feature = "gpu")]
+    pub(crate) fn takes_best(&self) -> bool {
+        self.processor.is_none()
+            && self.guide.is_none()
+            && self.recorder.is_none()
+            && !self.reads_prompt()
+            && self.options.is_greedy()
+            && self.penalties.is_idle(self.usage.completion_tokens)
+    }
+
+    /// Takes the token that [`Self::takes_best`] asks for.
+    ///
+    /// # Errors
+    /// As [`Self::accept`].
+    #[cfg(feature = "gpu")]
+    pub(crate) fn take(&mut self, token: u32) -> Result<Piece> {
+        self.push(token)
+    }
+
     /// Whether it wants the logits of the prompt's tokens as well, from the first on: none of them may be
     /// taken from a cache then, and they go to [`Self::read_prompt`].
     pub(crate) fn reads_prompt(&self) -> bool {

@@ -1,5 +1,7 @@
 //! One forward of the network behind the panic fence: tokens in, logits on the host out.
 
+use burn::tensor::Tensor;
+
 use crate::error::{Error, ErrorKind, Result};
 use crate::fence::fenced;
 use crate::model::cache::Cache;
@@ -65,7 +67,7 @@ impl Network {
         // burn reports failures by panic; what the panic leaves behind are the caches, emptied below.
         let outcome = fenced(|| {
             self.threads.install(|| {
-                let Some(logits) = self.qwen2.forward_batch(batch)? else {
+                let Some(logits) = self.compute(batch)? else {
                     return Ok(Vec::new());
                 };
                 part("logits to host", || {
@@ -84,6 +86,49 @@ impl Network {
             batch.iter_mut().for_each(|part| part.cache.clear());
         }
         logits
+    }
+
+    fn compute(&self, batch: &mut [Part<'_>]) -> Result<Option<Tensor<2>>> {
+        #[cfg(feature = "gpu")]
+        if let [part] = &mut *batch
+            && let ([token], Rows::Last | Rows::Screened) = (part.tokens, part.rows)
+            && let Some(step) = self.qwen2.replay(*token, part.cache)?
+        {
+            return Ok(Some(step.logits()));
+        }
+        self.qwen2.forward_batch(batch)
+    }
+
+    /// The token with the highest logit behind `token`, which goes behind the cache, where the device itself
+    /// finds it; otherwise nothing has happened. It is so as well where there is no such token, for
+    /// [`Self::forward`] to show.
+    ///
+    /// # Errors
+    /// As [`Self::forward`].
+    #[cfg(feature = "gpu")]
+    pub(crate) fn best(&self, token: u32, cache: &mut Cache) -> Result<Option<u32>> {
+        self.check_process()?;
+        let n_past = cache.n_tokens();
+        let outcome = fenced(|| {
+            let Some(step) = self.qwen2.replay(token, cache)? else {
+                return Ok(None);
+            };
+            let data = step.best().try_into_data();
+            let data = data.map_err(|error| failed(&format!("{error:?}")))?;
+            let best = data.as_slice::<i32>().ok().and_then(|best| best.first());
+            let best = best.and_then(|best| u32::try_from(*best).ok());
+            if let Some(best) = best {
+                step.follow(best, n_past + 1);
+            }
+            Ok(best)
+        });
+        let best = outcome.unwrap_or_else(|panic| Err(failed(&panic)));
+        match &best {
+            Ok(None) => cache.truncate(n_past),
+            Err(error) if error.kind() == ErrorKind::DeviceFailed => cache.clear(),
+            _ => {}
+        }
+        best
     }
 }
 

@@ -110,6 +110,10 @@ impl Run {
             return piece.map(Some);
         }
         self.started = true;
+        #[cfg(feature = "gpu")]
+        if let Some(token) = self.best(cache)? {
+            return self.sequence.take(token).map(Some);
+        }
         match self.logits(cache) {
             Ok(()) => {}
             // Whatever came of it: the caller asked for an end, not for an error.
@@ -128,6 +132,36 @@ impl Run {
         let accepted = self.ahead.follow(self.sequence.tokens());
         self.sequence.count_drafts(0, accepted);
         Ok(Some(piece))
+    }
+
+    /// The next token, where the device finds it itself: the likeliest, and nothing is to change the logits.
+    ///
+    /// # Errors
+    /// Those of the forward.
+    #[cfg(feature = "gpu")]
+    fn best(&mut self, cache: &mut Cache) -> Result<Option<u32>> {
+        let tokens = self.sequence.tokens();
+        let takes = self.proposer.is_none()
+            && self.sequence.takes_best()
+            && self.sequence.interruption().is_none()
+            && self.ahead.row(tokens).is_none();
+        if !takes {
+            return Ok(None);
+        }
+        let network = &self.host.network;
+        self.ahead.settle(cache);
+        network.qwen2.ready(cache, tokens.len());
+        let Some((last, before)) = tokens.split_last() else {
+            return Ok(None);
+        };
+        if cache.n_tokens() != before.len() {
+            return Ok(None);
+        }
+        let best = network.best(*last, cache)?;
+        if best.is_some() {
+            self.ahead = Ahead::new(tokens.len(), Vec::new(), Vec::new());
+        }
+        Ok(best)
     }
 
     /// Sees to the logits behind the sequence: they are here, or what the cache has not seen runs, in

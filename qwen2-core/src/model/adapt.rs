@@ -30,6 +30,10 @@ impl Qwen2 {
             adapters: Vec::new(),
         };
         let mut adapted = self.clone();
+        #[cfg(feature = "gpu")]
+        {
+            adapted.is_replayed = false; // its products are chosen by trial
+        }
         adapted.each_linear(&mut |name, linear| {
             let Some(delta) = get(&format!("{name}.weight")) else {
                 return;

@@ -2,7 +2,7 @@
 
 use burn::tensor::Tensor;
 
-use super::{Lane, joined};
+use super::{At, Lane, joined};
 use crate::ops::{self, Linear, RmsNorm, Visible};
 use crate::profile::part;
 
@@ -17,6 +17,12 @@ pub(crate) struct Attention {
 }
 
 impl Attention {
+    /// Heads of queries.
+    #[cfg(feature = "gpu")]
+    pub(super) fn heads(&self, head_dim: usize) -> usize {
+        self.q_proj.out_features() / head_dim
+    }
+
     /// `h + attention(norm(h))`, `[n_out, hidden]`, of the rows that go on, nothing for none; the new keys
     /// and values of all go to the caches of the lanes.
     pub(super) fn forward(
@@ -57,13 +63,22 @@ impl Attention {
 
     /// The rows of one lane that go on, `[n_out, heads · head_dim]`; nothing for none.
     fn attend(&self, qkv: Tensor<2>, lane: &mut Lane<'_>) -> Option<Tensor<2>> {
-        let (n_past, chunk) = (lane.n_past, lane.tables.chunk);
         let (n, n_out) = (lane.rows.len(), lane.n_out);
         let Some(cache) = lane.layers.next() else {
             unreachable!("a cache has every layer");
         };
+        let (n_past, tables) = match &lane.at {
+            At::Past { n_past, tables } => (*n_past, tables),
+            #[cfg(feature = "gpu")]
+            At::Place(place) => {
+                let q = part("rope, cache", || cache.append_at(qkv, place));
+                let window = self.sliding_window;
+                return Some(part("attention", || cache.attention_at(q, place, window)));
+            }
+        };
+        let chunk = tables.chunk;
         // [rotations · n, heads, head_dim]
-        let q = part("rope, cache", || cache.append(qkv, &lane.tables, n_past));
+        let q = part("rope, cache", || cache.append(qkv, tables, n_past));
         // Chunks take each query in several rotations, which lie one behind the other.
         let early = if chunk.is_none() { n - n_out } else { 0 };
         if n_out == 0 {

@@ -1,9 +1,13 @@
 //! The keys and values of one sequence, in pages that come as it grows.
 
 use std::ops::Range;
+#[cfg(feature = "gpu")]
+use std::sync::Arc;
 
 use burn::tensor::{Device, Tensor};
 
+#[cfg(feature = "gpu")]
+use super::replay::Replay;
 use crate::error::{Error, ErrorKind, Result};
 use crate::ops::{self, CACHE_BLOCK, CacheFormat, KeyValues, PAGE, RopeTables};
 
@@ -22,6 +26,11 @@ pub(crate) struct Cache {
     long: bool,
     context_length: usize,
     shape: CacheShape,
+    #[cfg(feature = "gpu")]
+    pub(super) replay: Replay,
+    /// One for all caches that share buffers.
+    #[cfg(feature = "gpu")]
+    buffers: Arc<()>,
 }
 
 /// What the buffers of every layer have in common.
@@ -51,6 +60,31 @@ impl Cache {
             long: false,
             context_length,
             shape,
+            #[cfg(feature = "gpu")]
+            replay: Replay::default(),
+            #[cfg(feature = "gpu")]
+            buffers: Arc::default(),
+        }
+    }
+
+    /// Whether another cache has the same buffers; a write gives this one its own.
+    #[cfg(feature = "gpu")]
+    pub(super) fn is_shared(&self) -> bool {
+        Arc::strong_count(&self.buffers) > 1
+    }
+
+    /// Positions that it has room for.
+    #[cfg(feature = "gpu")]
+    pub(super) fn capacity(&self) -> usize {
+        self.capacity
+    }
+
+    /// Forgets a recorded step, as buffers change, or what it computes with.
+    fn forget_replay(&mut self) {
+        #[cfg(feature = "gpu")]
+        {
+            self.replay = Replay::default();
+            self.buffers = Arc::default();
         }
     }
 
@@ -77,6 +111,7 @@ impl Cache {
     /// Changes the rotations, and so forgets what was computed with others.
     pub(crate) fn set_long(&mut self, long: bool) {
         if self.long != long {
+            self.forget_replay();
             self.long = long;
             self.n_tokens = 0;
         }
@@ -155,6 +190,7 @@ impl Cache {
     }
 
     fn grow(&mut self, needed: usize) {
+        self.forget_replay();
         self.layers
             .resize_with(self.shape.num_hidden_layers, LayerCache::default);
         if let Some(page) = self.page_capacity() {
@@ -192,6 +228,13 @@ impl Cache {
 
     /// Counts `n` positions that every layer has written.
     pub(crate) fn advance(&mut self, n: usize) {
+        #[cfg(feature = "gpu")]
+        {
+            if self.is_shared() {
+                self.forget_replay(); // written, the buffers are its own
+            }
+            self.replay.count(n);
+        }
         self.n_tokens += n;
     }
 
@@ -244,6 +287,7 @@ impl Cache {
 
     /// Forgets everything, buffers included: what is left after a failure in mid-write.
     pub(crate) fn clear(&mut self) {
+        self.forget_replay();
         self.layers.clear();
         self.n_tokens = 0;
         self.capacity = 0;
@@ -313,6 +357,23 @@ impl LayerCache {
 
     pub(crate) fn pages(&self) -> &[KeyValues] {
         &self.0
+    }
+
+    /// As [`Self::append`], for one token, where the device says, into the one page that nobody else holds.
+    #[cfg(feature = "gpu")]
+    pub(super) fn append_at(&mut self, qkv: Tensor<2>, place: &ops::Place) -> Tensor<3> {
+        ops::append_at(qkv, place, &self.0[0])
+    }
+
+    /// Attention of the queries of [`Self::append_at`].
+    #[cfg(feature = "gpu")]
+    pub(super) fn attention_at(
+        &self,
+        q: Tensor<3>,
+        place: &ops::Place,
+        window: Option<usize>,
+    ) -> Tensor<2> {
+        ops::attention_at(q, &self.0[0], place, window)
     }
 
     /// The page that holds these positions, and where. Pages are of [`PAGE`] positions, or there is one.

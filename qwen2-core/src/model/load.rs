@@ -48,8 +48,12 @@ pub(crate) fn load(
     } = settings;
     let mut source = Source { device, get };
     let embed_tokens = source.matrix("model.embed_tokens.weight")?;
+    #[cfg(feature = "gpu")]
+    let stacks = ops::on_gpu(&embed_tokens);
+    #[cfg(not(feature = "gpu"))]
+    let stacks = false;
     let layers = (0..config.num_hidden_layers)
-        .map(|index| layer(config, &mut source, index))
+        .map(|index| layer(config, &mut source, index, stacks))
         .collect::<Result<_>>()?;
     let norm = source.norm("model.norm", config.rms_norm_eps)?;
     let lm_head = if tied {
@@ -62,7 +66,7 @@ pub(crate) fn load(
         source.linear("lm_head", false)?
     };
     let screen = screened.then(|| source.matrix(SCREEN)).transpose()?;
-    Ok(Qwen2 {
+    let qwen2 = Qwen2 {
         embed_tokens,
         layers,
         norm,
@@ -76,10 +80,24 @@ pub(crate) fn load(
             format: cache_format,
             device: device.clone(),
         },
-    })
+        #[cfg(feature = "gpu")]
+        is_replayed: false,
+    };
+    #[cfg(feature = "gpu")]
+    let qwen2 = Qwen2 {
+        is_replayed: qwen2.is_replayable(),
+        ..qwen2
+    };
+    Ok(qwen2)
 }
 
-fn layer(config: &ModelConfig, source: &mut Source<'_>, index: usize) -> Result<DecoderLayer> {
+/// `stacks`: the experts go into one piece.
+fn layer(
+    config: &ModelConfig,
+    source: &mut Source<'_>,
+    index: usize,
+    stacks: bool,
+) -> Result<DecoderLayer> {
     let at = |name: &str| format!("model.layers.{index}.{name}");
     Ok(DecoderLayer {
         input_layernorm: source.norm(&at("input_layernorm"), config.rms_norm_eps)?,
@@ -94,22 +112,69 @@ fn layer(config: &ModelConfig, source: &mut Source<'_>, index: usize) -> Result<
             .norm(&at("post_attention_layernorm"), config.rms_norm_eps)?,
         mlp: match config.moe.as_ref().filter(|moe| moe.is_sparse(index)) {
             None => FeedForward::Dense(Box::new(source.mlp(&at("mlp"))?)),
-            Some(moe) => FeedForward::Sparse(Box::new(experts(moe, source, &at("mlp"))?)),
+            Some(moe) => FeedForward::Sparse(Box::new(experts(moe, source, &at("mlp"), stacks)?)),
         },
     })
 }
 
-fn experts(config: &MoeConfig, source: &mut Source<'_>, prefix: &str) -> Result<Moe> {
+fn experts(config: &MoeConfig, source: &mut Source<'_>, prefix: &str, stacks: bool) -> Result<Moe> {
+    let router = source.linear(&format!("{prefix}.gate"), false)?;
+    let names = (0..config.num_experts).map(|expert| format!("{prefix}.experts.{expert}"));
+    let names: Vec<String> = names.collect();
+    let mut stack = None;
+    let experts = match stacks {
+        true => {
+            let each = ["gate_proj", "up_proj", "down_proj"];
+            let [gates, ups, downs] = each.map(|name| source.stack(&names, name));
+            let (gates, ups, downs) = (gates?, ups?, downs?);
+            if let (Some(gate), Some(up), Some(down)) = (gates.all, ups.all, downs.all) {
+                stack = Some((gate, up, down));
+            }
+            let triples = gates.each.into_iter().zip(ups.each).zip(downs.each);
+            triples
+                .map(|((gate, up), down)| Mlp {
+                    gate_proj: plain(gate),
+                    up_proj: plain(up),
+                    down_proj: plain(down),
+                })
+                .collect()
+        }
+        false => {
+            let each = names.iter().map(|name| source.mlp(name));
+            each.collect::<Result<_>>()?
+        }
+    };
+    #[cfg(not(feature = "gpu"))]
+    let _ = stack;
     Ok(Moe {
-        router: source.linear(&format!("{prefix}.gate"), false)?,
-        experts: (0..config.num_experts)
-            .map(|expert| source.mlp(&format!("{prefix}.experts.{expert}")))
-            .collect::<Result<_>>()?,
+        router,
+        experts,
+        #[cfg(feature = "gpu")]
+        stack: stack.map(|(gate, up, down)| ops::Stack {
+            count: config.num_experts,
+            gate,
+            up,
+            down,
+        }),
         shared_expert: source.mlp(&format!("{prefix}.shared_expert"))?,
         shared_expert_gate: source.linear(&format!("{prefix}.shared_expert_gate"), false)?,
         num_experts_per_tok: config.num_experts_per_tok,
         norm_topk_prob: config.norm_topk_prob,
     })
+}
+
+fn plain(weight: Weight) -> Linear {
+    Linear {
+        weight,
+        bias: None,
+        adapters: Vec::new(),
+    }
+}
+
+/// Matrices behind each other, if they are alike, and each of them: views of it then.
+struct Stacked {
+    all: Option<Weight>,
+    each: Vec<Weight>,
 }
 
 /// A tensor as it is to be kept.
@@ -121,6 +186,15 @@ pub(crate) enum Kept {
 }
 
 impl Kept {
+    /// Whether both are of one shape and kept alike.
+    fn is_like(&self, other: &Self) -> bool {
+        match (self, other) {
+            (Self::Dense(a), Self::Dense(b)) => a.dtype() == b.dtype() && a.shape() == b.shape(),
+            (Self::Packed(a, _), Self::Packed(b, _)) => a == b,
+            _ => false,
+        }
+    }
+
     /// All of it.
     pub(crate) fn bytes(&self) -> &[u8] {
         match self {
@@ -137,7 +211,42 @@ struct Source<'a> {
 
 impl Source<'_> {
     fn matrix(&mut self, name: &str) -> Result<Weight> {
-        Ok(match (self.get)(name)? {
+        let kept = (self.get)(name)?;
+        Ok(self.put(kept))
+    }
+
+    /// The weights `name` of all `prefixes`.
+    fn stack(&mut self, prefixes: &[String], name: &str) -> Result<Stacked> {
+        let get = |prefix| (self.get)(&format!("{prefix}.{name}.weight"));
+        let kept = prefixes.iter().map(get).collect::<Result<Vec<_>>>()?;
+        let n = kept.len();
+        let alike = kept.windows(2).all(|pair| pair[0].is_like(&pair[1]));
+        if n < 2 || !alike {
+            return Ok(Stacked {
+                all: None,
+                each: kept.into_iter().map(|kept| self.put(kept)).collect(),
+            });
+        }
+        let mut bytes = Vec::with_capacity(n * kept[0].bytes().len());
+        kept.iter()
+            .for_each(|kept| bytes.extend_from_slice(kept.bytes()));
+        let bytes = Bytes::from_bytes_vec(bytes);
+        let all = self.put(match &kept[0] {
+            Kept::Dense(data) => {
+                let shape = [n * data.shape()[0], data.shape()[1]];
+                Kept::Dense(TensorData::from_bytes(bytes, shape, data.dtype()))
+            }
+            Kept::Packed(shape, _) => Kept::Packed(*shape, bytes),
+        });
+        Ok(Stacked {
+            each: (0..n).map(|index| all.part(index, n)).collect(),
+            all: Some(all),
+        })
+    }
+
+    /// A matrix on the device; a packed one may be several of its shape.
+    fn put(&self, kept: Kept) -> Weight {
+        match kept {
             Kept::Dense(data) => {
                 let dtype = data.dtype();
                 Weight::Dense(ops::settled(Tensor::from_data(data, (self.device, dtype))))
@@ -148,13 +257,14 @@ impl Source<'_> {
                     true => (DType::U8, 1),
                     false => (DType::U32, 4),
                 };
-                let data = TensorData::from_bytes(bytes, [shape.bytes() / size], dtype);
+                let n = bytes.len() / size;
+                let data = TensorData::from_bytes(bytes, [n], dtype);
                 Weight::Packed {
                     shape,
                     bytes: Tensor::from_data(data, (self.device, dtype)),
                 }
             }
-        })
+        }
     }
 
     fn linear(&mut self, name: &str, bias: bool) -> Result<Linear> {

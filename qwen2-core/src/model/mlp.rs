@@ -14,7 +14,11 @@ pub(crate) struct Mlp {
 impl Mlp {
     /// `h + mlp(norm(h))`, `[n, hidden]`.
     pub(crate) fn forward(&self, h: Tensor<2>, norm: &RmsNorm) -> Tensor<2> {
-        let matrices = [&self.gate_proj, &self.up_proj, &self.down_proj];
-        ops::mlp(h, norm, matrices)
+        ops::mlp(h, norm, self.linears())
+    }
+
+    /// Gate, up and down.
+    pub(super) fn linears(&self) -> [&Linear; 3] {
+        [&self.gate_proj, &self.up_proj, &self.down_proj]
     }
 }

@@ -11,6 +11,8 @@ mod fingerprint;
 mod load;
 mod mlp;
 mod moe;
+#[cfg(feature = "gpu")]
+pub(crate) mod replay;
 mod rope;
 
 use std::ops::Range;
@@ -41,6 +43,9 @@ pub(crate) struct Qwen2 {
     screen: Option<Weight>,
     rope: Rope,
     cache_shape: CacheShape,
+    /// Whether decode steps are recorded and replayed.
+    #[cfg(feature = "gpu")]
+    is_replayed: bool,
 }
 
 #[derive(Clone, Debug)]
@@ -103,9 +108,17 @@ struct Lane<'a> {
     /// How many of them, the last ones, go on behind the attention of the layer at hand: all, but for the last
     /// layer, whose other rows nobody reads.
     n_out: usize,
-    n_past: usize,
-    tables: RopeTables,
+    at: At,
     layers: std::slice::IterMut<'a, LayerCache>,
+}
+
+/// Where the rows of a lane go.
+enum At {
+    /// Behind so many positions.
+    Past { n_past: usize, tables: RopeTables },
+    /// A single one, where the device says.
+    #[cfg(feature = "gpu")]
+    Place(ops::Place),
 }
 
 impl Qwen2 {
@@ -134,8 +147,10 @@ impl Qwen2 {
             Lane {
                 rows: end - n..end,
                 n_out: n,
-                n_past,
-                tables: self.rope.tables(n_past, n, long, device),
+                at: At::Past {
+                    n_past,
+                    tables: self.rope.tables(n_past, n, long, device),
+                },
                 layers: layers.iter_mut(),
             }
         });

@@ -14,6 +14,9 @@ pub(crate) struct Moe {
     /// `mlp.gate`, `[num_experts, hidden]`.
     pub(crate) router: Linear,
     pub(crate) experts: Vec<Mlp>,
+    /// The same matrices in one piece, where kernels choose the experts.
+    #[cfg(feature = "gpu")]
+    pub(crate) stack: Option<ops::Stack>,
     pub(crate) shared_expert: Mlp,
     /// `[1, hidden]`; its sigmoid is what the shared expert counts.
     pub(crate) shared_expert_gate: Linear,
@@ -25,11 +28,37 @@ pub(crate) struct Moe {
 impl Moe {
     /// `h + moe(norm(h))`, `[n, hidden]`.
     pub(crate) fn forward(&self, h: Tensor<2>, norm: &RmsNorm) -> Tensor<2> {
+        #[cfg(feature = "gpu")]
+        if let Some(mixture) = self.mixture()
+            && ops::takes_mixture(&h, &mixture)
+        {
+            return part("experts, add", || ops::mixture(h, norm, &mixture));
+        }
         let visits = part("norm, router", || {
             let scores = ops::project(&h, norm, [&self.router, &self.shared_expert_gate]);
             self.visits(scores)
         });
         part("experts, add", || ops::experts(h, norm, visits))
+    }
+
+    /// The layer as kernels take it that choose experts themselves; adapters are beside the matrices.
+    #[cfg(feature = "gpu")]
+    fn mixture(&self) -> Option<ops::Mixture<'_>> {
+        let stack = self.stack.as_ref()?;
+        let mlp = |mlp: &Mlp| mlp.linears().into_iter().all(is_plain);
+        let is_plain = [&self.router, &self.shared_expert_gate]
+            .into_iter()
+            .all(is_plain)
+            && mlp(&self.shared_expert)
+            && self.experts.iter().all(mlp);
+        is_plain.then(|| ops::Mixture {
+            router: &self.router,
+            shared_gate: &self.shared_expert_gate,
+            stack,
+            shared: self.shared_expert.linears(),
+            num_experts_per_tok: self.num_experts_per_tok,
+            norm_topk_prob: self.norm_topk_prob,
+        })
     }
 
     /// Who visits whom, by the scores of the router and the shared gate, `[n, num_experts + 1]`.
@@ -77,6 +106,11 @@ impl Moe {
             .map(|expert| (expert, exps[expert] / divisor));
         weighed.collect()
     }
+}
+
+#[cfg(feature = "gpu")]
+fn is_plain(linear: &Linear) -> bool {
+    linear.adapters.is_empty()
 }
 
 impl Route {

@@ -75,12 +75,29 @@ impl Rope {
             .is_some_and(|(trained, _)| n_tokens > *trained)
     }
 
-    /// Cosines and sines of the positions `start..start + n`; `long` as [`Self::is_long`] tells.
-    pub(crate) fn tables(&self, start: usize, n: usize, long: bool, device: &Device) -> RopeTables {
-        let frequencies = match &self.beyond {
+    /// Whether queries are rotated in several ways.
+    #[cfg(feature = "gpu")]
+    pub(crate) fn is_chunked(&self) -> bool {
+        self.chunks.is_some()
+    }
+
+    /// Cosines and sines of the first `n` positions, where queries are rotated as keys are.
+    #[cfg(feature = "gpu")]
+    pub(crate) fn whole(&self, n: usize, long: bool, device: &Device) -> Angles {
+        let positions = (0..n).map(|p| (p, 1.0));
+        self.frequencies(long).angles(positions, device)
+    }
+
+    fn frequencies(&self, long: bool) -> &Frequencies {
+        match &self.beyond {
             Some((_, frequencies)) if long => frequencies,
             _ => &self.usual,
-        };
+        }
+    }
+
+    /// Cosines and sines of the positions `start..start + n`; `long` as [`Self::is_long`] tells.
+    pub(crate) fn tables(&self, start: usize, n: usize, long: bool, device: &Device) -> RopeTables {
+        let frequencies = self.frequencies(long);
         let positions = start..start + n;
         let Some(chunks) = self.chunks else {
             let angles = frequencies.angles(positions.map(|p| (p, 1.0)), device);

@@ -36,6 +36,25 @@ pub(crate) enum Weight {
     },
 }
 
+impl Weight {
+    /// One of `n` matrices behind each other; the shape of packed ones is that of one.
+    pub(crate) fn part(&self, index: usize, n: usize) -> Self {
+        match self {
+            Self::Dense(all) => {
+                let rows = all.dims()[0] / n;
+                Self::Dense(all.clone().narrow(0, index * rows, rows))
+            }
+            Self::Packed { shape, bytes } => {
+                let len = bytes.dims()[0] / n;
+                Self::Packed {
+                    shape: *shape,
+                    bytes: bytes.clone().narrow(0, index * len, len),
+                }
+            }
+        }
+    }
+}
+
 /// Root mean square norm (arXiv:1910.07467) over the last dimension.
 #[derive(Debug, Clone)]
 pub(crate) struct RmsNorm {

@@ -18,12 +18,20 @@ pub(crate) mod watch;
 
 use std::sync::{Mutex, PoisonError};
 
+#[cfg(feature = "gpu")]
+use burn::tensor::Int;
 use burn::tensor::Tensor;
 
 use crate::profile::part;
 
 #[cfg(feature = "gpu")]
 pub(crate) use gpu::check;
+#[cfg(feature = "gpu")]
+pub(crate) use gpu::replay;
+#[cfg(feature = "gpu")]
+pub(crate) use gpu::{
+    append_at, attention_at, embed_at, embeds_places, mixture, on_gpu, takes_mixture, takes_places,
+};
 pub(crate) use key_values::{CACHE_BLOCK, CacheFormat, KeyValues, PAGE};
 pub(crate) use linear::{Linear, RmsNorm, Weight};
 pub(crate) use low_rank::LowRank;
@@ -46,6 +54,19 @@ pub(crate) struct RopeTables {
 pub(crate) struct Angles {
     pub(crate) cos: Tensor<2>,
     pub(crate) sin: Tensor<2>,
+}
+
+/// Where the token of a decode step is, as kernels find it on the device: so a step that was recorded is
+/// computed again at the next place.
+#[cfg(feature = "gpu")]
+#[derive(Clone, Debug)]
+pub(crate) struct Place {
+    /// `[1]`
+    pub(crate) token: Tensor<1, Int>,
+    /// `[1]`: positions in the cache before it.
+    pub(crate) n_past: Tensor<1, Int>,
+    /// Of all positions that the cache has room for.
+    pub(crate) angles: Angles,
 }
 
 /// `norm(x)` times each matrix, side by side: `x` `[n, in]` f32, result `[n, out + out…]` f32.
@@ -159,6 +180,33 @@ pub(crate) struct Visit<'a> {
     pub(crate) route: Route,
 }
 
+/// The matrices of a layer's experts, all of one shape, each kind behind each other in one buffer: what
+/// kernels of GPUs choose from by themselves.
+#[cfg(feature = "gpu")]
+#[derive(Clone, Debug)]
+pub(crate) struct Stack {
+    /// The experts.
+    pub(crate) count: usize,
+    /// `[count · intermediate, hidden]`; the shape of a packed one is that of an expert.
+    pub(crate) gate: Weight,
+    pub(crate) up: Weight,
+    /// `[count · hidden, intermediate]`.
+    pub(crate) down: Weight,
+}
+
+/// A mixture of experts that are chosen where they are computed; see [`experts`].
+#[cfg(feature = "gpu")]
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Mixture<'a> {
+    pub(crate) router: &'a Linear,
+    pub(crate) shared_gate: &'a Linear,
+    pub(crate) stack: &'a Stack,
+    /// Gate, up and down of the expert that all tokens visit.
+    pub(crate) shared: [&'a Linear; 3],
+    pub(crate) num_experts_per_tok: usize,
+    pub(crate) norm_topk_prob: bool,
+}
+
 /// A mixture of experts with its residual: `h[t] + Σ weight · down(silu(gate(x[t])) · up(x[t]))` with
 /// `x = norm(h)`, over the visits that token `t` is part of; `h` `[n, hidden]`. Experts without tokens
 /// are left out by the caller.
@@ -229,7 +277,7 @@ pub(crate) fn settled(matrix: Tensor<2>) -> Tensor<2> {
 /// Rows `tokens` of a matrix as f32, `[n, in_features]`: the matrix as an embedding table.
 pub(crate) fn embed(table: &Weight, tokens: &[u32]) -> Tensor<2> {
     #[cfg(feature = "gpu")]
-    if gpu::holds(table) {
+    if gpu::on_gpu(table) {
         return gpu::embed(table, tokens);
     }
     match table {

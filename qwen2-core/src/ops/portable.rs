@@ -345,7 +345,10 @@ fn mask(n: usize, n_total: usize, visible: Visible, device: &Device) -> Tensor<4
 }
 
 pub(crate) fn embed(table: &Tensor<2>, tokens: &[u32]) -> Tensor<2> {
-    let ids = ids(tokens, &table.device());
+    embed_ids(table, ids(tokens, &table.device()))
+}
+
+pub(super) fn embed_ids(table: &Tensor<2>, ids: Tensor<1, Int>) -> Tensor<2> {
     table.clone().select(0, ids).cast(DType::F32)
 }
 

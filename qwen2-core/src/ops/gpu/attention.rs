@@ -25,6 +25,8 @@ pub(super) struct AttentionPlan {
     pub(super) head_dim: usize,
     /// Whether there are several cubes for a query.
     pub(super) split: bool,
+    /// The position is read from the device, and the length of a split follows from it.
+    pub(super) placed: bool,
     pub(super) planes: bool,
 }
 
@@ -41,12 +43,14 @@ pub(super) struct Span {
 }
 
 /// Cube (split, key head, query): `q` and `out` `[n, kv_heads, group, head_dim]`. With splits, `out` has
-/// them in front of `head_dim`, not yet divided, and `stats` the greatest score and the sum of each.
+/// them in front of `head_dim`, not yet divided, and `stats` the greatest score and the sum of each; where
+/// the plan is `placed`, the last ones may have no positions.
 #[cube(launch_unchecked)]
 pub(super) fn attend<F: Float>(
     q: &[Four],
     keys: &[Vector<F, Const<4>>],
     values: &[Vector<F, Const<4>>],
+    place: &[u32],
     out: &mut [Four],
     stats: &mut [f32],
     span: Span,
@@ -64,11 +68,23 @@ pub(super) fn attend<F: Float>(
     let split = CUBE_POS_X as usize;
     let from_query = (t * kv_heads + head) * group;
 
-    let last = span.n_past as usize + t + 1;
+    let n_past = if comptime!(plan.placed) {
+        place[0] as usize
+    } else {
+        span.n_past as usize
+    };
+    let last = n_past + t + 1;
     let window = span.window as usize;
+    let length = if comptime!(plan.placed) {
+        let seen = clamp_max(n_past + CUBE_COUNT_Z as usize, window);
+        let share = (seen + splits - 1) / splits;
+        (share + comptime!(TILE - 1)) / TILE * TILE
+    } else {
+        span.length as usize
+    };
     let visible = select(last > window, last - clamp_max(window, last), 0usize);
-    let first = visible + split * span.length as usize;
-    let end = clamp_max(first + span.length as usize, last);
+    let first = visible + split * length;
+    let end = clamp_max(first + length, last);
     let buffer = head * span.capacity as usize;
 
     let mut queries = Shared::<[Four]>::new_slice(comptime!(plan.group * plan.head_dim / 4));

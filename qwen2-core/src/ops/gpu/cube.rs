@@ -11,7 +11,7 @@ use burn_cubecl::tensor::CubeTensor;
 use super::attention::{self, AttentionPlan, MAX_SPLITS, SpanLaunch, TILE};
 use super::reduce::{UNITS, has_planes};
 use super::{cache, norm};
-use crate::ops::{Angles, RmsNorm, Visible};
+use crate::ops::{Angles, Place, RmsNorm};
 
 /// Whether the tensor lives where these kernels run.
 pub(crate) fn takes<const D: usize>(x: &Tensor<D>) -> bool {
@@ -53,6 +53,14 @@ impl<const D: usize> IntoDispatch for Tensor<D, burn::tensor::Int> {
     fn into_dispatch_tensor(self) -> DispatchTensor {
         self.into_dispatch()
     }
+}
+
+/// An integer tensor of the buffer.
+pub(super) fn integers(cube: CubeTensor) -> Tensor<1, burn::tensor::Int> {
+    Tensor::from_dispatch(DispatchTensor {
+        kind: DispatchTensorKind::Cube(BackendTensor::Int(cube)),
+        autodiff: DispatchAutodiffContext::Disabled,
+    })
 }
 
 /// A float tensor of the buffer.
@@ -134,34 +142,68 @@ pub(super) fn silu_times(gate: Tensor<2>, up: Tensor<2>) -> Tensor<2> {
     tensor(out)
 }
 
-/// Rotated queries `[n, heads, head_dim]`, and the caches with the new keys and values.
+/// Where new tokens go: behind so many positions, or behind those that `place` says, on the device.
+#[derive(Clone, Copy)]
+pub(super) enum Start<'a> {
+    At(usize),
+    Placed(&'a Place),
+}
+
+impl Start<'_> {
+    /// What a kernel reads where it is placed, else something that is there.
+    fn buffer(self, other: &CubeTensor) -> CubeTensor {
+        match self {
+            Self::At(_) => other.clone(),
+            Self::Placed(place) => cube(place.n_past.clone()),
+        }
+    }
+
+    fn is_placed(self) -> bool {
+        matches!(self, Self::Placed(_))
+    }
+
+    fn known(self) -> usize {
+        match self {
+            Self::At(start) => start,
+            Self::Placed(_) => 0,
+        }
+    }
+}
+
+/// Rotated queries `[n, heads, head_dim]`, and the caches with the new keys and values. Placed, they are
+/// written where they are, and the caller sees to it that nobody else holds them.
 pub(super) fn rope_append(
     qkv: Tensor<2>,
     angles: &Angles,
     keys: Tensor<3>,
     values: Tensor<3>,
-    start: usize,
+    start: Start<'_>,
 ) -> (Tensor<3>, Tensor<3>, Tensor<3>) {
     let [kv_heads, capacity, head_dim] = keys.dims();
     let [n, width] = qkv.dims();
     let heads = width / head_dim - 2 * kv_heads;
     let qkv = cube(qkv);
     let (cos, sin) = (cube(angles.cos.clone()), cube(angles.sin.clone()));
-    let (keys, values) = (own(cube(keys)), own(cube(values)));
+    let (keys, values) = match start {
+        Start::At(_) => (own(cube(keys)), own(cube(values))),
+        Start::Placed(_) => (cube(keys), cube(values)),
+    };
     let q = empty(&qkv, [n, heads, head_dim], DType::F32);
     let total = n * (heads + 2 * kv_heads) * head_dim / 2;
     let client = qkv.client.clone();
     let dim = CubeDim::new_1d(UNITS as u32);
     // SAFETY: a unit below `total` has two elements of a head of `qkv` to itself, and writes them to `q`
-    // or to position `start + t` of a cache; the caller made room for `n` positions from `start` on.
+    // or to position `start + t` of a cache; the caller made room for `n` positions from `start` on, and
+    // placed angles have a row for each position of the caches.
     unsafe {
         cache::rope_append::launch_unchecked(
             &client,
             calculate_cube_count_elemwise(&client, total, dim),
             dim,
-            qkv.into_buffer_arg(),
+            qkv.clone().into_buffer_arg(),
             cos.into_buffer_arg(),
             sin.into_buffer_arg(),
+            start.buffer(&qkv).into_buffer_arg(),
             q.clone().into_buffer_arg(),
             keys.clone().into_buffer_arg(),
             values.clone().into_buffer_arg(),
@@ -169,8 +211,9 @@ pub(super) fn rope_append(
             kv_heads as u32,
             head_dim as u32 / 2,
             capacity as u32,
-            start as u32,
+            start.known() as u32,
             total as u32,
+            start.is_placed(),
             elem(keys.dtype),
         );
     }
@@ -180,19 +223,26 @@ pub(super) fn rope_append(
 /// Cubes that fill a large device.
 const MANY_CUBES: usize = 512;
 
-/// `q` `[n, heads, head_dim]` over the positions up to each; the result is `[n, heads · head_dim]`.
+/// `q` `[n, heads, head_dim]`, which goes on behind `start`, over the positions up to each that `window` leaves;
+/// the result is `[n, heads · head_dim]`.
 pub(super) fn attend(
     q: Tensor<3>,
     keys: &Tensor<3>,
     values: &Tensor<3>,
-    visible: Visible,
+    start: Start<'_>,
+    window: Option<usize>,
 ) -> Tensor<2> {
     let [n, heads, head_dim] = q.dims();
     let [kv_heads, capacity, _] = keys.dims();
     let q = cube(q);
     let (keys, values) = (cube(keys.clone()), cube(values.clone()));
     let client = q.client.clone();
-    let seen = (visible.n_past + n).min(visible.window.unwrap_or(usize::MAX));
+    // Placed, as many as there can ever be.
+    let end = match start {
+        Start::At(n_past) => n_past + n,
+        Start::Placed(_) => capacity,
+    };
+    let seen = end.min(window.unwrap_or(usize::MAX));
     let splits = (MANY_CUBES / (n * kv_heads)).clamp(1, seen.div_ceil(TILE).min(MAX_SPLITS));
     let length = seen.div_ceil(splits).next_multiple_of(TILE);
     let splits = seen.div_ceil(length);
@@ -200,6 +250,7 @@ pub(super) fn attend(
         group: heads / kv_heads,
         head_dim,
         split: splits > 1,
+        placed: start.is_placed(),
         planes: has_planes(&client),
     };
     let out = empty(&q, [n, heads * head_dim], DType::F32);
@@ -217,14 +268,15 @@ pub(super) fn attend(
             &client,
             CubeCount::Static(splits as u32, kv_heads as u32, n as u32),
             CubeDim::new_1d(UNITS as u32),
-            q.into_buffer_arg(),
+            q.clone().into_buffer_arg(),
             keys.clone().into_buffer_arg(),
             values.into_buffer_arg(),
+            start.buffer(&q).into_buffer_arg(),
             parts.clone().into_buffer_arg(),
             stats.clone().into_buffer_arg(),
             SpanLaunch::new(
-                visible.n_past as u32,
-                visible.window.unwrap_or(u32::MAX as usize) as u32,
+                start.known() as u32,
+                window.unwrap_or(u32::MAX as usize) as u32,
                 capacity as u32,
                 length as u32,
                 1.0 / (head_dim as f32).sqrt(),

@@ -13,22 +13,28 @@
 mod attention;
 mod cache;
 mod check;
+mod choice;
 mod cube;
 mod dense;
+mod grouped;
 mod matmul;
+mod mixture;
 mod norm;
 mod packed;
 mod product;
 mod reduce;
+pub(crate) mod replay;
 #[cfg(test)]
 mod tests;
 mod words;
 
-use burn::tensor::{DType, IndexingUpdateOp, Tensor, TensorData};
+use burn::tensor::{DType, IndexingUpdateOp, Int, Tensor, TensorData};
 
-use super::{KeyValues, Linear, RmsNorm, RopeTables, Visible, Visit, Weight, portable};
+use super::{KeyValues, Linear, Place, RmsNorm, RopeTables, Visible, Visit, Weight, portable};
 pub(crate) use check::check;
+use cube::Start;
 pub(crate) use cube::takes;
+pub(crate) use mixture::{mixture, takes_mixture};
 use product::{Input, few, linear, unpacked};
 
 /// As [`super::project`].
@@ -111,8 +117,47 @@ pub(crate) fn append(
     let Some(KeyValues::Floats { keys, values }) = pages.pop() else {
         unreachable!("matched above");
     };
+    let start = Start::At(start);
     let (q, keys, values) = cube::rope_append(qkv, &tables.keys, keys, values, start);
     (q, vec![KeyValues::Floats { keys, values }])
+}
+
+/// Whether the kernels take a place on the device for these heads and this page.
+pub(crate) fn takes_places(heads: usize, page: &KeyValues) -> bool {
+    let KeyValues::Floats { keys, .. } = page else {
+        return false;
+    };
+    let [kv_heads, _, head_dim] = keys.dims();
+    takes(keys) && attends(heads, kv_heads, head_dim)
+}
+
+fn attends(heads: usize, kv_heads: usize, head_dim: usize) -> bool {
+    head_dim.is_multiple_of(4)
+        && head_dim <= 4 * reduce::UNITS
+        && heads / kv_heads <= attention::MAX_GROUP
+}
+
+/// As [`super::append`] of one token where `place` says, into a page that nobody else holds; for what
+/// [`takes_places`].
+pub(crate) fn append_at(qkv: Tensor<2>, place: &Place, page: &KeyValues) -> Tensor<3> {
+    let KeyValues::Floats { keys, values } = page else {
+        unreachable!("`takes_places` was asked");
+    };
+    let (keys, values) = (keys.clone(), values.clone());
+    cube::rope_append(qkv, &place.angles, keys, values, Start::Placed(place)).0
+}
+
+/// As [`super::attention`] of one query where `place` says; for what [`takes_places`].
+pub(crate) fn attention_at(
+    q: Tensor<3>,
+    page: &KeyValues,
+    place: &Place,
+    window: Option<usize>,
+) -> Tensor<2> {
+    let KeyValues::Floats { keys, values } = page else {
+        unreachable!("`takes_places` was asked");
+    };
+    cube::attend(q, keys, values, Start::Placed(place), window)
 }
 
 /// As [`super::attention`]; what its kernel does not take goes the portable way.
@@ -120,19 +165,17 @@ pub(crate) fn attention(q: Tensor<3>, pages: &[KeyValues], visible: Visible) -> 
     let [_, heads, head_dim] = q.dims();
     match pages {
         [KeyValues::Floats { keys, values }]
-            if visible.chunk.is_none()
-                && head_dim.is_multiple_of(4)
-                && head_dim <= 4 * reduce::UNITS
-                && heads / keys.dims()[0] <= attention::MAX_GROUP =>
+            if visible.chunk.is_none() && attends(heads, keys.dims()[0], head_dim) =>
         {
-            cube::attend(q, keys, values, visible)
+            let start = Start::At(visible.n_past);
+            cube::attend(q, keys, values, start, visible.window)
         }
         _ => portable::attention(q, pages, visible),
     }
 }
 
 /// Whether the matrix lies where these kernels run.
-pub(crate) fn holds(weight: &Weight) -> bool {
+pub(crate) fn on_gpu(weight: &Weight) -> bool {
     match weight {
         Weight::Dense(weight) => takes(weight),
         Weight::Packed { bytes, .. } => cube::is_here(bytes.clone().into_dispatch()),
@@ -149,8 +192,27 @@ pub(crate) fn embed(table: &Weight, tokens: &[u32]) -> Tensor<2> {
     match table {
         Weight::Dense(table) => portable::embed(table, tokens),
         Weight::Packed { shape, bytes } => match shape.cols.is_multiple_of(4) {
-            true => unpacked(*shape, bytes, Some(tokens), DType::F32),
+            true => {
+                let ids = portable::ids(tokens, &bytes.device());
+                unpacked(*shape, bytes, Some(&ids), DType::F32)
+            }
             false => portable::packed_embed(*shape, bytes, tokens),
         },
+    }
+}
+
+/// As [`super::embed`] of the one token in a buffer; whether it can, [`embeds_places`] says.
+pub(crate) fn embed_at(table: &Weight, token: &Tensor<1, Int>) -> Tensor<2> {
+    match table {
+        Weight::Dense(table) => portable::embed_ids(table, token.clone()),
+        Weight::Packed { shape, bytes } => unpacked(*shape, bytes, Some(token), DType::F32),
+    }
+}
+
+/// Whether rows of the table can be told by ids on the device.
+pub(crate) fn embeds_places(table: &Weight) -> bool {
+    match table {
+        Weight::Dense(_) => true,
+        Weight::Packed { shape, .. } => shape.cols.is_multiple_of(4),
     }
 }

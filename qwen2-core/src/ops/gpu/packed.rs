@@ -166,7 +166,7 @@ fn four_bit_sums(
 /// Adds the products of a panel, four rows a unit, to `sums` `[n, dots, 4]`; in a gated plan those of the
 /// same panel of `up` as well.
 #[cube]
-fn panel_sums(
+pub(super) fn panel_sums(
     x: &[Four],
     norm: &[Four],
     weights: &[Words],
@@ -269,7 +269,7 @@ fn panel_sums(
 
 /// The sum of each of the 16 rows of a panel over all units, for the first 16 units.
 #[cube]
-fn row_sums(
+pub(super) fn row_sums(
     sums: &Array<f32>,
     shared: &mut [f32],
     #[comptime] at: usize,

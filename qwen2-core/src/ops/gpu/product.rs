@@ -37,13 +37,13 @@ enum Finish {
 
 /// How the matrices are stored, if all are alike and a kernel reads it.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Stored {
+pub(super) enum Stored {
     Dense(Numbers),
     Packed(Format),
 }
 
 impl Stored {
-    fn of(weight: &Weight) -> Option<Self> {
+    pub(super) fn of(weight: &Weight) -> Option<Self> {
         match weight {
             Weight::Dense(weight) => {
                 let numbers = match weight.dtype() {
@@ -255,7 +255,7 @@ fn launch(
 }
 
 /// Units that share a row, so that the device is full and each has a vector.
-fn group_units(groups: usize, vectors: usize) -> usize {
+pub(super) fn group_units(groups: usize, vectors: usize) -> usize {
     [32, 64, 128, 256]
         .into_iter()
         .find(|&units| groups * units >= MANY_UNITS || units >= vectors)
@@ -296,7 +296,7 @@ fn takes_bf16(x: &Tensor<2>) -> bool {
 }
 
 /// Whether this is an NVIDIA GPU by CUDA: it has every type that a kernel may ask for.
-fn is_cuda(client: &Client) -> bool {
+pub(super) fn is_cuda(client: &Client) -> bool {
     client.name() == "cuda"
 }
 
@@ -304,16 +304,15 @@ fn is_cuda(client: &Client) -> bool {
 pub(super) fn unpacked(
     shape: Shape,
     bytes: &Tensor<1, Int>,
-    tokens: Option<&[u32]>,
+    tokens: Option<&Tensor<1, Int>>,
     dtype: DType,
 ) -> Tensor<2> {
-    let ids = tokens.map(|tokens| crate::ops::portable::ids(tokens, &bytes.device()));
     let weights = cube(bytes.clone());
-    let n = tokens.map_or(shape.rows, <[u32]>::len);
+    let n = tokens.map_or(shape.rows, |tokens| tokens.dims()[0]);
     let out = empty(&weights, [n, shape.cols], dtype);
     let client = weights.client.clone();
     let dim = CubeDim::new_1d(UNITS as u32);
-    let ids = ids.map_or_else(|| weights.clone(), cube);
+    let ids = tokens.map_or_else(|| weights.clone(), |ids| cube(ids.clone()));
     // SAFETY: a unit below `n · cols / 4` writes four numbers of `out`, from the block of the matrix
     // that has them; tokens are below the vocabulary's size, which callers check.
     unsafe {

@@ -4,8 +4,8 @@ use burn::tensor::{DType, Device};
 
 use super::check::{Kind, kinds, matrix, near, norms, pair, tables, values, wave};
 use super::*;
-use crate::ops::CacheFormat;
 use crate::ops::packed::Format;
+use crate::ops::{CacheFormat, Mixture, Stack};
 
 /// The device under test; without one, a test says that it is skipped.
 #[allow(clippy::print_stderr)]
@@ -124,6 +124,194 @@ fn attention_is_that_of_tensors() {
             let want = values(portable::attention(q_ref, theirs, visible));
             assert_near(&out, &want, 2e-5, &what);
             n_past += n;
+        }
+    }
+}
+
+/// A step that is told its place by the device is the one that is told by the host.
+#[test]
+fn a_place_on_the_device_is_one_on_the_host() {
+    let Some(device) = device("a_place_on_the_device_is_one_on_the_host") else {
+        return;
+    };
+    let capacity = 512;
+    for (heads, kv_heads, head_dim, window) in [
+        (4, 2, 64, None),
+        (7, 1, 128, None),
+        (6, 2, 40, Some(50)),
+        (2, 2, 16, Some(1)),
+    ] {
+        let format = CacheFormat::Floats(DType::F32);
+        let on = [&device, &Device::flex()];
+        let [page, mut theirs] = on
+            .map(|on| KeyValues::zeros(format, [kv_heads, capacity, head_dim], on))
+            .map(|page| vec![page]);
+        assert!(takes_places(heads, &page[0]));
+        let [whole, whole_ref] = on.map(|on| tables(capacity, head_dim / 2, on));
+        let [token, at] = replay::place(&device);
+        let place = Place {
+            token,
+            n_past: at,
+            angles: whole.keys,
+        };
+        for n_past in [0, 1, 2, 62, 63, 64, 65, 300, 511] {
+            let width = (heads + 2 * kv_heads) * head_dim;
+            let [qkv, qkv_ref] = pair(&wave(width, 0.37 + n_past as f32), [1, width], &device);
+            let visible = Visible {
+                n_past,
+                window,
+                chunk: None,
+            };
+            replay::set(&place, 3, n_past);
+            let q = append_at(qkv, &place, &page[0]);
+            let row = |table: &Tensor<2>| table.clone().narrow(0, n_past, 1);
+            let angles = crate::ops::Angles {
+                cos: row(&whole_ref.keys.cos),
+                sin: row(&whole_ref.keys.sin),
+            };
+            let tables_ref = RopeTables {
+                keys: angles.clone(),
+                queries: angles,
+                chunk: None,
+            };
+            let (q_ref, pages) = portable::append(qkv_ref, &tables_ref, theirs, n_past);
+            theirs = pages;
+            let what = format!("after {n_past}, {heads} heads of {head_dim}, {window:?}");
+            assert_near(&values(q.clone()), &values(q_ref.clone()), 1e-5, &what);
+            let out = values(attention_at(q, &page[0], &place, window));
+            let want = values(portable::attention(q_ref, &theirs, visible));
+            assert_near(&out, &want, 2e-5, &what);
+        }
+    }
+}
+
+#[test]
+fn the_best_is_the_first_of_the_highest() {
+    let Some(device) = device("the_best_is_the_first_of_the_highest") else {
+        return;
+    };
+    let [token, at] = replay::place(&device);
+    let angles = crate::ops::Angles {
+        cos: Tensor::zeros([1, 1], &device),
+        sin: Tensor::zeros([1, 1], &device),
+    };
+    let place = Place {
+        token,
+        n_past: at,
+        angles,
+    };
+    let number =
+        |tensor: &Tensor<1, Int>| tensor.clone().into_data().as_slice::<i32>().expect("i32")[0];
+    let ask = |row: &[f32]| {
+        replay::set(&place, 7, 41);
+        let [row, _] = pair(row, [1, row.len()], &device);
+        let best = number(&replay::best(&row, &place));
+        assert_eq!(number(&place.n_past), 42);
+        assert_eq!(number(&place.token), best.max(0), "the next token");
+        best
+    };
+    for n in [1, 2, 255, 256, 257, 5_000, 65_537, 151_936] {
+        let mut row: Vec<f32> = wave(n, 0.71).iter().map(|x| (x * 40.0).round()).collect();
+        let highest = row.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+        let first = row.iter().position(|x| *x == highest).expect("one");
+        assert_eq!(ask(&row), first as i32, "{n}");
+        row[n - 1] = highest + 1.0;
+        assert_eq!(ask(&row), n as i32 - 1, "the last of {n}");
+        let mut only = vec![f32::NEG_INFINITY; n];
+        assert_eq!(ask(&only), -1, "no highest of {n}");
+        only[n / 2] = -1e30;
+        assert_eq!(ask(&only), (n / 2) as i32, "one of {n}");
+        for bad in [f32::NAN, f32::INFINITY] {
+            let mut row = row.clone();
+            row[n / 3] = bad;
+            assert_eq!(ask(&row), -1, "{bad} in {n}");
+        }
+    }
+}
+
+/// Experts that kernels choose are those that the host chooses.
+#[test]
+fn a_mixture_chosen_on_the_device_is_one_chosen_on_the_host() {
+    let Some(device) = device("a_mixture_chosen_on_the_device_is_one_chosen_on_the_host") else {
+        return;
+    };
+    let stacked = |kind, count: usize, rows: usize, cols: usize| {
+        matrix(kind, [count * rows, cols], false, &device).map(|linear| match linear.weight {
+            Weight::Packed { shape, bytes } => {
+                let shape = crate::ops::packed::Shape { rows, ..shape };
+                Weight::Packed { shape, bytes }
+            }
+            dense => dense,
+        })
+    };
+    for kind in kinds(&device) {
+        for (count, k, norm_topk_prob, hidden, intermediate) in [
+            (60, 8, true, 128, 48),
+            (2, 1, false, 32, 320),
+        ] {
+            let what = format!("{kind:?}, {k} of {count}");
+            let [h, h_ref] = pair(&wave(hidden, 0.37), [1, hidden], &device);
+            let [norm, norm_ref] = norms(hidden, &device);
+            let [router, router_ref] = matrix(kind, [count, hidden], false, &device);
+            let [own_gate, own_gate_ref] = matrix(kind, [1, hidden], false, &device);
+            let gates = stacked(kind, count, intermediate, hidden);
+            let ups = matrix(kind, [intermediate, hidden], false, &device);
+            let downs = stacked(kind, count, hidden, intermediate);
+            let own_down = matrix(kind, [hidden, intermediate], false, &device);
+            let [gate, gate_ref] = gates;
+            let [down, down_ref] = downs;
+            let stack = Stack {
+                count,
+                up: gate.clone(),
+                gate,
+                down,
+            };
+            let mixture = Mixture {
+                router: &router,
+                shared_gate: &own_gate,
+                stack: &stack,
+                shared: [&ups[0], &ups[0], &own_down[0]],
+                num_experts_per_tok: k,
+                norm_topk_prob,
+            };
+            assert!(takes_mixture(&h, &mixture), "{what}");
+            let ours = values(super::mixture(h, &norm, &mixture));
+
+            let x = &norm_ref;
+            let scores = portable::project(&h_ref, x, [&router_ref, &own_gate_ref]);
+            let scores = values(scores);
+            let exps: Vec<f32> = scores[..count].iter().map(|score| score.exp()).collect();
+            let mut order: Vec<usize> = (0..count).collect();
+            order.sort_by(|a, b| exps[*b].total_cmp(&exps[*a]).then(a.cmp(b)));
+            order.truncate(k);
+            let kept: f32 = order.iter().map(|expert| exps[*expert]).sum();
+            let all: f32 = exps.iter().sum();
+            let divisor = if norm_topk_prob { kept } else { all };
+            let plain = |weight: Weight| Linear {
+                weight,
+                bias: None,
+                adapters: Vec::new(),
+            };
+            let each = order.iter().map(|&expert| {
+                let parts = [&gate_ref, &gate_ref, &down_ref];
+                let linears = parts.map(|weight| plain(weight.part(expert, count)));
+                (linears, exps[expert] / divisor)
+            });
+            let own = [&ups[1], &ups[1], &own_down[1]].map(Linear::clone);
+            let each: Vec<_> = each
+                .chain([(own, 1.0 / (1.0 + (-scores[count]).exp()))])
+                .collect();
+            let visits = each.iter().map(|([gate, up, down], weight)| Visit {
+                gate,
+                up,
+                down,
+                route: crate::ops::Route {
+                    tokens: vec![0],
+                    weights: vec![*weight],
+                },
+            });
+            let theirs = values(portable::experts(h_ref, x, visits.collect()));
+            assert_near(&ours, &theirs, 5e-5, &what);
         }
     }
 }

@@ -1,0 +1,307 @@
+//! Decode steps on a GPU, recorded once for a cache and launched as a whole from then on.
+//!
+//! A step alone is some hundred launches, which for a small model take the processor longer than the device. What
+//! a step needs to know, the token and its position, lies on the device, where the step leaves the likeliest token
+//! and the next position as well: a greedy answer needs nothing from the host but to be told to go on.
+
+use burn::tensor::{Int, Tensor};
+
+use super::cache::Cache;
+use super::{At, DecoderLayer, FeedForward, Lane, Qwen2};
+use crate::error::Result;
+use crate::ops::replay::{self, Recording};
+use crate::ops::{self, Place};
+
+/// Steps of a cache in a row that are launched kernel by kernel before one is recorded: recording takes about as
+/// long as two.
+const WARM_STEPS: u32 = 2;
+
+/// How far a cache is from steps that are replayed.
+#[derive(Debug)]
+pub(crate) enum Replay {
+    /// After so many steps of one token in a row.
+    Waiting(u32),
+    Recorded(Box<Step>),
+    /// The device does not record, or not this.
+    Never,
+}
+
+/// A recorded step of one cache, whose buffers are those that it writes.
+#[derive(Debug)]
+pub(crate) struct Step {
+    recording: Recording,
+    place: Place,
+    /// `[1, vocab_size]`
+    logits: Tensor<2>,
+    /// `[1]`: the likeliest token; see [`Step::best`].
+    best: Tensor<1, Int>,
+    /// The token and the position that the device holds, if the host knows both.
+    next: Option<(u32, usize)>,
+}
+
+impl Replay {
+    /// Counts a forward of `n` tokens, launched kernel by kernel.
+    pub(super) fn count(&mut self, n: usize) {
+        if let Self::Waiting(steps) = self {
+            *steps = if n == 1 { *steps + 1 } else { 0 };
+        }
+    }
+}
+
+impl Default for Replay {
+    fn default() -> Self {
+        Self::Waiting(0)
+    }
+}
+
+/// A recording belongs to one cache.
+impl Clone for Replay {
+    fn clone(&self) -> Self {
+        Self::default()
+    }
+}
+
+impl Qwen2 {
+    /// Computes `token` behind the cache by a recorded step, if there is one, or if it is time to record one;
+    /// otherwise nothing has happened, and [`Self::forward_batch`] is to do it.
+    ///
+    /// # Errors
+    /// `ContextOverflow`.
+    ///
+    /// # Panics
+    /// As [`Self::forward_batch`].
+    pub(crate) fn replay<'a>(
+        &self,
+        token: u32,
+        cache: &'a mut Cache,
+    ) -> Result<Option<&'a mut Step>> {
+        if !self.is_replayed {
+            return Ok(None);
+        }
+        cache.reserve(1)?;
+        let shared = cache.is_shared();
+        let n_past = cache.n_tokens();
+        match &mut cache.replay {
+            Replay::Never => return Ok(None),
+            replay if shared => {
+                *replay = Replay::default();
+                return Ok(None);
+            }
+            Replay::Recorded(step) if step.recording.is_in_order() => {}
+            replay @ Replay::Recorded(_) => {
+                *replay = Replay::default();
+                return Ok(None);
+            }
+            Replay::Waiting(n) if *n < WARM_STEPS => return Ok(None),
+            Replay::Waiting(_) => {
+                let step = self.record(token, cache);
+                let is_recorded = step.is_some();
+                cache.replay = step.map_or(Replay::Never, |step| Replay::Recorded(Box::new(step)));
+                if !is_recorded {
+                    return Ok(None);
+                }
+            }
+        }
+        cache.advance(1);
+        let Replay::Recorded(step) = &mut cache.replay else {
+            unreachable!("matched above");
+        };
+        step.run(token, n_past);
+        Ok(Some(step))
+    }
+
+    fn record(&self, token: u32, cache: &mut Cache) -> Option<Step> {
+        let device = &self.cache_shape.device;
+        if !self.takes_places(cache) {
+            return None;
+        }
+        let [token_buffer, at] = replay::place(device);
+        let place = Place {
+            token: token_buffer,
+            n_past: at,
+            angles: self.rope.whole(cache.capacity(), cache.is_long(), device),
+        };
+        let n_past = cache.n_tokens();
+        let before = || replay::set(&place, token, n_past);
+        let body = || {
+            let logits = self.forward_at(cache, &place);
+            let best = replay::best(&logits, &place);
+            (logits, best)
+        };
+        let (recording, (logits, best)) = Recording::of(device, before, body)?;
+        Some(Step {
+            recording,
+            place,
+            logits,
+            best,
+            next: None,
+        })
+    }
+
+    /// Logits behind the token at `place`, `[1, vocab_size]`; the cache counts nothing.
+    fn forward_at(&self, cache: &mut Cache, place: &Place) -> Tensor<2> {
+        let h = ops::embed_at(&self.embed_tokens, &place.token);
+        let (layers, _) = cache.parts();
+        let mut lanes = [Lane {
+            rows: 0..1,
+            n_out: 1,
+            at: At::Place(place.clone()),
+            layers: layers.iter_mut(),
+        }];
+        let through = |h, layer: &DecoderLayer| layer.forward(h, &mut lanes);
+        let h = self.layers.iter().try_fold(h, through);
+        let h = h.unwrap_or_else(|| unreachable!("one row goes on"));
+        self.head(h)
+    }
+
+    /// Whether every operation of a step can be told its place on the device.
+    fn takes_places(&self, cache: &mut Cache) -> bool {
+        let (layers, _) = cache.parts();
+        let mut both = self.layers.iter().zip(layers.iter());
+        ops::embeds_places(&self.embed_tokens)
+            && both.all(|(layer, cache)| {
+                let heads = layer.self_attn.heads(self.cache_shape.head_dim);
+                matches!(cache.pages(), [page] if ops::takes_places(heads, page))
+            })
+    }
+
+    /// Whether steps of this network can be recorded: chunks turn a query in several ways, and experts in pieces are
+    /// chosen on the host.
+    pub(super) fn is_replayable(&self) -> bool {
+        let is_on_device = |layer: &DecoderLayer| match &layer.mlp {
+            FeedForward::Dense(_) => true,
+            FeedForward::Sparse(moe) => moe.stack.is_some(),
+        };
+        ops::on_gpu(&self.embed_tokens)
+            && !self.rope.is_chunked()
+            && self.layers.iter().all(is_on_device)
+    }
+}
+
+impl Step {
+    fn run(&mut self, token: u32, n_past: usize) {
+        if self.next.take() != Some((token, n_past)) {
+            replay::set(&self.place, token, n_past);
+        }
+        // SAFETY: place and results are held here, the weights by the network, and the cache's buffers by the
+        // cache, which drops this before it changes them, and asks for nothing while it shares them;
+        // `Qwen2::replay` has asked whether this thread is in order.
+        #[allow(unsafe_code)]
+        unsafe {
+            self.recording.replay();
+        }
+    }
+
+    /// What the step gave, `[1, vocab_size]`, until the next one.
+    pub(crate) fn logits(&self) -> Tensor<2> {
+        self.logits.clone()
+    }
+
+    /// The token with the highest logit, the lowest of those that share it, `[1]`; -1 where the logits are no
+    /// numbers or there is no highest.
+    pub(crate) fn best(&self) -> Tensor<1, Int> {
+        self.best.clone()
+    }
+
+    /// Says what [`Self::best`] was, behind which the device goes on by itself from `n_past` positions.
+    pub(crate) fn follow(&mut self, best: u32, n_past: usize) {
+        self.next = Some((best, n_past));
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used)] // a panic is how a test fails
+mod tests {
+    use super::*;
+    use crate::generate::GenerateOptions;
+    use crate::model::Rows;
+    use crate::ops::Watch;
+    use crate::{DType, Device, Model, Prompt};
+
+    const ROOT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../conformance/models/");
+
+    /// On the device that `QWEN2_TEST_DEVICE` names, a GPU, and on the processor.
+    #[allow(clippy::print_stderr)]
+    fn models(test: &str, name: &str) -> Option<[Model; 2]> {
+        let device = std::env::var("QWEN2_TEST_DEVICE").unwrap_or_default();
+        if matches!(&device[..], "" | "cpu" | "ndarray") {
+            eprintln!("{test}: skipped, QWEN2_TEST_DEVICE names no GPU");
+            return None;
+        }
+        Some([device.parse().unwrap(), Device::cpu()].map(|device| {
+            let builder = Model::builder(format!("{ROOT}{name}")).device(device);
+            builder.kv_cache(DType::F32).load().unwrap()
+        }))
+    }
+
+    fn near(ours: &[f32], theirs: &[f32], what: &str) {
+        assert_eq!(ours.len(), theirs.len(), "{what}");
+        for (a, b) in ours.iter().zip(theirs) {
+            assert!((a - b).abs() <= 2e-4, "{what}: {a} {b}");
+        }
+    }
+
+    /// Runs the tokens in both, and compares the logits behind the last.
+    fn run(models: &[Model; 2], caches: &mut [Cache; 2], tokens: &[u32], what: &str) {
+        let pairs = models.iter().zip(caches);
+        let logits: Vec<_> = pairs
+            .map(|(model, cache)| {
+                let (network, watch) = (&model.inner.host.network, Watch::default());
+                network.forward(tokens, cache, Rows::Last, &watch).unwrap()
+            })
+            .collect();
+        near(&logits[0], &logits[1], what);
+    }
+
+    #[test]
+    fn a_recorded_step_gives_what_a_launched_one_gives() {
+        let test = "a_recorded_step_gives_what_a_launched_one_gives";
+        for name in ["tied", "untied", "gqa7", "sliding", "yarn", "bf16_shards"] {
+            let Some(models) = models(test, name) else {
+                return;
+            };
+            let mut caches = [0, 1].map(|i: usize| models[i].new_cache());
+            let is_recorded = |caches: &[Cache; 2]| matches!(caches[0].replay, Replay::Recorded(_));
+            run(&models, &mut caches, &[3, 1, 4, 1, 5, 9, 2], name);
+            for i in 0..8 {
+                run(&models, &mut caches, &[i * 7], &format!("{name}, {i}"));
+                assert_eq!(is_recorded(&caches), i >= WARM_STEPS, "{name}, {i}");
+            }
+            // Prompts between the steps, and positions that are written anew.
+            run(&models, &mut caches, &[1, 2, 3], name);
+            run(&models, &mut caches, &[4], name);
+            caches.iter_mut().for_each(|cache| cache.truncate(5));
+            run(&models, &mut caches, &[6], name);
+            assert!(is_recorded(&caches), "{name}");
+            // A second cache with the same past goes its own way.
+            let mut forks = caches.clone();
+            run(&models, &mut caches, &[8], &format!("{name}, shared"));
+            assert!(!is_recorded(&caches), "{name}");
+            for i in 0..6 {
+                run(&models, &mut caches, &[i], &format!("{name}, its own"));
+            }
+            assert!(is_recorded(&caches), "{name}");
+            run(&models, &mut forks, &[9], &format!("{name}, the fork"));
+        }
+    }
+
+    #[test]
+    fn a_greedy_answer_goes_on_by_itself() {
+        let Some([ours, theirs]) = models("a_greedy_answer_goes_on_by_itself", "gqa7") else {
+            return;
+        };
+        for (max_new_tokens, seed) in [(120, None), (60, Some(7))] {
+            let mut options = GenerateOptions::greedy().max_new_tokens(max_new_tokens);
+            if let Some(seed) = seed {
+                options = GenerateOptions::default().max_new_tokens(max_new_tokens);
+                (options.seed, options.top_k) = (Some(seed), Some(5));
+            }
+            options.ignore_eos = true;
+            let ask = |model: &Model| {
+                let prompt = Prompt::Tokens(vec![5, 6, 7]);
+                model.generate(prompt, &options).unwrap().tokens
+            };
+            assert_eq!(ask(&ours), ask(&theirs), "{seed:?}");
+        }
+    }
+}

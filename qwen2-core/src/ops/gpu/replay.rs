@@ -1,0 +1,146 @@
+//! A decode step that is recorded once and launched as a whole from then on: CUDA's graphs, and what wgpu has in
+//! their place.
+
+use std::thread::{self, ThreadId};
+
+use burn::tensor::{DType, Device, Int, Tensor, TensorData};
+use burn_cubecl::cubecl::client::Graph;
+use burn_cubecl::cubecl::future::block_on;
+use burn_cubecl::cubecl::prelude::*;
+
+use super::choice;
+use super::cube::{cube, empty, integers};
+use super::reduce::UNITS;
+use crate::fence::fenced;
+use crate::ops::Place;
+
+/// Shares of a row of logits, each with a cube to itself.
+const MOST_SHARES: usize = UNITS;
+
+/// Launches on one stream of a device, to be repeated over the same buffers.
+#[derive(Debug)]
+pub(crate) struct Recording {
+    graph: Graph,
+    /// cubecl gives each thread a stream.
+    thread: ThreadId,
+}
+
+impl Recording {
+    /// Records what `body` launches, which must neither read from the device nor write to it by other means than
+    /// its kernels: once for real, so that kernels are compiled and memory is found, then once more as the recording;
+    /// nothing where the device records nothing or `body` fails. `before` runs ahead of the first.
+    pub(crate) fn of<R>(
+        device: &Device,
+        mut before: impl FnMut(),
+        mut body: impl FnMut() -> R,
+    ) -> Option<(Self, R)> {
+        let client = cube(Tensor::<1>::zeros([1], device)).client;
+        client.graph_prepare().ok()?;
+        let recorded = fenced(|| {
+            before();
+            let first = body();
+            block_on(client.sync()).ok()?;
+            drop(first);
+            client.start_capture().ok()?;
+            Some(body())
+        });
+        // A capture that failed on the way ends as well.
+        let graph = client.stop_capture();
+        match (recorded, graph) {
+            (Ok(Some(out)), Ok(graph)) => {
+                let thread = thread::current().id();
+                Some((Self { graph, thread }, out))
+            }
+            (recorded, graph) => {
+                let failed = recorded.err();
+                let refused = graph.err();
+                tracing::debug!(?failed, ?refused, "a step was not recorded");
+                None
+            }
+        }
+    }
+
+    /// Whether this thread's launches and reads go in order with the recording's.
+    pub(crate) fn is_in_order(&self) -> bool {
+        thread::current().id() == self.thread
+    }
+
+    /// Launches all of it.
+    ///
+    /// # Safety
+    /// Everything that was read or written when it was recorded is still there, but for what was dropped within,
+    /// nobody else reads or writes it meanwhile, and [`Self::is_in_order`].
+    ///
+    /// # Panics
+    /// Where the device refuses it, as burn reports.
+    pub(crate) unsafe fn replay(&self) {
+        // SAFETY: the caller's contract is the graph's.
+        let launched = unsafe { self.graph.replay() };
+        launched.unwrap_or_else(|error| panic!("replay: {error:?}"));
+    }
+}
+
+/// Buffers of a token and its place.
+pub(crate) fn place(device: &Device) -> [Tensor<1, Int>; 2] {
+    [(); 2].map(|()| {
+        let zero = TensorData::new(vec![0_i32], [1]);
+        Tensor::from_data(zero, (device, DType::I32))
+    })
+}
+
+/// The token behind `n_past` positions, written where kernels that run from now on find it.
+pub(crate) fn set(place: &Place, token: u32, n_past: usize) {
+    let [token_buffer, at] = [&place.token, &place.n_past].map(|tensor| cube(tensor.clone()));
+    let client = token_buffer.client.clone();
+    // SAFETY: one unit writes the one element of each.
+    unsafe {
+        choice::set::launch_unchecked(
+            &client,
+            CubeCount::Static(1, 1, 1),
+            CubeDim::new_1d(1),
+            token_buffer.into_buffer_arg(),
+            at.into_buffer_arg(),
+            token,
+            n_past as u32,
+        );
+    }
+}
+
+/// The place of the highest logit of a row `[1, vocab_size]`, which becomes the token of the next place.
+pub(crate) fn best(logits: &Tensor<2>, place: &Place) -> Tensor<1, Int> {
+    let [_, n] = logits.dims();
+    let logits = cube(logits.clone());
+    let client = logits.client.clone();
+    let share = n.div_ceil(MOST_SHARES).next_multiple_of(UNITS);
+    let shares = n.div_ceil(share);
+    let keys = empty(&logits, [shares], DType::I32);
+    let places = empty(&logits, [shares], DType::I32);
+    let found = empty(&logits, [1], DType::I32);
+    let dim = CubeDim::new_1d(UNITS as u32);
+    // SAFETY: a cube reads its share of the row, below `n`, and writes its element of both; then one cube reads
+    // these `shares`, at most as many as it has units, and writes one element of each.
+    unsafe {
+        choice::best_of_shares::launch_unchecked(
+            &client,
+            CubeCount::Static(shares as u32, 1, 1),
+            dim,
+            logits.into_buffer_arg(),
+            keys.clone().into_buffer_arg(),
+            places.clone().into_buffer_arg(),
+            n as u32,
+            share as u32,
+        );
+        choice::best_of_all::launch_unchecked(
+            &client,
+            CubeCount::Static(1, 1, 1),
+            dim,
+            keys.into_buffer_arg(),
+            places.into_buffer_arg(),
+            found.clone().into_buffer_arg(),
+            cube(place.token.clone()).into_buffer_arg(),
+            cube(place.n_past.clone()).into_buffer_arg(),
+            shares as u32,
+        );
+    }
+    integers(found)
+}
