@@ -9,7 +9,7 @@ use burn::tensor::{Device, Tensor};
 #[cfg(feature = "gpu")]
 use super::replay::Replay;
 use crate::error::{Error, ErrorKind, Result};
-use crate::ops::{self, CACHE_BLOCK, CacheFormat, KeyValues, PAGE, RopeTables};
+use crate::ops::{self, CACHE_BLOCK, CacheFormat, KeyValues, Lease, PAGE, RopeTables};
 
 /// Positions that a fresh cache of one page has room for.
 const FIRST_CAPACITY: usize = 256;
@@ -17,6 +17,8 @@ const FIRST_CAPACITY: usize = 256;
 /// What one sequence has gone through: `n_tokens` positions in every layer.
 #[derive(Debug, Clone)]
 pub(crate) struct Cache {
+    #[cfg(feature = "gpu")]
+    pub(super) replay: Replay,
     layers: Vec<LayerCache>,
     n_tokens: usize,
     capacity: usize,
@@ -26,8 +28,6 @@ pub(crate) struct Cache {
     long: bool,
     context_length: usize,
     shape: CacheShape,
-    #[cfg(feature = "gpu")]
-    pub(super) replay: Replay,
     /// One for all caches that share buffers.
     #[cfg(feature = "gpu")]
     buffers: Arc<()>,
@@ -41,6 +41,9 @@ pub(crate) struct CacheShape {
     pub(crate) head_dim: usize,
     pub(crate) format: CacheFormat,
     pub(crate) device: Device,
+    /// Behind everything else of a network and of a cache, so that it ends when they have.
+    #[allow(dead_code)] // its end is what it is for
+    pub(crate) lease: Lease,
 }
 
 /// The pages of one layer, in order. On the processor they are of [`PAGE`] positions, and those that

@@ -10,7 +10,7 @@ use super::rope::Rope;
 use super::{DecoderLayer, FeedForward, Qwen2};
 use crate::config::{ModelConfig, MoeConfig};
 use crate::error::{Error, ErrorKind, Result};
-use crate::ops::{self, CacheFormat, Linear, RmsNorm, Weight, packed};
+use crate::ops::{self, CacheFormat, Lease, Linear, RmsNorm, Weight, packed};
 
 /// The head in few bits, made of the head when that was loaded.
 pub(crate) const SCREEN: &str = "lm_head.screen";
@@ -79,6 +79,7 @@ pub(crate) fn load(
             head_dim: config.head_dim,
             format: cache_format,
             device: device.clone(),
+            lease: Lease::of(device),
         },
         #[cfg(feature = "gpu")]
         is_replayed: false,

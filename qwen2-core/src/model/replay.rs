@@ -286,6 +286,30 @@ mod tests {
     }
 
     #[test]
+    fn what_a_model_took_of_the_device_goes_back_with_it() {
+        let test = "what_a_model_took_of_the_device_goes_back_with_it";
+        let mut reserved = Vec::new();
+        for _ in 0..2 {
+            let Some([model, _]) = models(test, "tied") else {
+                return;
+            };
+            let device = model.inner.host.network.qwen2.cache_shape.device.clone();
+            let mut session = model.session();
+            session.append(Prompt::Tokens(vec![5, 6, 7])).unwrap();
+            let mut options = GenerateOptions::greedy().max_new_tokens(20);
+            options.ignore_eos = true;
+            session.generate(&options).unwrap();
+            drop(model);
+            let during = replay::reserved(&device);
+            drop(session);
+            let after = replay::reserved(&device);
+            assert!(after < during, "{after} of {during}");
+            reserved.push(after);
+        }
+        assert_eq!(reserved[0], reserved[1]);
+    }
+
+    #[test]
     fn a_greedy_answer_goes_on_by_itself() {
         let Some([ours, theirs]) = models("a_greedy_answer_goes_on_by_itself", "gqa7") else {
             return;

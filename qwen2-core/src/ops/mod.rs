@@ -9,6 +9,7 @@ pub(crate) mod fit;
 #[cfg(feature = "gpu")]
 mod gpu;
 mod key_values;
+mod lease;
 mod linear;
 mod low_rank;
 pub(crate) mod packed;
@@ -33,6 +34,7 @@ pub(crate) use gpu::{
     append_at, attention_at, embed_at, embeds_places, mixture, on_gpu, takes_mixture, takes_places,
 };
 pub(crate) use key_values::{CACHE_BLOCK, CacheFormat, KeyValues, PAGE};
+pub(crate) use lease::Lease;
 pub(crate) use linear::{Linear, RmsNorm, Weight};
 pub(crate) use low_rank::LowRank;
 pub(crate) use visible::Visible;

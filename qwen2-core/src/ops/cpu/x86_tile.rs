@@ -200,6 +200,9 @@ unsafe fn vnni<B: Bytes, const N: usize, const V: usize, const EIGHT: bool, cons
             let mut parts = [[zero; V]; N];
             let end = tile.pairs.end.min(pair + SPAN_PAIRS);
             while pair < end {
+                if N == 1 {
+                    ask_ahead::<B::Floats>(panels[0], format.pair_bytes());
+                }
                 for half in 0..2 {
                     // The offset of the weights times the sum of the activations; where the second halves
                     // of blocks have scales of their own, that of the first ones, and that of the second.
@@ -414,6 +417,10 @@ unsafe fn multiplied<const N: usize, const P: usize, const EIGHT: bool, const BE
                 for (b, words) in words.iter().enumerate().take(blocks) {
                     let starts = block_starts::<N>(x.starts, b);
                     let firsts = block_starts::<N>(x.firsts, b);
+                    if N == 1 && b % 2 == 0 {
+                        let pair = (first + b) / 2 * format.pair_bytes();
+                        ask_ahead::<Avx2>(panel.add(pair), format.pair_bytes());
+                    }
                     let block = Block {
                         weights: panel.add(format.quants_at(first + b)),
                         x: x.quants.add(b * BLOCK),
@@ -460,6 +467,20 @@ unsafe fn multiplied<const N: usize, const P: usize, const EIGHT: bool, const BE
                 }
             }
         }
+    }
+}
+
+/// How far ahead a token's products ask for weights: at 1 to 8 KiB a core alone reads as fast as any read test,
+/// and without asking 12 to 15 % slower, since what the processor fetches by itself ends with a page.
+const AHEAD: usize = 2048;
+/// What one request brings.
+const LINE: usize = 64;
+
+/// Asks for as many bytes as are multiplied next, further on in the stream; behind its end nothing comes of it.
+#[inline(always)]
+fn ask_ahead<S: Simd>(stream: *const u8, len: usize) {
+    for line in (0..len).step_by(LINE) {
+        S::prefetch(stream.wrapping_add(AHEAD + line));
     }
 }
 

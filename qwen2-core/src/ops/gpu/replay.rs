@@ -80,6 +80,14 @@ impl Recording {
     }
 }
 
+/// Bytes that the process has of the device's memory.
+#[cfg(test)]
+pub(crate) fn reserved(device: &Device) -> u64 {
+    use burn_cubecl::cubecl::MemoryScope;
+    let client = cube(Tensor::<1>::zeros([1], device)).client;
+    client.memory_report(MemoryScope::Device).usage().bytes_reserved
+}
+
 /// Buffers of a token and its place.
 pub(crate) fn place(device: &Device) -> [Tensor<1, Int>; 2] {
     [(); 2].map(|()| {
