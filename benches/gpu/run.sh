@@ -16,3 +16,5 @@ for shape in "${shapes[@]}"; do
     done
 done
 "$qwen2" bench --device "$device" --shape 7b --precision bf16 --prompt 2048 --new 2 --json
+"$qwen2" bench --device "$device" --shape 72b --precision q4 --json ||
+    echo '{"model": "72b", "precision": "q4", "error": "it failed"}'

@@ -4,7 +4,7 @@
 //! a step needs to know, the token and its position, lies on the device, where the step leaves the likeliest token
 //! and the next position as well: a greedy answer needs nothing from the host but to be told to go on.
 
-use burn::tensor::{Int, Tensor};
+use burn::tensor::{DType, Int, Tensor};
 
 use super::cache::Cache;
 use super::{At, DecoderLayer, FeedForward, Lane, Qwen2};
@@ -122,20 +122,30 @@ impl Qwen2 {
             angles: self.rope.whole(cache.capacity(), cache.is_long(), device),
         };
         let n_past = cache.n_tokens();
-        let before = || replay::set(&place, token, n_past);
+        replay::set(&place, token, n_past);
         let body = || {
             let logits = self.forward_at(cache, &place);
             let best = replay::best(&logits, &place);
             (logits, best)
         };
-        let (recording, (logits, best)) = Recording::of(device, before, body)?;
-        Some(Step {
+        let look = |(logits, _): (Tensor<2>, _)| numbers(logits);
+        let (recording, launched, (logits, best)) = Recording::of(device, look, body)?;
+        let mut step = Step {
             recording,
             place,
             logits,
             best,
             next: None,
-        })
+        };
+        // The same step once more: a device that replays something else is not trusted with the next.
+        step.run(token, n_past);
+        let is_same = near(&numbers(step.logits()), &launched);
+        if !is_same {
+            tracing::error!(
+                "a recorded step is not what was recorded, so steps are launched kernel by kernel"
+            );
+        }
+        is_same.then_some(step)
     }
 
     /// Logits behind the token at `place`, `[1, vocab_size]`; the cache counts nothing.
@@ -178,6 +188,24 @@ impl Qwen2 {
     }
 }
 
+/// On the host.
+///
+/// # Panics
+/// As burn reports failures.
+fn numbers(x: Tensor<2>) -> Vec<f32> {
+    let data = x.into_data().convert_dtype(DType::F32);
+    data.iter::<f32>().collect()
+}
+
+/// Whether both are the same but for an order of sums; what is no number counts as the same where both have it.
+fn near(replayed: &[f32], launched: &[f32]) -> bool {
+    let most = launched.iter().fold(1.0_f32, |most, x| most.max(x.abs()));
+    let same = |(a, b): (&f32, &f32)| {
+        a.to_bits() == b.to_bits() || a.is_nan() && b.is_nan() || (a - b).abs() <= 1e-3 * most
+    };
+    replayed.iter().zip(launched).all(same)
+}
+
 impl Step {
     fn run(&mut self, token: u32, n_past: usize) {
         if self.next.take() != Some((token, n_past)) {
@@ -216,7 +244,7 @@ mod tests {
     use crate::generate::GenerateOptions;
     use crate::model::Rows;
     use crate::ops::Watch;
-    use crate::{DType, Device, Model, Prompt};
+    use crate::{Device, Model, Prompt};
 
     const ROOT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../conformance/models/");
 
@@ -230,15 +258,8 @@ mod tests {
         }
         Some([device.parse().unwrap(), Device::cpu()].map(|device| {
             let builder = Model::builder(format!("{ROOT}{name}")).device(device);
-            builder.kv_cache(DType::F32).load().unwrap()
+            builder.kv_cache(crate::DType::F32).load().unwrap()
         }))
-    }
-
-    fn near(ours: &[f32], theirs: &[f32], what: &str) {
-        assert_eq!(ours.len(), theirs.len(), "{what}");
-        for (a, b) in ours.iter().zip(theirs) {
-            assert!((a - b).abs() <= 2e-4, "{what}: {a} {b}");
-        }
     }
 
     /// Runs the tokens in both, and compares the logits behind the last.
@@ -250,7 +271,10 @@ mod tests {
                 network.forward(tokens, cache, Rows::Last, &watch).unwrap()
             })
             .collect();
-        near(&logits[0], &logits[1], what);
+        assert_eq!(logits[0].len(), logits[1].len(), "{what}");
+        for (a, b) in logits[0].iter().zip(&logits[1]) {
+            assert!((a - b).abs() <= 2e-4, "{what}: {a} {b}");
+        }
     }
 
     #[test]
@@ -282,6 +306,17 @@ mod tests {
             }
             assert!(is_recorded(&caches), "{name}");
             run(&models, &mut forks, &[9], &format!("{name}, the fork"));
+        }
+    }
+
+    #[test]
+    fn what_is_replayed_must_be_what_was_launched() {
+        let launched = [1.0, -40.0, f32::NAN, f32::INFINITY];
+        assert!(near(&launched, &launched));
+        for (i, wrong) in [(0, 1.1), (0, f32::NAN), (2, 0.0), (3, 1.0), (3, f32::NAN)] {
+            let mut replayed = launched;
+            replayed[i] = wrong;
+            assert!(!near(&replayed, &launched), "{wrong} at {i}");
         }
     }
 

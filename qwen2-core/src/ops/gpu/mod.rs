@@ -7,7 +7,8 @@
 #![allow(
     clippy::assign_op_pattern,
     clippy::manual_div_ceil,
-    clippy::manual_is_multiple_of
+    clippy::manual_is_multiple_of,
+    clippy::needless_range_loop
 )]
 
 mod attention;

@@ -27,34 +27,33 @@ pub(crate) struct Recording {
 
 impl Recording {
     /// Records what `body` launches, which must neither read from the device nor write to it by other means than
-    /// its kernels: once for real, so that kernels are compiled and memory is found, then once more as the recording;
-    /// nothing where the device records nothing or `body` fails. `before` runs ahead of the first.
-    pub(crate) fn of<R>(
+    /// its kernels: once for real, so that kernels are compiled and memory is found, then once more as the recording.
+    /// `look` takes what it needs of the first result, whose memory the second has again. Nothing where the device
+    /// records nothing or `body` fails.
+    pub(crate) fn of<R, S>(
         device: &Device,
-        mut before: impl FnMut(),
+        look: impl FnOnce(R) -> S,
         mut body: impl FnMut() -> R,
-    ) -> Option<(Self, R)> {
+    ) -> Option<(Self, S, R)> {
         let client = cube(Tensor::<1>::zeros([1], device)).client;
         client.graph_prepare().ok()?;
         let recorded = fenced(|| {
-            before();
-            let first = body();
+            let first = look(body());
             block_on(client.sync()).ok()?;
-            drop(first);
             client.start_capture().ok()?;
-            Some(body())
+            Some((first, body()))
         });
         // A capture that failed on the way ends as well.
         let graph = client.stop_capture();
         match (recorded, graph) {
-            (Ok(Some(out)), Ok(graph)) => {
+            (Ok(Some((first, out))), Ok(graph)) => {
                 let thread = thread::current().id();
-                Some((Self { graph, thread }, out))
+                Some((Self { graph, thread }, first, out))
             }
             (recorded, graph) => {
-                let failed = recorded.err();
+                let failed = recorded.err().unwrap_or_default();
                 let refused = graph.err();
-                tracing::debug!(?failed, ?refused, "a step was not recorded");
+                tracing::debug!(?failed, ?refused, "nothing was recorded");
                 None
             }
         }
@@ -85,7 +84,10 @@ impl Recording {
 pub(crate) fn reserved(device: &Device) -> u64 {
     use burn_cubecl::cubecl::MemoryScope;
     let client = cube(Tensor::<1>::zeros([1], device)).client;
-    client.memory_report(MemoryScope::Device).usage().bytes_reserved
+    client
+        .memory_report(MemoryScope::Device)
+        .usage()
+        .bytes_reserved
 }
 
 /// Buffers of a token and its place.

@@ -245,10 +245,9 @@ fn a_mixture_chosen_on_the_device_is_one_chosen_on_the_host() {
         })
     };
     for kind in kinds(&device) {
-        for (count, k, norm_topk_prob, hidden, intermediate) in [
-            (60, 8, true, 128, 48),
-            (2, 1, false, 32, 320),
-        ] {
+        for (count, k, norm_topk_prob, hidden, intermediate) in
+            [(60, 8, true, 128, 48), (2, 1, false, 32, 320)]
+        {
             let what = format!("{kind:?}, {k} of {count}");
             let [h, h_ref] = pair(&wave(hidden, 0.37), [1, hidden], &device);
             let [norm, norm_ref] = norms(hidden, &device);
