@@ -1,7 +1,5 @@
 //! One forward of the network behind the panic fence: tokens in, logits on the host out.
 
-use burn::tensor::Tensor;
-
 use crate::error::{Error, ErrorKind, Result};
 use crate::fence::fenced;
 use crate::model::cache::Cache;
@@ -67,7 +65,7 @@ impl Network {
         // burn reports failures by panic; what the panic leaves behind are the caches, emptied below.
         let outcome = fenced(|| {
             self.threads.install(|| {
-                let Some(logits) = self.compute(batch)? else {
+                let Some(logits) = self.qwen2.forward_batch(batch)? else {
                     return Ok(Vec::new());
                 };
                 part("logits to host", || {
@@ -86,17 +84,6 @@ impl Network {
             batch.iter_mut().for_each(|part| part.cache.clear());
         }
         logits
-    }
-
-    fn compute(&self, batch: &mut [Part<'_>]) -> Result<Option<Tensor<2>>> {
-        #[cfg(feature = "gpu")]
-        if let [part] = &mut *batch
-            && let ([token], Rows::Last | Rows::Screened) = (part.tokens, part.rows)
-            && let Some(step) = self.qwen2.replay(*token, part.cache)?
-        {
-            return Ok(Some(step.logits()));
-        }
-        self.qwen2.forward_batch(batch)
     }
 
     /// The token with the highest logit behind `token`, which goes behind the cache, where the device itself

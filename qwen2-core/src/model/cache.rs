@@ -186,6 +186,10 @@ impl Cache {
                 ))
                 .with_help("shorten the prompt or ask for fewer new tokens"));
         }
+        #[cfg(feature = "gpu")]
+        if !self.replay.is_in_order() {
+            self.forget_replay();
+        }
         if needed > self.capacity {
             self.grow(needed);
         }

@@ -15,6 +15,9 @@ use crate::ops::{self, CacheFormat, Lease, Linear, RmsNorm, Weight, packed};
 /// The head in few bits, made of the head when that was loaded.
 pub(crate) const SCREEN: &str = "lm_head.screen";
 
+/// The longest buffer that every GPU binds.
+const LONGEST: usize = i32::MAX as usize;
+
 /// What the config does not say.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Settings {
@@ -222,7 +225,7 @@ impl Source<'_> {
         let kept = prefixes.iter().map(get).collect::<Result<Vec<_>>>()?;
         let n = kept.len();
         let alike = kept.windows(2).all(|pair| pair[0].is_like(&pair[1]));
-        if n < 2 || !alike {
+        if !alike || n * kept[0].bytes().len() > LONGEST {
             return Ok(Stacked {
                 all: None,
                 each: kept.into_iter().map(|kept| self.put(kept)).collect(),

@@ -133,6 +133,13 @@ impl Qwen2 {
     /// # Panics
     /// Where burn fails (it reports by panic); the caller clears the caches then.
     pub(crate) fn forward_batch(&self, batch: &mut [Part<'_>]) -> Result<Option<Tensor<2>>> {
+        #[cfg(feature = "gpu")]
+        if let [part] = &mut *batch
+            && let ([token], Rows::Last | Rows::Screened) = (part.tokens, part.rows)
+            && let Some(step) = self.replay(*token, part.cache)?
+        {
+            return Ok(Some(step.logits()));
+        }
         for part in &mut *batch {
             part.cache.reserve(part.tokens.len())?;
         }

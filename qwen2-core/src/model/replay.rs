@@ -40,6 +40,14 @@ pub(crate) struct Step {
 }
 
 impl Replay {
+    /// Whether what this thread launches goes in order with what is replayed.
+    pub(super) fn is_in_order(&self) -> bool {
+        match self {
+            Self::Recorded(step) => step.recording.is_in_order(),
+            _ => true,
+        }
+    }
+
     /// Counts a forward of `n` tokens, launched kernel by kernel.
     pub(super) fn count(&mut self, n: usize) {
         if let Self::Waiting(steps) = self {
@@ -87,11 +95,7 @@ impl Qwen2 {
                 *replay = Replay::default();
                 return Ok(None);
             }
-            Replay::Recorded(step) if step.recording.is_in_order() => {}
-            replay @ Replay::Recorded(_) => {
-                *replay = Replay::default();
-                return Ok(None);
-            }
+            Replay::Recorded(_) => {} // in order, or `reserve` would have dropped it
             Replay::Waiting(n) if *n < WARM_STEPS => return Ok(None),
             Replay::Waiting(_) => {
                 let step = self.record(token, cache);
@@ -199,7 +203,8 @@ fn numbers(x: Tensor<2>) -> Vec<f32> {
 
 /// Whether both are the same but for an order of sums; what is no number counts as the same where both have it.
 fn near(replayed: &[f32], launched: &[f32]) -> bool {
-    let most = launched.iter().fold(1.0_f32, |most, x| most.max(x.abs()));
+    let finite = launched.iter().filter(|x| x.is_finite());
+    let most = finite.fold(1.0_f32, |most, x| most.max(x.abs()));
     let same = |(a, b): (&f32, &f32)| {
         a.to_bits() == b.to_bits() || a.is_nan() && b.is_nan() || (a - b).abs() <= 1e-3 * most
     };
@@ -241,10 +246,9 @@ impl Step {
 #[allow(clippy::unwrap_used)] // a panic is how a test fails
 mod tests {
     use super::*;
-    use crate::generate::GenerateOptions;
     use crate::model::Rows;
     use crate::ops::Watch;
-    use crate::{Device, Model, Prompt};
+    use crate::{Device, GenerateOptions, Model, Prompt};
 
     const ROOT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../conformance/models/");
 
@@ -341,7 +345,7 @@ mod tests {
             assert!(after < during, "{after} of {during}");
             reserved.push(after);
         }
-        assert_eq!(reserved[0], reserved[1]);
+        assert!(reserved[1] <= reserved[0], "{reserved:?}");
     }
 
     #[test]
