@@ -216,13 +216,9 @@ impl Step {
         if self.next.take() != Some((token, n_past)) {
             replay::set(&self.place, token, n_past);
         }
-        // SAFETY: place and results are held here, the weights by the network, and the cache's buffers by the
-        // cache, which drops this before it changes them, and asks for nothing while it shares them;
-        // `Qwen2::replay` has asked whether this thread is in order.
-        #[allow(unsafe_code)]
-        unsafe {
-            self.recording.replay();
-        }
+        // Place and results are held here, the weights by the network, and the cache's buffers by the cache, which
+        // drops this before it changes them, and asks for nothing while it shares them.
+        self.recording.replay();
     }
 
     /// What the step gave, `[1, vocab_size]`, until the next one.

@@ -1,6 +1,4 @@
-//! A kernel: the scale of a block of weights, and its quants.
-
-#![allow(unsafe_code)]
+//! The scale of a block of weights, and its quants.
 
 use half::f16;
 
@@ -17,24 +15,20 @@ pub(crate) enum Effort {
 
 /// Scale and quants of a block.
 pub(crate) fn quantize(format: Format, effort: Effort, x: &[f32; BLOCK]) -> (f16, [i8; BLOCK]) {
-    #[cfg(target_arch = "x86_64")]
-    {
-        #[target_feature(enable = "avx2")]
-        fn avx2(format: Format, effort: Effort, x: &[f32; BLOCK]) -> (f16, [i8; BLOCK]) {
-            quantize_kernel(format, effort, x)
-        }
-        if is_x86_feature_detected!("avx2") {
-            // SAFETY: the instruction set is there.
-            return unsafe { avx2(format, effort, x) };
-        }
-    }
+    #[cfg(feature = "cpu")]
+    return super::cpu::fit::quantize(format, effort, x);
+    #[cfg(not(feature = "cpu"))]
     quantize_kernel(format, effort, x)
 }
 
 /// In `q8` -127..=127 by the largest weight; in `q4` -8..=7, where the largest weight gets about -8,
 /// and the best of the scales around that.
 #[inline(always)]
-fn quantize_kernel(format: Format, effort: Effort, x: &[f32; BLOCK]) -> (f16, [i8; BLOCK]) {
+pub(super) fn quantize_kernel(
+    format: Format,
+    effort: Effort,
+    x: &[f32; BLOCK],
+) -> (f16, [i8; BLOCK]) {
     let (mut most, mut least) = ([0.0_f32; LANES], [0.0_f32; LANES]);
     for x in x.as_chunks::<LANES>().0 {
         for lane in 0..LANES {

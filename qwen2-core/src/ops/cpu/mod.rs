@@ -9,6 +9,7 @@ mod dense_gemm;
 mod elementwise;
 mod experts;
 mod filled;
+pub(super) mod fit;
 mod layout;
 mod many;
 mod matmul;

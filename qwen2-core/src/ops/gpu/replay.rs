@@ -64,16 +64,17 @@ impl Recording {
         thread::current().id() == self.thread
     }
 
-    /// Launches all of it.
-    ///
-    /// # Safety
-    /// Everything that was read or written when it was recorded is still there, but for what was dropped within,
-    /// nobody else reads or writes it meanwhile, and [`Self::is_in_order`].
+    /// Launches all of it. What it reads and writes is what was there when it was recorded: the caller keeps that.
     ///
     /// # Panics
-    /// Where the device refuses it, as burn reports.
-    pub(crate) unsafe fn replay(&self) {
-        // SAFETY: the caller's contract is the graph's.
+    /// On a thread that is not in order, and where the device refuses it, as burn reports.
+    pub(crate) fn replay(&self) {
+        assert!(
+            self.is_in_order(),
+            "a recording is replayed where it was made"
+        );
+        // SAFETY: cubecl guards every page that a recording touched for as long as the graph lives, so its memory is
+        // there and nobody else's; launches and reads of this thread, the only one, are on its stream, in order.
         let launched = unsafe { self.graph.replay() };
         launched.unwrap_or_else(|error| panic!("replay: {error:?}"));
     }

@@ -14,6 +14,8 @@ mod dense_gemm;
 mod elementwise;
 #[path = "../../../../../qwen2-core/src/ops/cpu/filled.rs"]
 mod filled;
+#[path = "../../../../../qwen2-core/src/ops/cpu/fit.rs"]
+pub(super) mod fit;
 #[path = "../../../../../qwen2-core/src/ops/cpu/layout.rs"]
 mod layout;
 #[path = "../../../../../qwen2-core/src/ops/cpu/matmul.rs"]
