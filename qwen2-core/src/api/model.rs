@@ -16,13 +16,11 @@ use crate::generate::{
     CancelToken, GenerateOptions, Generation, Host, LogSoftmax, LogitsProcessor, Network, Resolved,
     Run, SamplingDefaults, TokenStream,
 };
-use crate::model::{Delta, Rows};
+use crate::model::{Delta, Rows, WARM_STEPS};
 use crate::text::{Message, Tokenizer};
 
 /// Tokens that ready a processor.
 const WARM_TOKENS: usize = 16;
-/// Steps behind which a GPU has recorded one and replayed it.
-const WARM_STEPS: usize = 4;
 
 /// A loaded model: a handle that is cheap to clone and shared between threads.
 #[derive(Clone)]
@@ -331,7 +329,8 @@ impl Model {
             // Far from each other, so that they visit different experts.
             let tokens: Vec<u32> = (0..n).map(|i| (i * 997 % vocab_size) as u32).collect();
             network.forward(&tokens, &mut cache, Rows::Last, &watch)?;
-            let steps = if is_gpu { WARM_STEPS } else { 1 };
+            // One more is recorded, and one replayed.
+            let steps = if is_gpu { WARM_STEPS + 2 } else { 1 };
             for _ in 0..steps.min(self.context_length() - n) {
                 network.forward(&tokens[..1], &mut cache, Rows::Screened, &watch)?;
             }

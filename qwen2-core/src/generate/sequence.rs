@@ -208,15 +208,6 @@ impl Sequence {
             && self.penalties.is_idle(self.usage.completion_tokens)
     }
 
-    /// Takes the token that [`Self::takes_best`] asks for.
-    ///
-    /// # Errors
-    /// As [`Self::accept`].
-    #[cfg(feature = "gpu")]
-    pub(crate) fn take(&mut self, token: u32) -> Result<Piece> {
-        self.push(token)
-    }
-
     /// Whether it wants the logits of the prompt's tokens as well, from the first on: none of them may be
     /// taken from a cache then, and they go to [`Self::read_prompt`].
     pub(crate) fn reads_prompt(&self) -> bool {
@@ -265,7 +256,11 @@ impl Sequence {
         self.push(token)
     }
 
-    fn push(&mut self, token: u32) -> Result<Piece> {
+    /// Takes a token that was chosen elsewhere.
+    ///
+    /// # Errors
+    /// `InvalidConstraint` as [`Self::accept`].
+    pub(crate) fn push(&mut self, token: u32) -> Result<Piece> {
         self.tokens.push(token);
         self.usage.completion_tokens += 1;
         let end = self.end_token(token);

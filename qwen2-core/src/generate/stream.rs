@@ -112,7 +112,7 @@ impl Run {
         self.started = true;
         #[cfg(feature = "gpu")]
         if let Some(token) = self.best(cache)? {
-            return self.sequence.take(token).map(Some);
+            return self.sequence.push(token).map(Some);
         }
         match self.logits(cache) {
             Ok(()) => {}

@@ -31,6 +31,9 @@ use rope::Rope;
 pub(crate) use adapt::Delta;
 pub(crate) use load::{Kept, SCREEN, Settings, load};
 
+/// Steps of one token in a row that a GPU is told kernel by kernel, before one is recorded and replayed.
+pub(crate) const WARM_STEPS: usize = 2;
+
 /// Qwen2 (arXiv:2407.10671), dense or with experts.
 #[derive(Clone, Debug)]
 pub(crate) struct Qwen2 {

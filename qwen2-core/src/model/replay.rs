@@ -7,20 +7,16 @@
 use burn::tensor::{DType, Int, Tensor};
 
 use super::cache::Cache;
-use super::{At, DecoderLayer, FeedForward, Lane, Qwen2};
+use super::{At, DecoderLayer, FeedForward, Lane, Qwen2, WARM_STEPS};
 use crate::error::Result;
 use crate::ops::replay::{self, Recording};
 use crate::ops::{self, Place};
-
-/// Steps of a cache in a row that are launched kernel by kernel before one is recorded: recording takes about as
-/// long as two.
-const WARM_STEPS: u32 = 2;
 
 /// How far a cache is from steps that are replayed.
 #[derive(Debug)]
 pub(crate) enum Replay {
     /// After so many steps of one token in a row.
-    Waiting(u32),
+    Waiting(usize),
     Recorded(Box<Step>),
     /// The device does not record, or not this.
     Never,
@@ -89,6 +85,7 @@ impl Qwen2 {
         cache.reserve(1)?;
         let shared = cache.is_shared();
         let n_past = cache.n_tokens();
+        let mut has_run = false;
         match &mut cache.replay {
             Replay::Never => return Ok(None),
             replay if shared => {
@@ -104,13 +101,16 @@ impl Qwen2 {
                 if !is_recorded {
                     return Ok(None);
                 }
+                has_run = true; // to see that it gives what the launches gave
             }
         }
         cache.advance(1);
         let Replay::Recorded(step) = &mut cache.replay else {
             unreachable!("matched above");
         };
-        step.run(token, n_past);
+        if !has_run {
+            step.run(token, n_past);
+        }
         Ok(Some(step))
     }
 
@@ -288,7 +288,12 @@ mod tests {
             let is_recorded = |caches: &[Cache; 2]| matches!(caches[0].replay, Replay::Recorded(_));
             run(&models, &mut caches, &[3, 1, 4, 1, 5, 9, 2], name);
             for i in 0..8 {
-                run(&models, &mut caches, &[i * 7], &format!("{name}, {i}"));
+                run(
+                    &models,
+                    &mut caches,
+                    &[i as u32 * 7],
+                    &format!("{name}, {i}"),
+                );
                 assert_eq!(is_recorded(&caches), i >= WARM_STEPS, "{name}, {i}");
             }
             // Prompts between the steps, and positions that are written anew.

@@ -471,7 +471,7 @@ unsafe fn multiplied<const N: usize, const P: usize, const EIGHT: bool, const BE
 }
 
 /// How far ahead a token's products ask for weights: at 1 to 8 KiB a core alone reads as fast as any read test,
-/// and without asking 12 to 15 % slower, since what the processor fetches by itself ends with a page.
+/// and without asking 15 % slower (Zen 3), since what the processor fetches by itself ends with a page.
 const AHEAD: usize = 2048;
 /// What one request brings.
 const LINE: usize = 64;
