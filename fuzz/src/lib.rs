@@ -25,4 +25,4 @@ pub mod targets {
 }
 
 #[global_allocator]
-static ALLOCATOR: budget::Allocator = budget::Allocator;
+static ALLOCATOR: budget::Allocator = budget::unlimited();
