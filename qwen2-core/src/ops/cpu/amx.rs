@@ -103,11 +103,17 @@ pub(super) struct Bf16<'a> {
     pub(super) panels: usize,
 }
 
-/// Adds the products to `sums`, `[n, panels · 32]`.
+/// The products into `sums`, `[n, panels · 32]`, or added to them; `meanwhile` is called with a panel and what
+/// is done of it in each step: how many tokens, how many more now, of how many.
 ///
 /// # Panics
 /// If a length does not fit, or there is no AMX.
-pub(super) fn multiply_bf16(args: &Bf16<'_>, sums: &mut [f32]) {
+pub(super) fn multiply_bf16(
+    args: &Bf16<'_>,
+    add: bool,
+    sums: &mut [f32],
+    meanwhile: &dyn Fn(usize, (usize, usize, usize)),
+) {
     let Bf16 {
         x,
         n,
@@ -121,9 +127,12 @@ pub(super) fn multiply_bf16(args: &Bf16<'_>, sums: &mut [f32]) {
     assert!(blocks * TILE * ROWS <= panel, "weights");
     let stride = panels * ROWS;
     assert_eq!(n * stride, sums.len(), "sums");
+    // The weights of a panel stay in the first-level cache, the activations come from the second.
     let mut configured = (0, 0);
-    for t in (0..n).step_by(2 * TILE) {
+    for (p, t) in (0..panels).flat_map(|p| (0..n).step_by(2 * TILE).map(move |t| (p, t))) {
         let tokens = ((n - t).min(TILE), (n - t).saturating_sub(TILE).min(TILE));
+        let is_second = tokens.1 > 0;
+        meanwhile(p, (t, tokens.0 + tokens.1, n));
         // SAFETY: AMX is there. The tokens are inside `x` in each block and inside `sums`, whose panels of
         // rows are `stride` apart, and the panel of weights has the blocks, as was checked.
         unsafe {
@@ -131,41 +140,96 @@ pub(super) fn multiply_bf16(args: &Bf16<'_>, sums: &mut [f32]) {
                 Configuration::new(tokens.0, tokens.1).load();
                 configured = tokens;
             }
-            for p in 0..panels {
-                let x = x.as_ptr().add(t * TILE);
-                let w = weights.as_ptr().add(p * panel);
-                let sums = sums.as_mut_ptr().add(t * stride + p * ROWS);
-                if tokens.1 == 0 {
-                    one(x, n, blocks, w, sums, stride);
-                } else {
-                    two(x, n, blocks, w, sums, stride);
-                }
+            let x = x.as_ptr().add(t * TILE);
+            let w = weights.as_ptr().add(p * panel);
+            let sums = sums.as_mut_ptr().add(t * stride + p * ROWS);
+            begin(add, is_second, sums, stride);
+            if is_second {
+                two(x, n, blocks, w);
+            } else {
+                one(x, n, blocks, w);
             }
+            end(is_second, sums, stride);
         }
     }
     // SAFETY: AMX is there.
     unsafe { asm!("tilerelease", options(nostack, nomem, preserves_flags)) };
 }
 
-/// Up to 32 tokens times a panel.
+/// The sums of up to 16 tokens and a panel into tiles 0 and 1, those of the `second` ones into 2 and 3: zeros,
+/// or what is there, to be added to.
 ///
 /// # Safety
-/// AMX is configured for more than 16 tokens; `x`, `w` and `sums` hold what [`multiply_bf16`] says of them.
-unsafe fn two(
-    x: *const u32,
-    n: usize,
-    blocks: usize,
-    w: *const u32,
-    sums: *mut f32,
-    stride: usize,
-) {
-    // SAFETY: the caller's promise; the pointers stay inside, the last step leads one past.
+/// AMX is configured for as many tokens; `sums` holds their rows of 32, `stride` apart.
+#[inline]
+unsafe fn begin(add: bool, second: bool, sums: *const f32, stride: usize) {
+    // SAFETY: the caller's promise.
     unsafe {
+        if !add {
+            asm!(
+                "tilezero tmm0",
+                "tilezero tmm1",
+                "tilezero tmm2",
+                "tilezero tmm3",
+                options(nostack, nomem, preserves_flags),
+            );
+            return;
+        }
         asm!(
             "tileloadd tmm0, [{c} + {cs}*1]",
             "tileloadd tmm1, [{c} + {cs}*1 + 64]",
-            "tileloadd tmm2, [{d} + {cs}*1]",
-            "tileloadd tmm3, [{d} + {cs}*1 + 64]",
+            c = in(reg) sums,
+            cs = in(reg) stride * 4,
+            options(nostack, readonly, preserves_flags),
+        );
+        if second {
+            asm!(
+                "tileloadd tmm2, [{c} + {cs}*1]",
+                "tileloadd tmm3, [{c} + {cs}*1 + 64]",
+                c = in(reg) sums.add(TILE * stride),
+                cs = in(reg) stride * 4,
+                options(nostack, readonly, preserves_flags),
+            );
+        }
+    }
+}
+
+/// Stores what [`begin`] began.
+///
+/// # Safety
+/// As [`begin`].
+#[inline]
+unsafe fn end(second: bool, sums: *mut f32, stride: usize) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        asm!(
+            "tilestored [{c} + {cs}*1], tmm0",
+            "tilestored [{c} + {cs}*1 + 64], tmm1",
+            c = in(reg) sums,
+            cs = in(reg) stride * 4,
+            options(nostack, preserves_flags),
+        );
+        if second {
+            asm!(
+                "tilestored [{c} + {cs}*1], tmm2",
+                "tilestored [{c} + {cs}*1 + 64], tmm3",
+                c = in(reg) sums.add(TILE * stride),
+                cs = in(reg) stride * 4,
+                options(nostack, preserves_flags),
+            );
+        }
+    }
+}
+
+/// Adds the products of up to 32 tokens with a panel to the tiles.
+///
+/// # Safety
+/// AMX is configured for more than 16 tokens; `x` and `w` hold what [`multiply_bf16`] says of them.
+#[inline]
+unsafe fn two(x: *const u32, n: usize, blocks: usize, w: *const u32) {
+    // SAFETY: the caller's promise; the pointers stay inside, the last step leads one past.
+    unsafe {
+        asm!(
             "2:",
             "tileloadd tmm6, [{w} + {ws}*1]",
             "tileloadd tmm4, [{x} + {xs}*1]",
@@ -179,41 +243,26 @@ unsafe fn two(
             "add {w}, 2048",
             "dec {blocks}",
             "jnz 2b",
-            "tilestored [{c} + {cs}*1], tmm0",
-            "tilestored [{c} + {cs}*1 + 64], tmm1",
-            "tilestored [{d} + {cs}*1], tmm2",
-            "tilestored [{d} + {cs}*1 + 64], tmm3",
-            c = in(reg) sums,
-            d = in(reg) sums.add(TILE * stride),
-            cs = in(reg) stride * 4,
             x = inout(reg) x => _,
             xs = in(reg) 64_usize,
             xn = in(reg) n * 64,
             w = inout(reg) w => _,
             ws = in(reg) 128_usize,
             blocks = inout(reg) blocks => _,
-            options(nostack),
+            options(nostack, readonly),
         );
     }
 }
 
-/// Up to 16 tokens times a panel.
+/// As [`two`], of up to 16 tokens.
 ///
 /// # Safety
-/// As [`two`], of at most 16 tokens.
-unsafe fn one(
-    x: *const u32,
-    n: usize,
-    blocks: usize,
-    w: *const u32,
-    sums: *mut f32,
-    stride: usize,
-) {
+/// As [`two`], configured for no more than 16 tokens.
+#[inline]
+unsafe fn one(x: *const u32, n: usize, blocks: usize, w: *const u32) {
     // SAFETY: as in `two`.
     unsafe {
         asm!(
-            "tileloadd tmm0, [{c} + {cs}*1]",
-            "tileloadd tmm1, [{c} + {cs}*1 + 64]",
             "2:",
             "tileloadd tmm6, [{w} + {ws}*1]",
             "tileloadd tmm4, [{x} + {xs}*1]",
@@ -224,17 +273,13 @@ unsafe fn one(
             "add {w}, 2048",
             "dec {blocks}",
             "jnz 2b",
-            "tilestored [{c} + {cs}*1], tmm0",
-            "tilestored [{c} + {cs}*1 + 64], tmm1",
-            c = in(reg) sums,
-            cs = in(reg) stride * 4,
             x = inout(reg) x => _,
             xs = in(reg) 64_usize,
             xn = in(reg) n * 64,
             w = inout(reg) w => _,
             ws = in(reg) 128_usize,
             blocks = inout(reg) blocks => _,
-            options(nostack),
+            options(nostack, readonly),
         );
     }
 }

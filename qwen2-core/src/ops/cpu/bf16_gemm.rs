@@ -1,9 +1,9 @@
-//! Many tokens times bf16 weights with the processor's bf16 dot product (AVX512-BF16) or, where it has
+//! Many tokens times weights in bf16 with the processor's bf16 dot product (AVX512-BF16) or, where it has
 //! them, its matrix products (AMX).
 //!
-//! Activations are rounded to bf16, products are exact and summed in f32. The weights stay as they
-//! are stored: each task turns a few of their rows into the interleaved order once, in its cache,
-//! and multiplies all tokens with them.
+//! Activations are rounded to bf16, and so are packed weights; products are exact and summed in f32. The
+//! weights stay as they are stored: each task brings a few of their rows into the interleaved order once,
+//! in its cache, and multiplies all tokens with them.
 #![cfg(target_arch = "x86_64")]
 
 use std::arch::x86_64::*;
@@ -11,27 +11,26 @@ use std::cell::Cell;
 use std::mem::MaybeUninit;
 use std::sync::{Mutex, PoisonError};
 
-use half::bf16;
-
 use super::amx;
 use super::filled::filled;
-use super::matmul::Linear;
+use super::interleave::{BLOCK, Part, ROWS, Weights};
+use super::lines::{self, Line, flat};
 use super::pool;
 use super::product::{self, Product, Sums, Target};
-use super::simd::{Isa, prefetch};
+use super::simd::Isa;
 
-/// Fewer tokens than this do not pay for interleaving the weights.
-pub(crate) const MIN_TOKENS: usize = 16;
-/// Rows of a panel, interleaved together: two vectors.
-const ROWS: usize = 32;
+/// From so many tokens on bf16 weights pay for being interleaved.
+const MANY: usize = 16;
 /// Most panels of a task for matrix products, so fast that they wait for activations that are read once
-/// a panel.
-const PANELS: usize = 4;
-/// Columns of a block of activations: one cache line a token.
-const BLOCK: usize = 32;
-
-/// Columns that are interleaved at once: the first-level cache holds 16 KiB of weights.
+/// a panel: those of a stretch and the sums stay in the second-level cache.
+const PANELS: usize = 8;
+/// From so many tokens on packed weights pay for becoming bf16, where there are matrix products.
+const MANY_PACKED: usize = 64;
+/// Columns that are interleaved at once for dot products: the first-level cache holds 16 KiB of weights.
 const DEPTH: usize = 256;
+/// Columns that are interleaved at once for matrix products: the first-level cache holds 32 KiB of weights,
+/// and sums are loaded and stored for each stretch.
+const TILE_DEPTH: usize = 512;
 
 /// Whether this machine has the instructions.
 pub(crate) fn is_present() -> bool {
@@ -40,10 +39,21 @@ pub(crate) fn is_present() -> bool {
         && is_x86_feature_detected!("avx512bf16")
 }
 
-/// Products of the rounded activations with bf16 rows, some panels a task.
+/// Whether products of `n` tokens with bf16 weights are those of bf16: only where it is wanted, too.
+pub(crate) fn is_for_dense(isa: Isa, n: usize) -> bool {
+    pool::takes_bf16_products() && n >= MANY && isa >= Isa::Avx512 && is_present()
+}
+
+/// Whether products of `n` tokens with packed weights are those of bf16: it rounds activations less than
+/// eight bits do, and matrix products are faster than any others.
+pub(crate) fn is_for_packed(isa: Isa, n: usize) -> bool {
+    n >= MANY_PACKED && isa == Isa::Amx
+}
+
+/// Products of the rounded activations with rows of weights, some panels a task.
 pub(crate) struct Blocks<'a> {
     isa: Isa,
-    args: Linear<'a, bf16>,
+    weights: Weights<'a>,
     x: &'a Rounded,
     target: Target<'a>,
     /// Panels of a task.
@@ -51,146 +61,151 @@ pub(crate) struct Blocks<'a> {
 }
 
 impl<'a> Blocks<'a> {
-    /// `x` are the activations of `args`, rounded.
-    ///
     /// # Panics
     /// If a length does not fit the shape, or the machine lacks the instructions.
-    pub(crate) fn new(
-        isa: Isa,
-        args: Linear<'a, bf16>,
-        x: &'a Rounded,
-        target: Target<'a>,
-    ) -> Self {
-        check(args, x);
+    pub(crate) fn new(isa: Isa, weights: Weights<'a>, x: &'a Rounded, target: Target<'a>) -> Self {
+        check(weights, x);
         assert_eq!(x.n, target.tokens(), "activation shape");
         Self {
             isa,
-            args,
+            weights,
             x,
             target,
             panels: match isa {
-                Isa::Amx if args.outer.div_ceil(ROWS) >= 16 * pool::current_threads() => PANELS,
-                Isa::Amx => 2,
+                Isa::Amx => task_panels(weights.rows(), PANELS),
                 _ => 1,
             },
         }
     }
 }
 
+/// How many panels of so many rows a task has for matrix products, at most `most`: each thread as many.
+fn task_panels(rows: usize, most: usize) -> usize {
+    let (panels, threads) = (rows.div_ceil(ROWS), pool::current_threads());
+    panels.div_ceil(threads * panels.div_ceil(threads * most))
+}
+
 /// # Panics
 /// If a length does not fit the shape, or the machine lacks the instructions.
-fn check(args: Linear<'_, bf16>, x: &Rounded) {
+fn check(weights: Weights<'_>, x: &Rounded) {
     assert!(is_present(), "AVX512-BF16");
-    assert_eq!(args.weight.len(), args.inner * args.outer, "weight length");
-    assert_eq!(x.cols, args.inner, "activation width");
+    weights.check();
+    assert_eq!(x.cols, weights.cols(), "activation width");
 }
 
 /// Weights of a panel that are interleaved next: [`multiply`] has them brought near meanwhile.
-#[derive(Clone, Copy)]
-struct Ahead<'a> {
-    args: Linear<'a, bf16>,
-    row: usize,
-    start: usize,
-}
-
-impl Ahead<'_> {
-    /// Asks for the lines of the weights' share from `done` of `all` on, `step` of them.
-    #[inline]
-    fn ask(self, done: usize, step: usize, all: usize) {
-        let Linear { inner, outer, .. } = self.args;
-        let columns = self.start..(self.start + DEPTH).min(inner);
-        for row in ROWS * done / all..ROWS * (done + step) / all {
-            let row = self.row + row;
-            if row < outer {
-                let lines = self.args.weight[row * inner..][columns.clone()].chunks(BLOCK);
-                lines.for_each(|line| prefetch(line.as_ptr().addr()));
-            }
-        }
-    }
-}
+type Ahead<'a> = (Weights<'a>, Part);
 
 /// The sums of all tokens with some panels of rows from `row` on, `[n, panels · 32]`; `next` is what
 /// comes behind them.
 fn sum(
     isa: Isa,
-    args: Linear<'_, bf16>,
+    weights: Weights<'_>,
     x: &Rounded,
     (row, panels): (usize, usize),
     next: Ahead<'_>,
-    (scratch, sums): (&mut Vec<u32>, &mut [f32]),
+    (scratch, sums): (&mut Vec<Line<u32>>, &mut [f32]),
 ) {
-    scratch.resize(panels * ROWS * DEPTH / 2, 0);
-    sums.fill(0.0);
+    let most = depth(isa);
+    let depth = |start: usize| most.min(x.cols - start);
+    let panel_words = ROWS * depth(0).next_multiple_of(BLOCK) / 2;
+    let scratch = lines::room(scratch, panels * panel_words);
     assert_eq!(sums.len(), x.n * panels * ROWS, "sums");
-    for start in (0..args.inner).step_by(DEPTH) {
-        let depth = DEPTH.min(args.inner - start);
-        for (panel, scratch) in scratch.chunks_mut(ROWS * DEPTH / 2).enumerate() {
-            let row = (row + panel * ROWS).min(args.outer);
+    let part = |panel: usize, start: usize| Part {
+        row: row + panel * ROWS,
+        start,
+        depth: depth(start),
+    };
+    for start in (0..x.cols).step_by(most) {
+        for (panel, scratch) in scratch.chunks_mut(panel_words).enumerate() {
             // SAFETY: the instructions are there, and the lengths were checked.
-            unsafe { interleave(args, row, start, depth, scratch) };
+            unsafe { weights.interleave(part(panel, start), scratch) };
         }
-        if isa == Isa::Amx {
-            amx::multiply_bf16(
-                &amx::Bf16 {
-                    x: x.words[start / BLOCK * x.n..].as_flattened(),
-                    n: x.n,
-                    blocks: depth.div_ceil(BLOCK),
-                    weights: scratch,
-                    panels,
+        let ahead = |panel: usize| match start + most < x.cols {
+            true => (weights, part(panel, start + most)),
+            false => (
+                next.0,
+                Part {
+                    row: next.1.row + panel * ROWS,
+                    ..next.1
                 },
-                sums,
-            );
+            ),
+        };
+        if isa == Isa::Amx {
+            let args = amx::Bf16 {
+                x: &flat(&x.words)[start / BLOCK * x.n * lines::WORDS..],
+                n: x.n,
+                blocks: depth(start).div_ceil(BLOCK),
+                weights: scratch,
+                panels,
+            };
+            amx::multiply_bf16(&args, start > 0, sums, &|panel, share| {
+                let (weights, part) = ahead(panel);
+                weights.ask(part, share);
+            });
             continue;
         }
+        if start == 0 {
+            sums.fill(0.0);
+        }
         let strided = panels * ROWS;
-        for (panel, scratch) in scratch.chunks(ROWS * DEPTH / 2).enumerate() {
+        for (panel, scratch) in scratch.chunks(panel_words).enumerate() {
             let sums = &mut sums[panel * ROWS..];
-            let ahead = match start + depth < args.inner {
-                true => Ahead {
-                    args,
-                    row: row + panel * ROWS,
-                    start: start + depth,
-                },
-                false => next,
-            };
+            let columns = (start, depth(start));
             // SAFETY: as above.
-            unsafe { multiply(x, (start, depth), scratch, (sums, strided), ahead) };
+            unsafe { multiply(x, columns, scratch, (sums, strided), ahead(panel)) };
         }
     }
+}
+
+/// The first columns of a panel.
+fn first_part(isa: Isa, row: usize) -> Part {
+    Part {
+        row,
+        start: 0,
+        depth: depth(isa),
+    }
+}
+
+/// Columns that are interleaved at once.
+fn depth(isa: Isa) -> usize {
+    if isa == Isa::Amx { TILE_DEPTH } else { DEPTH }
 }
 
 /// `silu(x gateᵀ) · (x upᵀ)`, rounded by the task that made it.
 ///
 /// # Panics
 /// If a length does not fit the shapes, or these have not as many rows.
-pub(crate) fn swiglu(
-    isa: Isa,
-    gate: Linear<'_, bf16>,
-    up: Linear<'_, bf16>,
-    x: &Rounded,
-) -> Rounded {
+pub(crate) fn swiglu(isa: Isa, gate: Weights<'_>, up: Weights<'_>, x: &Rounded) -> Rounded {
     check(gate, x);
     check(up, x);
-    assert_eq!(gate.outer, up.outer, "a pair");
-    let threads = pool::current_threads();
-    Rounded::make(x.n, gate.outer, &|block, out| {
+    assert_eq!(gate.rows(), up.rows(), "a pair");
+    let panels = match isa {
+        Isa::Amx => task_panels(gate.rows(), PANELS / 2),
+        _ => 1,
+    };
+    let next_task = panels * ROWS * pool::current_threads();
+    Rounded::make(x.n, gate.rows(), panels, &|task, out| {
+        let (row, panels) = (task * panels * ROWS, out.len() / x.n);
         let (mut scratch, mut sums) = SCRATCH.take();
-        sums.resize(2 * x.n * ROWS, 0.0);
-        let (gates, ups) = sums[..2 * x.n * ROWS].split_at_mut(x.n * ROWS);
-        let row = block * ROWS;
-        let ahead = |args, row| Ahead {
-            args,
-            row,
-            start: 0,
-        };
-        let next = (ahead(up, row), ahead(gate, row + ROWS * threads));
-        sum(isa, gate, x, (row, 1), next.0, (&mut scratch, gates));
-        sum(isa, up, x, (row, 1), next.1, (&mut scratch, ups));
+        let stride = panels * ROWS;
+        let room = lines::room(&mut sums, 2 * x.n * stride);
+        let (gates, ups) = room.split_at_mut(x.n * stride);
+        let next = (
+            (up, first_part(isa, row)),
+            (gate, first_part(isa, row + next_task)),
+        );
+        let rows = (row, panels);
+        sum(isa, gate, x, rows, next.0, (&mut scratch, gates));
+        sum(isa, up, x, rows, next.1, (&mut scratch, ups));
         product::gate(isa, gates, ups);
         // Rows past the last are sums of nothing.
-        for (out, row) in out.iter_mut().zip(gates.as_chunks().0) {
-            // SAFETY: the instructions are there.
-            unsafe { round_block(row, out) };
+        for (panel, out) in out.chunks_mut(x.n).enumerate() {
+            for (out, row) in out.iter_mut().zip(gates.chunks(stride)) {
+                let row = &row.as_chunks().0[panel];
+                // SAFETY: the instructions are there.
+                unsafe { round_block(row, out) };
+            }
         }
         SCRATCH.set((scratch, sums));
     })
@@ -198,37 +213,31 @@ pub(crate) fn swiglu(
 
 impl Product for Blocks<'_> {
     fn tasks(&self) -> usize {
-        self.args.outer.div_ceil(ROWS).div_ceil(self.panels)
+        self.weights.rows().div_ceil(ROWS).div_ceil(self.panels)
     }
 
     fn weights(&self, task: usize) -> pool::Streams {
-        let Linear { inner, outer, .. } = self.args;
         let rows = self.panels * ROWS;
-        let rows = task * rows..((task + 1) * rows).min(outer);
-        pool::streams(&self.args.weight[rows.start * inner..rows.end * inner], &[])
+        let end = ((task + 1) * rows).min(self.weights.rows());
+        self.weights.streams(task * rows..end)
     }
 
     fn run(&self, task: usize) {
         let (row, n) = (task * self.panels * ROWS, self.x.n);
-        let left = self.args.outer - row;
+        let left = self.weights.rows() - row;
         let panels = self.panels.min(left.div_ceil(ROWS));
         let stride = panels * ROWS;
         let (mut scratch, mut sums) = SCRATCH.take();
-        sums.resize(n * stride, 0.0);
+        let room = lines::room(&mut sums, n * stride);
         // Threads take tasks in turn, mostly.
-        let next = Ahead {
-            args: self.args,
-            row: row + self.panels * ROWS * pool::current_threads(),
-            start: 0,
-        };
-        let rows = (row, panels);
+        let next = first_part(self.isa, row + self.panels * ROWS * pool::current_threads());
         sum(
             self.isa,
-            self.args,
+            self.weights,
             self.x,
-            rows,
-            next,
-            (&mut scratch, &mut sums),
+            (row, panels),
+            (self.weights, next),
+            (&mut scratch, room),
         );
         let rows = (row, stride.min(left));
         // SAFETY: the lengths were checked, and the rows are this task's own.
@@ -236,7 +245,7 @@ impl Product for Blocks<'_> {
             self.target.take(
                 self.isa,
                 Sums {
-                    values: &sums,
+                    values: room,
                     stride,
                     tokens: (0, n),
                     rows,
@@ -249,18 +258,16 @@ impl Product for Blocks<'_> {
 
 thread_local! {
     /// The interleaved weights and the sums of a task, kept for the next one.
-    static SCRATCH: Cell<(Vec<u32>, Vec<f32>)> = const { Cell::new((Vec::new(), Vec::new())) };
+    static SCRATCH: Cell<(Vec<Line<u32>>, Vec<Line<f32>>)> =
+        const { Cell::new((Vec::new(), Vec::new())) };
 }
-
-/// A block of one token.
-type Line = [u32; BLOCK / 2];
 
 /// Activations in bf16, pairs of columns as one word, block by block, so that a product takes a block
 /// of all tokens from one stretch of memory; padded with zeros to whole blocks.
 #[cfg_attr(test, derive(Debug, PartialEq))]
 pub(crate) struct Rounded {
-    /// `[blocks][n]`.
-    words: Vec<Line>,
+    /// `[blocks][n]`, a block of a token each.
+    words: Vec<Line<u32>>,
     n: usize,
     cols: usize,
 }
@@ -272,7 +279,7 @@ impl Rounded {
     /// If the machine lacks the instructions.
     pub(crate) fn new(x: &[f32], cols: usize) -> Self {
         assert!(is_present(), "AVX512-BF16");
-        Self::make(x.len() / cols, cols, &|block, out| {
+        Self::make(x.len() / cols, cols, 1, &|block, out| {
             let width = BLOCK.min(cols - block * BLOCK);
             for (t, out) in out.iter_mut().enumerate() {
                 let mut row = [0.0; BLOCK];
@@ -283,21 +290,22 @@ impl Rounded {
         })
     }
 
-    /// What `fill(block, out)` makes of every block of all tokens; it writes them all.
+    /// What `fill(task, out)` makes of all tokens, `per_task` blocks in a task; it writes them all.
     fn make(
         n: usize,
         cols: usize,
-        fill: &(dyn Fn(usize, &mut [MaybeUninit<Line>]) + Sync),
+        per_task: usize,
+        fill: &(dyn Fn(usize, &mut [MaybeUninit<Line<u32>>]) + Sync),
     ) -> Self {
         let n_lines = cols.div_ceil(BLOCK) * n;
         // SAFETY: each block is written by its task.
         let words = unsafe {
             filled(n_lines, |words| {
-                let blocks: Vec<_> = words.chunks_mut(n).map(Mutex::new).collect();
-                pool::parallel(blocks.len(), &|block| {
+                let tasks: Vec<_> = words.chunks_mut(per_task * n).map(Mutex::new).collect();
+                pool::parallel(tasks.len(), &|task| {
                     // Each lock is taken once, by its own task.
-                    let mut out = blocks[block].lock().unwrap_or_else(PoisonError::into_inner);
-                    fill(block, &mut out);
+                    let mut out = tasks[task].lock().unwrap_or_else(PoisonError::into_inner);
+                    fill(task, &mut out);
                 });
             })
         };
@@ -310,96 +318,13 @@ impl Rounded {
 /// # Safety
 /// The instructions are present.
 #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
-unsafe fn round_block(x: &[f32; BLOCK], out: &mut MaybeUninit<Line>) {
+unsafe fn round_block(x: &[f32; BLOCK], out: &mut MaybeUninit<Line<u32>>) {
     // SAFETY: 32 elements are read, 16 words written.
     unsafe {
         let low = _mm512_loadu_ps(x.as_ptr());
         let high = _mm512_loadu_ps(x.as_ptr().add(16));
         let words = _mm512_cvtne2ps_pbh(high, low);
         out.as_mut_ptr().cast::<__m512bh>().write_unaligned(words);
-    }
-}
-
-/// Brings `depth` columns of 32 rows into the order `[pair of columns][row]`.
-///
-/// # Safety
-/// The instructions are present; the columns are inside `args.weight`, whose length is checked.
-#[target_feature(enable = "avx512f,avx512bw")]
-unsafe fn interleave(
-    args: Linear<'_, bf16>,
-    row: usize,
-    start: usize,
-    depth: usize,
-    out: &mut [u32],
-) {
-    let rows = ROWS.min(args.outer - row);
-    let whole = depth / 32 * 32;
-    for half in 0..2 {
-        for k in (0..whole).step_by(32) {
-            let mut tile = [_mm512_setzero_si512(); 16];
-            for (r, tile) in tile.iter_mut().enumerate() {
-                let r = half * 16 + r;
-                if r < rows {
-                    let at = (row + r) * args.inner + start + k;
-                    // SAFETY: 32 columns from `start + k` on are inside the row.
-                    *tile = unsafe { _mm512_loadu_si512(args.weight.as_ptr().add(at).cast()) };
-                }
-            }
-            transpose(&mut tile);
-            for (p, tile) in tile.iter().enumerate() {
-                let at = (k / 2 + p) * ROWS + half * 16;
-                // SAFETY: `out` has `depth / 2` words for each of the 32 rows.
-                unsafe { _mm512_storeu_si512(out.as_mut_ptr().add(at).cast(), *tile) };
-            }
-        }
-    }
-    for pair in whole / 2..depth.next_multiple_of(BLOCK) / 2 {
-        for r in 0..ROWS {
-            let word = |k: usize| {
-                if r < rows && k < depth {
-                    u32::from(args.weight[(row + r) * args.inner + start + k].to_bits())
-                } else {
-                    0
-                }
-            };
-            out[pair * ROWS + r] = word(2 * pair) | word(2 * pair + 1) << 16;
-        }
-    }
-}
-
-/// Transposes 16 × 16 words.
-#[target_feature(enable = "avx512f,avx512bw")]
-fn transpose(t: &mut [__m512i; 16]) {
-    let mut a = [_mm512_setzero_si512(); 16];
-    for i in (0..16).step_by(4) {
-        let (lo01, hi01) = (
-            _mm512_unpacklo_epi32(t[i], t[i + 1]),
-            _mm512_unpackhi_epi32(t[i], t[i + 1]),
-        );
-        let (lo23, hi23) = (
-            _mm512_unpacklo_epi32(t[i + 2], t[i + 3]),
-            _mm512_unpackhi_epi32(t[i + 2], t[i + 3]),
-        );
-        a[i] = _mm512_unpacklo_epi64(lo01, lo23);
-        a[i + 1] = _mm512_unpackhi_epi64(lo01, lo23);
-        a[i + 2] = _mm512_unpacklo_epi64(hi01, hi23);
-        a[i + 3] = _mm512_unpackhi_epi64(hi01, hi23);
-    }
-    // Now a[4 i + c] holds column 4 l + c of rows 4 i..4 i + 4 in its lane l.
-    for c in 0..4 {
-        let (r0, r1, r2, r3) = (a[c], a[4 + c], a[8 + c], a[12 + c]);
-        let (l01, h01) = (
-            _mm512_shuffle_i32x4::<0x88>(r0, r1),
-            _mm512_shuffle_i32x4::<0xDD>(r0, r1),
-        );
-        let (l23, h23) = (
-            _mm512_shuffle_i32x4::<0x88>(r2, r3),
-            _mm512_shuffle_i32x4::<0xDD>(r2, r3),
-        );
-        t[c] = _mm512_shuffle_i32x4::<0x88>(l01, l23);
-        t[8 + c] = _mm512_shuffle_i32x4::<0xDD>(l01, l23);
-        t[4 + c] = _mm512_shuffle_i32x4::<0x88>(h01, h23);
-        t[12 + c] = _mm512_shuffle_i32x4::<0xDD>(h01, h23);
     }
 }
 
@@ -430,7 +355,7 @@ unsafe fn multiply(
                 4.. => tile::<4>(words, x.n, blocks, w, sums, stride),
                 _ => tile::<1>(words, x.n, blocks, w, sums, stride),
             };
-            ahead.ask(before, t - before, x.n);
+            ahead.0.ask(ahead.1, (before, t - before, x.n));
         }
     }
 }
@@ -450,7 +375,7 @@ fn bf16_words(words: __m512i) -> __m512bh {
 #[inline]
 #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
 unsafe fn tile<const N: usize>(
-    mut x: *const Line,
+    mut x: *const Line<u32>,
     n: usize,
     blocks: usize,
     mut w: *const u32,
@@ -488,8 +413,12 @@ unsafe fn tile<const N: usize>(
 
 #[cfg(test)]
 mod tests {
+    use half::bf16;
+
     use super::super::product::{Finish, run_all};
     use super::*;
+    use crate::ops::fit::Effort;
+    use crate::ops::packed::{Format, Shape};
 
     /// Those that the dispatch brings here.
     fn kernels() -> impl Iterator<Item = Isa> {
@@ -507,12 +436,7 @@ mod tests {
             .map(|i| f32::from_bits(i.wrapping_mul(0x9E37_79B9)))
             .collect();
         let rounded = Rounded::new(&x, BLOCK);
-        for (got, x) in rounded
-            .words
-            .as_flattened()
-            .iter()
-            .zip(x.as_chunks::<2>().0)
-        {
+        for (got, x) in flat(&rounded.words).iter().zip(x.as_chunks::<2>().0) {
             for (got, x) in [*got as u16, (got >> 16) as u16].into_iter().zip(x) {
                 let want = bf16::from_f32(if x.is_subnormal() { 0.0 * x } else { *x });
                 let got = bf16::from_bits(got);
@@ -534,12 +458,7 @@ mod tests {
             let w = wave(outer * inner, f).map(bf16::from_f32);
             w.collect::<Vec<_>>()
         });
-        let linear = |weight| Linear {
-            x: &x,
-            weight,
-            inner,
-            outer,
-        };
+        let linear = |weight| Weights::Dense(weight, inner);
         let rounded = Rounded::new(&x, inner);
         let mut out = vec![f32::NAN; n * outer];
         for isa in kernels() {
@@ -572,12 +491,7 @@ mod tests {
                 .map(|i| bf16::from_f32((i as f32 * 0.11).cos()))
                 .collect();
             let bias: Vec<f32> = (0..outer).map(|i| i as f32).collect();
-            let args = Linear {
-                x: &x,
-                weight: &w,
-                inner,
-                outer,
-            };
+            let args = Weights::Dense(&w, inner);
             let rounded = Rounded::new(&x, inner);
             for isa in kernels() {
                 let mut out = vec![f32::NAN; n * outer];
@@ -595,6 +509,54 @@ mod tests {
                         assert!(
                             (out - want).abs() < 1e-5 * inner as f32,
                             "{isa:?} {n} {inner} {outer}: {out} {want}"
+                        );
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn packed_weights_are_multiplied_as_they_round() {
+        if !is_present() {
+            return; // nothing to test: the dispatch never comes here
+        }
+        for (format, n, rows, cols) in [
+            (Format::Q8, 70, 75, 96),
+            (Format::Q4, 64, 33, 1216),
+            (Format::Q8, 97, 530, 70),
+        ] {
+            let shape = Shape { format, rows, cols };
+            let w: Vec<f32> = (0..rows * cols).map(|i| (i as f32 * 0.11).cos()).collect();
+            let mut bytes = vec![0; shape.bytes()];
+            for (panel, out) in bytes.chunks_mut(shape.panel_bytes()).enumerate() {
+                let row = |i: usize, out: &mut [f32]| out.copy_from_slice(&w[i * cols..][..cols]);
+                shape.pack_panel(panel, Effort::Search, &row, out);
+            }
+            let x: Vec<f32> = (0..n * cols).map(|i| (i as f32 * 0.37).sin()).collect();
+            let rounded = Rounded::new(&x, cols);
+            let round = |x: f32| bf16::from_f32(x).to_f64();
+            for isa in kernels() {
+                let mut out = vec![f32::NAN; n * rows];
+                let target = Target::new(&mut out, rows, 0..rows, Finish::Store, None);
+                run_all(&[&Blocks::new(
+                    isa,
+                    Weights::Packed(&bytes, shape),
+                    &rounded,
+                    target,
+                )]);
+                let mut row = vec![0.0; cols];
+                for r in 0..rows {
+                    shape.unpack_row(&bytes, r, &mut row);
+                    for t in 0..n {
+                        let products = row.iter().zip(&x[t * cols..]);
+                        let want: f64 = products.map(|(w, x)| round(*w) * round(*x)).sum();
+                        let got = out[t * rows + r];
+                        // Some weights lie between two numbers of bf16.
+                        let most = 1e-4 * cols as f32;
+                        assert!(
+                            (got - want as f32).abs() < most,
+                            "{isa:?} {format:?}: {got} {want}"
                         );
                     }
                 }

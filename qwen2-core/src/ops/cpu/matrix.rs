@@ -10,7 +10,7 @@ use super::activations::Activations;
 use super::product::{Finish, Pair, Product, Target, run_all};
 use super::simd::{self, Isa};
 #[cfg(target_arch = "x86_64")]
-use super::{bf16_gemm, pool};
+use super::{bf16_gemm, interleave::Weights};
 use super::{matmul, quantized};
 use crate::ops::{Linear, Weight, packed};
 
@@ -71,6 +71,40 @@ impl Matrix<Flex> {
         }
     }
 
+    /// The form of `n` tokens' activations that its product takes.
+    fn form(&self, isa: Isa, n: usize) -> Form {
+        match self {
+            #[cfg(target_arch = "x86_64")]
+            Self::Packed(..) | Self::PackedBias(..) if bf16_gemm::is_for_packed(isa, n) => {
+                Form::Rounded
+            }
+            Self::Packed(..) | Self::PackedBias(..) => Form::Quantized,
+            #[cfg(target_arch = "x86_64")]
+            Self::Dense(weight) | Self::DenseBias(weight, _)
+                if weight.dtype() == DType::BF16 && bf16_gemm::is_for_dense(isa, n) =>
+            {
+                Form::Rounded
+            }
+            Self::Dense(_) | Self::DenseBias(..) => Form::Plain,
+        }
+    }
+
+    /// As products of bf16 take it.
+    ///
+    /// # Panics
+    /// If it is dense and not of bf16.
+    #[cfg(target_arch = "x86_64")]
+    fn weights(&self) -> Weights<'_> {
+        match self {
+            Self::Dense(weight) | Self::DenseBias(weight, _) => {
+                Weights::Dense(elements(weight), weight.layout().shape()[1])
+            }
+            Self::Packed(bytes, shape) | Self::PackedBias(bytes, shape, _) => {
+                Weights::Packed(bytes.bytes(), *shape)
+            }
+        }
+    }
+
     /// The product with `input` as tasks; `total`: the rows of all the products of the job.
     pub(crate) fn product<'a>(
         &'a self,
@@ -78,26 +112,33 @@ impl Matrix<Flex> {
         target: Target<'a>,
         total: usize,
     ) -> Box<dyn Product + 'a> {
-        match self {
-            Self::Dense(weight) | Self::DenseBias(weight, _) => input.dense(weight, target, total),
-            Self::Packed(bytes, shape) | Self::PackedBias(bytes, shape, _) => {
-                let Some(x) = &input.quantized else {
-                    unreachable!("made when the matrix is packed");
-                };
-                let args = packed_by(x, *shape, bytes);
+        match (self, self.form(input.isa, input.n)) {
+            #[cfg(target_arch = "x86_64")]
+            (_, Form::Rounded) => {
+                let (weights, x) = (self.weights(), input.rounded());
+                Box::new(bf16_gemm::Blocks::new(input.isa, weights, x, target))
+            }
+            (Self::Dense(weight) | Self::DenseBias(weight, _), _) => {
+                input.dense(weight, target, total)
+            }
+            (Self::Packed(bytes, shape) | Self::PackedBias(bytes, shape, _), _) => {
+                let args = input.packed(bytes, *shape);
                 Box::new(quantized::Panels::new(input.isa, args, target, total))
             }
         }
     }
 }
 
-fn packed_by<'a>(
-    x: &'a Activations,
-    shape: packed::Shape,
-    bytes: &'a FlexTensor,
-) -> quantized::Packed<'a> {
-    let bytes = bytes.bytes();
-    quantized::Packed { x, shape, bytes }
+/// A form of activations.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Form {
+    /// f32.
+    Plain,
+    /// Eight bits.
+    Quantized,
+    /// bf16.
+    #[cfg(target_arch = "x86_64")]
+    Rounded,
 }
 
 /// A product that stores gates, and the one that multiplies them with its sums; `alike`: both are cut
@@ -160,30 +201,16 @@ pub(crate) struct Input<'a> {
 impl<'a> Input<'a> {
     /// `x` `[n, width]`.
     pub(crate) fn new(x: &'a [f32], width: usize, matrices: &[&Matrix<Flex>]) -> Self {
-        let isa = Isa::selected();
-        let packed = matrices
-            .iter()
-            .any(|m| matches!(m, Matrix::Packed(..) | Matrix::PackedBias(..)));
+        let (isa, n) = (Isa::selected(), x.len() / width);
+        let wanted = |form| matrices.iter().any(|matrix| matrix.form(isa, n) == form);
         Self {
             isa,
-            n: x.len() / width,
+            n,
             x,
             width,
-            quantized: packed.then(|| Activations::new(isa, x, width)),
+            quantized: wanted(Form::Quantized).then(|| Activations::new(isa, x, width)),
             #[cfg(target_arch = "x86_64")]
-            rounded: {
-                let is_bf16 = |m: &&Matrix<Flex>| match m {
-                    Matrix::Dense(w) | Matrix::DenseBias(w, _) => w.dtype() == DType::BF16,
-                    _ => false,
-                };
-                // Only where it is wanted, there, and worth it.
-                (pool::takes_bf16_products()
-                    && x.len() / width >= bf16_gemm::MIN_TOKENS
-                    && isa >= Isa::Avx512
-                    && bf16_gemm::is_present()
-                    && matrices.iter().any(is_bf16))
-                .then(|| bf16_gemm::Rounded::new(x, width))
-            },
+            rounded: wanted(Form::Rounded).then(|| bf16_gemm::Rounded::new(x, width)),
         }
     }
 
@@ -192,7 +219,7 @@ impl<'a> Input<'a> {
     }
 
     /// SwiGLU in the form that `down` takes, where its tasks make that themselves: of many tokens, if
-    /// the three are of a kind.
+    /// the three take the same.
     pub(crate) fn swiglu(
         &self,
         gate: &Matrix<Flex>,
@@ -208,29 +235,44 @@ impl<'a> Input<'a> {
             #[cfg(target_arch = "x86_64")]
             rounded: None,
         };
-        match (gate, up, down) {
-            (
-                Matrix::Packed(gate, shape),
-                Matrix::Packed(up, up_shape),
-                Matrix::Packed(..) | Matrix::PackedBias(..),
-            ) if self.n >= quantized::MANY => {
-                let x = self.quantized.as_ref()?;
-                let (gate, up) = (packed_by(x, *shape, gate), packed_by(x, *up_shape, up));
-                out.quantized = Some(quantized::swiglu(self.isa, gate, up));
-            }
+        let form = down.form(self.isa, self.n);
+        if [gate, up]
+            .iter()
+            .any(|m| m.form(self.isa, self.n) != form || m.bias().is_some())
+        {
+            return None;
+        }
+        match (form, gate, up) {
             #[cfg(target_arch = "x86_64")]
-            (
-                Matrix::Dense(gate),
-                Matrix::Dense(up),
-                Matrix::Dense(down) | Matrix::DenseBias(down, _),
-            ) if [gate, up, down].iter().all(|w| w.dtype() == DType::BF16) => {
-                let x = self.rounded.as_ref()?;
-                let (gate, up) = (self.args(gate), self.args(up));
-                out.rounded = Some(bf16_gemm::swiglu(self.isa, gate, up, x));
+            (Form::Rounded, ..) => {
+                let (gate, up) = (gate.weights(), up.weights());
+                out.rounded = Some(bf16_gemm::swiglu(self.isa, gate, up, self.rounded()));
+            }
+            (Form::Quantized, Matrix::Packed(gate, shape), Matrix::Packed(up, up_shape))
+                if self.n >= quantized::MANY =>
+            {
+                let (gate, up) = (self.packed(gate, *shape), self.packed(up, *up_shape));
+                out.quantized = Some(quantized::swiglu(self.isa, gate, up));
             }
             _ => return None,
         }
         Some(out)
+    }
+
+    #[cfg(target_arch = "x86_64")]
+    fn rounded(&self) -> &bf16_gemm::Rounded {
+        let Some(x) = &self.rounded else {
+            unreachable!("made when a matrix takes it");
+        };
+        x
+    }
+
+    fn packed<'b>(&'b self, bytes: &'b FlexTensor, shape: packed::Shape) -> quantized::Packed<'b> {
+        let Some(x) = &self.quantized else {
+            unreachable!("made when a matrix takes it");
+        };
+        let bytes = bytes.bytes();
+        quantized::Packed { x, shape, bytes }
     }
 
     fn dense<'b>(
@@ -241,13 +283,6 @@ impl<'a> Input<'a> {
     ) -> Box<dyn Product + 'b> {
         match weight.dtype() {
             DType::F32 => self.stored::<f32>(weight, target, total),
-            #[cfg(target_arch = "x86_64")]
-            DType::BF16 if let Some(x) = &self.rounded => Box::new(bf16_gemm::Blocks::new(
-                self.isa,
-                self.args(weight),
-                x,
-                target,
-            )),
             DType::BF16 => self.stored::<bf16>(weight, target, total),
             DType::F16 => self.stored::<f16>(weight, target, total),
             other => unreachable!("weights are loaded as f32, bf16 or f16, not {other:?}"),

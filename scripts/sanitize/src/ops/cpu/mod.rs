@@ -16,8 +16,12 @@ mod elementwise;
 mod filled;
 #[path = "../../../../../qwen2-core/src/ops/cpu/fit.rs"]
 pub(super) mod fit;
+#[path = "../../../../../qwen2-core/src/ops/cpu/interleave.rs"]
+mod interleave;
 #[path = "../../../../../qwen2-core/src/ops/cpu/layout.rs"]
 mod layout;
+#[path = "../../../../../qwen2-core/src/ops/cpu/lines.rs"]
+mod lines;
 #[path = "../../../../../qwen2-core/src/ops/cpu/matmul.rs"]
 mod matmul;
 #[path = "../../../../../qwen2-core/src/ops/cpu/neon.rs"]
