@@ -3,7 +3,7 @@
 use burn::tensor::Tensor;
 
 use super::{At, Lane, joined};
-use crate::ops::{self, Linear, RmsNorm, Visible};
+use crate::ops::{self, Linear, RmsNorm, Visible, Weight};
 use crate::profile::part;
 
 #[derive(Debug, Clone)]
@@ -91,7 +91,11 @@ impl Attention {
         };
         let n_queries = q.dims()[0] - early;
         let q = narrowed(q, early, n_queries);
-        let out = part("attention", || ops::attention(q, cache.pages(), visible));
+        // Products with packed weights round what they multiply as well.
+        let rounds = matches!(self.q_proj.weight, Weight::Packed { .. });
+        let out = part("attention", || {
+            ops::attention(q, cache.pages(), visible, rounds)
+        });
         let rows = out.dims()[0];
         Some(narrowed(out, rows - n_out, n_out))
     }

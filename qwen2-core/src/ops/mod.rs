@@ -254,12 +254,19 @@ pub(crate) fn append(
 
 /// Grouped-query attention (arXiv:2305.13245) of `q` `[rotations · n, heads, head_dim]` over the
 /// pages of a cache, which are of one size; the result is `[n, heads · head_dim]`, scores and softmax
-/// in f32.
-pub(crate) fn attention(q: Tensor<3>, pages: &[KeyValues], visible: Visible) -> Tensor<2> {
+/// in f32. `rounds`: whether prefill may round queries, keys, weights and values to bf16.
+pub(crate) fn attention(
+    q: Tensor<3>,
+    pages: &[KeyValues],
+    visible: Visible,
+    rounds: bool,
+) -> Tensor<2> {
     #[cfg(feature = "cpu")]
     if cpu::takes(&q) {
-        return cpu::attention(q, pages, visible);
+        return cpu::attention(q, pages, visible, rounds);
     }
+    #[cfg(not(feature = "cpu"))]
+    let _ = rounds;
     #[cfg(feature = "gpu")]
     if gpu::takes(&q) {
         return gpu::attention(q, pages, visible);

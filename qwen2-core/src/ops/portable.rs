@@ -437,7 +437,7 @@ mod tests {
                     let pages = theirs.drain(touched.clone()).collect();
                     let (q_theirs, pages) = append(qkv, &tables, pages, start);
                     theirs.splice(touched.start..touched.start, pages);
-                    let ours = values(cpu::attention(q_ours.clone(), &ours, visible));
+                    let ours = values(cpu::attention(q_ours.clone(), &ours, visible, false));
                     let theirs = values(attention(q_theirs.clone(), &theirs, visible));
                     for (a, b) in values(q_ours).iter().zip(values(q_theirs)) {
                         assert!((a - b).abs() < 1e-5);

@@ -4,6 +4,10 @@
 //! The query heads that share keys are the rows of one product, so the cache is read once for all of
 //! them.
 
+// By its path, because the kernels' own crate (scripts/sanitize) takes this file by path as well.
+#[path = "attention/tiles.rs"]
+mod tiles;
+
 use std::cell::Cell;
 use std::mem::MaybeUninit;
 
@@ -32,6 +36,8 @@ pub(crate) struct Attention<'a, L> {
     pub(crate) pages: &'a [L],
     pub(crate) heads: usize,
     pub(crate) visible: Visible,
+    /// Whether what is multiplied may be rounded to bf16.
+    pub(crate) rounds: bool,
 }
 
 impl<L: Layout> Attention<'_, L> {
@@ -112,7 +118,16 @@ pub(crate) fn attention<L: Layout>(isa: Isa, args: Attention<'_, L>, out: &mut [
         "cache capacity"
     );
     let (first, end) = (visible.first(visible.n_past), visible.n_past + n);
-    let blocks = n.div_ceil(TOKENS);
+    #[cfg(target_arch = "x86_64")]
+    let by_tiles = tiles::takes(isa, args);
+    #[cfg(not(target_arch = "x86_64"))]
+    let by_tiles = false;
+    let tokens = match by_tiles {
+        #[cfg(target_arch = "x86_64")]
+        true => tiles::TOKENS,
+        _ => TOKENS,
+    };
+    let blocks = n.div_ceil(tokens);
     let shares = shares(end - first, kv_heads * blocks);
     let span = (end - first).div_ceil(shares).next_multiple_of(TILE);
     let shares = (end - first).div_ceil(span);
@@ -133,7 +148,7 @@ pub(crate) fn attention<L: Layout>(isa: Isa, args: Attention<'_, L>, out: &mut [
         let (block, kv_head) = (blocks - 1 - index / kv_heads, index % kv_heads);
         Task {
             kv_head,
-            tokens: (block * TOKENS, ((block + 1) * TOKENS).min(n)),
+            tokens: (block * tokens, ((block + 1) * tokens).min(n)),
             keys: (first + share * span, (first + (share + 1) * span).min(end)),
         }
     };
@@ -152,7 +167,11 @@ pub(crate) fn attention<L: Layout>(isa: Isa, args: Attention<'_, L>, out: &mut [
             }
             _ => whole,
         };
-        run(isa, args, task, target);
+        match by_tiles {
+            #[cfg(target_arch = "x86_64")]
+            true => tiles::run(args, task, target),
+            _ => run(isa, args, task, target),
+        }
     });
     if shares > 1 {
         merge(&parts, head_dim, out);
@@ -201,6 +220,82 @@ fn merge(parts: &[f32], head_dim: usize, out: &mut [MaybeUninit<f32>]) {
     }
 }
 
+/// The rows of a task: the query heads that share keys, token by token.
+#[derive(Clone, Copy)]
+struct Rows<'a, L> {
+    args: Attention<'a, L>,
+    task: Task,
+    /// Heads of a token.
+    group: usize,
+}
+
+impl<'a, L: Layout> Rows<'a, L> {
+    fn new(args: Attention<'a, L>, task: Task) -> Self {
+        let group = args.heads / args.dims().kv_heads;
+        Self { args, task, group }
+    }
+
+    fn len(&self) -> usize {
+        (self.task.tokens.1 - self.task.tokens.0) * self.group
+    }
+
+    /// The head that a row is, of all heads of all tokens.
+    fn at(&self, row: usize) -> usize {
+        let token = self.task.tokens.0 + row / self.group;
+        token * self.args.heads + self.task.kv_head * self.group + row % self.group
+    }
+
+    fn position(&self, row: usize) -> usize {
+        self.args.visible.n_past + self.task.tokens.0 + row / self.group
+    }
+
+    /// The query of a row in one of its rotations, by `1 / √head_dim` and in the basis of the keys; `out` is
+    /// as wide as those.
+    fn query(&self, row: usize, rotation: usize, out: &mut [f32]) {
+        let Attention { q, heads, .. } = self.args;
+        let head_dim = self.args.dims().head_dim;
+        let first = rotation * self.args.n() * heads + self.at(row);
+        let scale = 1.0 / (head_dim as f32).sqrt();
+        let (scaled, padding) = out.split_at_mut(head_dim);
+        for (scaled, q) in scaled.iter_mut().zip(&q[first * head_dim..]) {
+            *scaled = q * scale;
+        }
+        padding.fill(0.0);
+        L::turn(out);
+    }
+
+    /// Brings home what the task found: `sums` `[rows, width]`.
+    ///
+    /// # Safety
+    /// The task is one of [`attention`]'s, `out` the buffer that it gave it.
+    #[inline(always)]
+    unsafe fn write(&self, sums: &[f32], maxima: &[f32], totals: &[f32], out: Out) {
+        let (d, head_dim) = (self.args.pages[0].width(), self.args.dims().head_dim);
+        for row in 0..self.len() {
+            let sums = &sums[row * d..][..head_dim];
+            // SAFETY: the caller's promise: the row is this task's own.
+            unsafe {
+                match out {
+                    Out::Whole(out) => {
+                        let scale = 1.0 / totals[row];
+                        for (k, sum) in sums.iter().enumerate() {
+                            *out.add(self.at(row) * head_dim + k) = sum * scale;
+                        }
+                    }
+                    Out::Part(out) => {
+                        let out = out.add(self.at(row) * (head_dim + 2));
+                        *out = maxima[row];
+                        *out.add(1) = totals[row];
+                        for (k, sum) in sums.iter().enumerate() {
+                            *out.add(2 + k) = *sum;
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
 thread_local! {
     /// The buffers of a task, kept for the next one.
     static SCRATCH: Cell<Vec<f32>> = const { Cell::new(Vec::new()) };
@@ -212,21 +307,10 @@ per_isa!(run, run_kernel<L: Layout>, (args: Attention<'_, L>, task: Task, out: O
 /// The instruction set of `S` is present; the lengths are those that [`attention`] checked.
 #[inline(always)]
 unsafe fn run_kernel<S: Simd, L: Layout>(args: Attention<'_, L>, task: Task, out: Out) {
-    let Attention { heads, visible, .. } = args;
-    let Dims {
-        kv_heads, head_dim, ..
-    } = args.dims();
-    let (d, group, n) = (args.pages[0].width(), heads / kv_heads, args.n());
-    let rows = (task.tokens.1 - task.tokens.0) * group;
+    let (of_task, visible) = (Rows::new(args, task), args.visible);
+    let (d, rows) = (args.pages[0].width(), of_task.len());
     let padded = rows.next_multiple_of(ROWS);
-    let at = |row: usize| {
-        let (token, head) = (
-            task.tokens.0 + row / group,
-            task.kv_head * group + row % group,
-        );
-        token * heads + head
-    };
-    let position = |row: usize| visible.n_past + task.tokens.0 + row / group;
+    let position = |row: usize| of_task.position(row);
     let rotations = visible.rotations();
     let mut scratch = SCRATCH.take();
     scratch.clear();
@@ -241,18 +325,12 @@ unsafe fn run_kernel<S: Simd, L: Layout>(args: Attention<'_, L>, task: Task, out
     let (scores, mixed) = rest.split_at_mut(ROWS * TILE);
     maxima.fill(f32::NEG_INFINITY);
     // Queries in the order [rotations][rows / 8][d][8], which a tile of eight rows broadcasts from.
-    let scale = 1.0 / (head_dim as f32).sqrt();
     for (rotation, queries) in queries.chunks_exact_mut(padded * d).enumerate() {
         for row in 0..rows {
-            let q = &args.q[(rotation * n * heads + at(row)) * head_dim..][..head_dim];
-            let scaled = &mut mixed[..d];
-            scaled[head_dim..].fill(0.0);
-            for (scaled, q) in scaled.iter_mut().zip(q) {
-                *scaled = q * scale;
-            }
-            L::turn(scaled);
+            let query = &mut mixed[..d];
+            of_task.query(row, rotation, query);
             let tile = &mut queries[row / ROWS * ROWS * d..][..ROWS * d];
-            for (k, q) in scaled.iter().enumerate() {
+            for (k, q) in query.iter().enumerate() {
                 tile[k * ROWS + row % ROWS] = *q;
             }
         }
@@ -337,28 +415,8 @@ unsafe fn run_kernel<S: Simd, L: Layout>(args: Attention<'_, L>, task: Task, out
         }
         tile = tile_end;
     }
-    for row in 0..rows {
-        let sums = &sums[row * d..][..head_dim];
-        // SAFETY: the row is this task's own, in a buffer of the length that `attention` gave it.
-        unsafe {
-            match out {
-                Out::Whole(out) => {
-                    let scale = 1.0 / totals[row];
-                    for (k, sum) in sums.iter().enumerate() {
-                        *out.add(at(row) * head_dim + k) = sum * scale;
-                    }
-                }
-                Out::Part(out) => {
-                    let out = out.add(at(row) * (head_dim + 2));
-                    *out = maxima[row];
-                    *out.add(1) = totals[row];
-                    for (k, sum) in sums.iter().enumerate() {
-                        *out.add(2 + k) = *sum;
-                    }
-                }
-            }
-        }
-    }
+    // SAFETY: the rows are this task's own, in a buffer of the length that `attention` gave it.
+    unsafe { of_task.write(sums, maxima, totals, out) };
     SCRATCH.set(scratch);
 }
 
@@ -554,7 +612,7 @@ unsafe fn weigh_step<S: Simd, L: Layout, const R: usize, const V: usize>(
     }
 }
 
-// By its path, because the kernels' own crate (scripts/sanitize) takes this file by path as well.
+// By its path as well.
 #[cfg(test)]
 #[path = "attention/tests.rs"]
 mod tests;

@@ -7,6 +7,7 @@ use std::ops::Range;
 
 use half::bf16;
 
+use super::lines::Line;
 use super::pool;
 use super::simd::prefetch;
 use crate::ops::packed::{self, Beside, Format, GROUP, Shape};
@@ -242,6 +243,28 @@ unsafe fn unpack<const EIGHT: bool>(bytes: &[u8], shape: Shape, part: Part, out:
     }
 }
 
+/// Two rows of numbers rounded to bf16 and laid side by side: words of the first's in their low halves, the
+/// second's in their high ones.
+#[inline]
+#[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
+pub(super) fn pairs(even: __m512, odd: __m512) -> Line<u32> {
+    const ORDER: [i16; 32] = {
+        let mut order = [0; 32];
+        let mut i = 0;
+        while i < 32 {
+            order[i] = (i / 2 + i % 2 * 16) as i16;
+            i += 1;
+        }
+        order
+    };
+    // SAFETY: 32 words are read; all the types are 64 bytes of plain numbers.
+    unsafe {
+        let order = _mm512_loadu_si512(ORDER.as_ptr().cast());
+        let words = std::mem::transmute::<__m512bh, __m512i>(_mm512_cvtne2ps_pbh(odd, even));
+        std::mem::transmute::<__m512i, Line<u32>>(_mm512_permutexvar_epi16(order, words))
+    }
+}
+
 /// A block of 16 rows.
 ///
 /// # Safety
@@ -273,13 +296,6 @@ unsafe fn unpack_block<const EIGHT: bool>(
             ([scale, second], adds)
         }
     };
-    // The words of two vectors in turn.
-    let mut order = [0_i16; 32];
-    for (i, order) in order.iter_mut().enumerate() {
-        *order = (i / 2 + i % 2 * 16) as i16;
-    }
-    // SAFETY: 32 words.
-    let order = unsafe { _mm512_loadu_si512(order.as_ptr().cast()) };
     let mask = _mm512_set1_epi32(if EIGHT { 0xFF } else { 0xF });
     // Four columns of bytes, `half` of the block, to two pairs from `pair` on.
     let store = |quants: __m512i, half: usize, pair: usize| {
@@ -294,13 +310,13 @@ unsafe fn unpack_block<const EIGHT: bool>(
             value(_mm512_srli_epi32::<24>(quants)),
         ];
         for (i, [even, odd]) in values.as_chunks::<2>().0.iter().enumerate() {
-            // SAFETY: plain numbers of as many bytes; the pair is inside `out`.
+            let words = pairs(*even, *odd);
+            // SAFETY: the pair is inside `out`.
             unsafe {
-                let words = _mm512_cvtne2ps_pbh(*odd, *even);
-                let words = std::mem::transmute::<__m512bh, __m512i>(words);
-                let words = _mm512_permutexvar_epi16(order, words);
-                _mm512_storeu_si512(out.add((pair + i) * ROWS).cast(), words);
-            }
+                out.add((pair + i) * ROWS)
+                    .cast::<Line<u32>>()
+                    .write_unaligned(words)
+            };
         }
     };
     let quants = &panel[format.quants_at(block)..][..format.block_bytes()];

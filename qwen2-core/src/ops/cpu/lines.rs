@@ -23,13 +23,17 @@ pub(super) fn flat_mut<T>(lines: &mut [Line<T>]) -> &mut [T] {
     unsafe { std::slice::from_raw_parts_mut(lines.as_mut_ptr().cast(), lines.len() * WORDS) }
 }
 
-/// Room for `len` numbers in whole lines, whatever they were before.
-pub(super) fn room<T: Copy + Default>(buffer: &mut Vec<Line<T>>, len: usize) -> &mut [T] {
-    let lines = len.div_ceil(WORDS);
-    if buffer.len() < lines {
-        buffer.resize(lines, Line::default());
+/// Room for `len` lines, whatever they were before.
+pub(super) fn whole<T: Copy + Default>(buffer: &mut Vec<Line<T>>, len: usize) -> &mut [Line<T>] {
+    if buffer.len() < len {
+        buffer.resize(len, Line::default());
     }
-    &mut flat_mut(buffer)[..len]
+    &mut buffer[..len]
+}
+
+/// Room for `len` numbers, whatever they were before.
+pub(super) fn room<T: Copy + Default>(buffer: &mut Vec<Line<T>>, len: usize) -> &mut [T] {
+    &mut flat_mut(whole(buffer, len.div_ceil(WORDS)))[..len]
 }
 
 #[cfg(test)]

@@ -103,6 +103,7 @@ pub(crate) trait Qwen2Ops: Backend {
         q: FloatTensor<Self>,
         #[extension_type] pages: Pages<Self>,
         visible: Visible,
+        rounds: bool,
     ) -> FloatTensor<Self>;
 }
 
@@ -324,7 +325,12 @@ impl Qwen2Ops for Flex {
         }
     }
 
-    fn qwen2_attention(q: FlexTensor, pages: Pages<Self>, visible: Visible) -> FlexTensor {
+    fn qwen2_attention(
+        q: FlexTensor,
+        pages: Pages<Self>,
+        visible: Visible,
+        rounds: bool,
+    ) -> FlexTensor {
         let floats = |page: &Page<Self>| match page {
             Page::Floats(keys, _) => keys.dtype(),
             Page::Codes(.., bits, _) => match bits {
@@ -333,11 +339,11 @@ impl Qwen2Ops for Flex {
             },
         };
         match floats(&pages.0[0]) {
-            DType::F32 => flex_attention(&q, &all(&pages, float_page::<f32>), visible),
-            DType::BF16 => flex_attention(&q, &all(&pages, float_page::<bf16>), visible),
-            DType::F16 => flex_attention(&q, &all(&pages, float_page::<f16>), visible),
-            DType::I8 => flex_attention(&q, &all(&pages, coded_page::<8>), visible),
-            DType::U8 => flex_attention(&q, &all(&pages, coded_page::<4>), visible),
+            DType::F32 => flex_attention(&q, &all(&pages, float_page::<f32>), visible, rounds),
+            DType::BF16 => flex_attention(&q, &all(&pages, float_page::<bf16>), visible, rounds),
+            DType::F16 => flex_attention(&q, &all(&pages, float_page::<f16>), visible, rounds),
+            DType::I8 => flex_attention(&q, &all(&pages, coded_page::<8>), visible, rounds),
+            DType::U8 => flex_attention(&q, &all(&pages, coded_page::<4>), visible, rounds),
             other => unreachable!("caches are made as f32, bf16 or f16, not {other:?}"),
         }
     }
@@ -427,9 +433,19 @@ pub(crate) fn append(
     (Tensor::from_dispatch(q), pages)
 }
 
-pub(crate) fn attention(q: Tensor<3>, pages: &[KeyValues], visible: Visible) -> Tensor<2> {
+pub(crate) fn attention(
+    q: Tensor<3>,
+    pages: &[KeyValues],
+    visible: Visible,
+    rounds: bool,
+) -> Tensor<2> {
     let pages = Many(pages.iter().cloned().map(Page::new).collect());
-    Tensor::from_dispatch(Dispatch::qwen2_attention(q.into_dispatch(), pages, visible))
+    Tensor::from_dispatch(Dispatch::qwen2_attention(
+        q.into_dispatch(),
+        pages,
+        visible,
+        rounds,
+    ))
 }
 
 /// Rows of a packed table, read where they lie.
@@ -558,7 +574,12 @@ fn coded_page<const BITS: usize>(page: &Page<Flex>) -> Codes<'_, BITS> {
     }
 }
 
-fn flex_attention<L: Layout>(q: &FlexTensor, pages: &[L], visible: Visible) -> FlexTensor {
+fn flex_attention<L: Layout>(
+    q: &FlexTensor,
+    pages: &[L],
+    visible: Visible,
+    rounds: bool,
+) -> FlexTensor {
     let q = q.to_contiguous();
     let [rows, heads, head_dim] = dims(&q); // rotations · n
     let n = rows / visible.rotations();
@@ -567,6 +588,7 @@ fn flex_attention<L: Layout>(q: &FlexTensor, pages: &[L], visible: Visible) -> F
         pages,
         heads,
         visible,
+        rounds: rounds || pool::takes_bf16_products(),
     };
     let fill = |out: &mut [MaybeUninit<f32>]| attention::attention(Isa::selected(), args, out);
     // SAFETY: attention writes every head of every token.

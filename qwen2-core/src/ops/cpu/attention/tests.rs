@@ -18,6 +18,7 @@ struct Case {
     kv_heads: usize,
     head_dim: usize,
     visible: Visible,
+    rounds: bool,
 }
 
 impl Case {
@@ -32,6 +33,7 @@ impl Case {
             kv_heads,
             head_dim: d,
             visible,
+            rounds: false,
         }
     }
 
@@ -96,6 +98,7 @@ impl Case {
             pages,
             heads: self.heads,
             visible: self.visible,
+            rounds: self.rounds,
         };
         let n = self.q.len() / self.visible.rotations();
         let mut out = vec![MaybeUninit::new(f32::NAN); n];
@@ -130,8 +133,17 @@ impl Case {
         let want = self.reference(&round(&self.keys), &round(&self.values));
         for isa in Isa::available() {
             for (out, want) in self.run::<W>(isa, spare).iter().zip(&want) {
-                assert!((out - want).abs() < 1e-5, "{isa:?}: {out} {want}");
+                let off = (out - want).abs();
+                assert!(off < self.most(isa, 1e-5), "{isa:?}: {out} {want}");
             }
+        }
+    }
+
+    /// How far a result may be off: where products round, numbers of size 1 have eight bits.
+    fn most(&self, isa: Isa, exact: f32) -> f32 {
+        match self.rounds && isa == Isa::Amx {
+            true => 1.0 / 128.0,
+            false => exact,
         }
     }
 
@@ -178,7 +190,8 @@ impl Case {
         );
         for isa in Isa::available() {
             for (out, want) in self.attend(isa, &[cache]).iter().zip(&want) {
-                assert!((out - want).abs() < 2e-5, "{isa:?} {bits:?}: {out} {want}");
+                let off = (out - want).abs();
+                assert!(off < self.most(isa, 2e-5), "{isa:?} {bits:?}: {out} {want}");
             }
         }
     }
@@ -222,6 +235,26 @@ proptest! {
         case.check::<f16>(spare);
         case.check_codes::<8>(Bits::Eight, spare);
         case.check_codes::<4>(Bits::Four, spare);
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(16))]
+    #[test]
+    fn attention_of_many_tokens_may_round_what_it_multiplies(
+        n in 30usize..90, n_past in 0usize..300, kv_heads in 1usize..3, group in 1usize..10,
+        half_dim in 1usize..70, window in proptest::option::of(1usize..160), spare in 0usize..3,
+    ) {
+        let visible = Visible { n_past, window, chunk: None };
+        for d in [64, 128, 2 * half_dim] {
+            let mut case = Case::new(n, visible, (kv_heads, group), d);
+            case.rounds = true;
+            case.check::<f32>(spare);
+            case.check::<bf16>(spare);
+            case.check::<f16>(spare);
+            case.check_codes::<8>(Bits::Eight, spare);
+            case.check_codes::<4>(Bits::Four, spare);
+        }
     }
 }
 
