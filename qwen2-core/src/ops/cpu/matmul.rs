@@ -12,6 +12,8 @@ use super::simd::{Isa, Simd, Stored, per_isa};
 const TILE: usize = 4;
 /// Most rows of a task with few tokens.
 const MOST_ROWS: usize = 512;
+/// How many bytes ahead one token's products ask for weights, as those with packed ones do.
+const AHEAD: usize = 2048;
 /// Widest stretch of the inner dimension that a tile sums at once.
 const DEPTH: usize = 2048;
 
@@ -298,6 +300,7 @@ unsafe fn stream<S: Simd, W: Stored>(x: *const f32, w: *const W, n: usize) -> f3
         let mut sums = [S::zero(); 4];
         let mut k = 0;
         let pair = |k: usize, sums: &mut [S]| {
+            S::prefetch(w.wrapping_add(k).wrapping_byte_add(AHEAD));
             let (first, second) = W::load_pair::<S>(w.add(k));
             sums[0] = first.mul_add(S::load(x.add(k)), sums[0]);
             sums[1] = second.mul_add(S::load(x.add(k + S::LANES)), sums[1]);
