@@ -412,8 +412,8 @@ mod tests {
     use half::bf16;
 
     use super::super::product::{Finish, run_all};
+    use super::super::quantized::tests::pack;
     use super::*;
-    use crate::ops::fit::Effort;
     use crate::ops::packed::{Format, Shape};
 
     /// Those that the dispatch brings here.
@@ -524,11 +524,7 @@ mod tests {
         ] {
             let shape = Shape { format, rows, cols };
             let w: Vec<f32> = (0..rows * cols).map(|i| (i as f32 * 0.11).cos()).collect();
-            let mut bytes = vec![0; shape.bytes()];
-            for (panel, out) in bytes.chunks_mut(shape.panel_bytes()).enumerate() {
-                let row = |i: usize, out: &mut [f32]| out.copy_from_slice(&w[i * cols..][..cols]);
-                shape.pack_panel(panel, Effort::Search, &row, out);
-            }
+            let bytes = pack(shape, &w);
             let x: Vec<f32> = (0..n * cols).map(|i| (i as f32 * 0.37).sin()).collect();
             let rounded = Rounded::new(&x, cols);
             let round = |x: f32| bf16::from_f32(x).to_f64();

@@ -334,40 +334,8 @@ unsafe fn unpack_block<const EIGHT: bool>(
 
 #[cfg(test)]
 mod tests {
-    use half::f16;
-
+    use super::super::quantized::tests::{pack, pack_blocks};
     use super::*;
-    use crate::ops::packed::Block;
-
-    /// Blocks of numbers that look like noise.
-    fn pack(shape: Shape) -> Vec<u8> {
-        let block = |r: usize, b: usize| {
-            let noise = |i: usize| (r * 7919 + b * 104_729 + i * 1009) % 251;
-            Block {
-                scale: f16::from_f32((noise(40) as f32 - 125.0) * 1e-3),
-                other: f16::from_f32(match shape.format.beside() {
-                    Beside::SecondScales => (noise(41) as f32 - 125.0) * 1e-3,
-                    _ => noise(41) as f32 / 12.0 - 3.0,
-                }),
-                quants: std::array::from_fn(|i| {
-                    (noise(i) % 16) as i8 - format_middle(shape.format)
-                }),
-            }
-        };
-        let mut bytes = vec![0; shape.bytes()];
-        for (panel, out) in bytes.chunks_mut(shape.panel_bytes()).enumerate() {
-            shape.place_panel(panel, &block, out);
-        }
-        bytes
-    }
-
-    /// What makes quants of four bits fit all formats.
-    fn format_middle(format: Format) -> i8 {
-        match format.beside() {
-            Beside::Zeros => 0,
-            Beside::Nothing | Beside::SecondScales => 8,
-        }
-    }
 
     #[test]
     fn packed_rows_become_what_they_stand_for_rounded() {
@@ -386,7 +354,11 @@ mod tests {
                 rows: 75,
                 cols: 224,
             };
-            let bytes = pack(shape);
+            let w: Vec<f32> = (0..75 * 224).map(|i| (i as f32 * 0.37).sin()).collect();
+            let bytes = match format.is_plain() {
+                true => pack(shape, &w),
+                false => pack_blocks(shape),
+            };
             let weights = Weights::Packed(&bytes, shape);
             weights.check();
             for (row, start, depth) in [(0, 0, 224), (32, 64, 160), (64, 192, 32)] {

@@ -291,7 +291,7 @@ pub(crate) fn best_panels(results: &[f32], most: usize) -> Vec<usize> {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use proptest::prelude::*;
 
     use super::super::product::{Finish, run_all};
@@ -304,7 +304,7 @@ mod tests {
         (0..len).map(|i| (i as f32 * f).sin()).collect()
     }
 
-    fn pack(shape: Shape, w: &[f32]) -> Vec<u8> {
+    pub(in crate::ops::cpu) fn pack(shape: Shape, w: &[f32]) -> Vec<u8> {
         let mut bytes = vec![0; shape.bytes()];
         for (panel, out) in bytes.chunks_mut(shape.panel_bytes()).enumerate() {
             let row =
@@ -315,7 +315,7 @@ mod tests {
     }
 
     /// Of any format: blocks of numbers that look like noise.
-    fn pack_blocks(shape: Shape) -> Vec<u8> {
+    pub(in crate::ops::cpu) fn pack_blocks(shape: Shape) -> Vec<u8> {
         let block = |r: usize, b: usize| {
             let noise = |i: usize| (r * 7919 + b * 104_729 + i * 1009) % 251;
             Block {

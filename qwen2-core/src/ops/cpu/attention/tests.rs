@@ -318,17 +318,21 @@ fn shares_of_the_keys_add_up() {
             (1, 4099, None, None),
             (1, 4099, Some(3000), None),
             (3, 2000, None, Some(700)),
+            (40, 2000, Some(1100), None),
         ];
         for (n, n_past, window, chunk) in cases {
-            assert!(shares(n_past, 2) > 1);
+            assert!(shares(n_past, 4) > 1);
             let visible = Visible {
                 n_past,
                 window,
                 chunk,
             };
-            let case = Case::new(n, visible, (2, 7), 64);
-            case.check::<f16>(1);
-            case.check_codes::<8>(Bits::Eight, 1);
+            let mut case = Case::new(n, visible, (2, 7), 64);
+            for rounds in [false, true] {
+                case.rounds = rounds;
+                case.check::<f16>(1);
+                case.check_codes::<8>(Bits::Eight, 1);
+            }
         }
     });
 }

@@ -143,26 +143,24 @@ unsafe fn run_task<L: Layout>(args: Attention<'_, L>, task: Task, out: Out) {
 /// The instructions are present, and the cache has the keys.
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx512bf16,avx2,fma,f16c")]
 unsafe fn gather_keys<L: Layout>(cache: L, row: usize, n: usize, out: &mut [Line<u32>]) {
-    let width = cache.width();
-    for (panel, out) in out.chunks_exact_mut(width / 2 * 2).enumerate() {
-        for (half, (pair, k)) in (0..2).flat_map(|half| {
-            let pairs = (0..width / 2).map(|pair| (pair, 2 * pair));
-            pairs.map(move |pair| (half, pair))
-        }) {
+    let pairs_of_key = cache.width() / 2;
+    for (panel, out) in out.chunks_exact_mut(2 * pairs_of_key).enumerate() {
+        for half in 0..2 {
             let first = panel * PANEL + half * BLOCK;
-            out[pair * 2 + half] = if first < n {
-                // SAFETY: the caller's promise.
-                let key = |k: usize| unsafe {
-                    let key = cache.key::<Avx512>(row + first, k);
-                    match L::SCALED {
-                        true => key.mul(cache.key_scale(row + first, k / GROUP)),
-                        false => key,
-                    }
-                };
-                pairs(key(k).0, key(k + 1).0)
-            } else {
-                Line::default()
+            // SAFETY: the caller's promise.
+            let key = |k: usize| unsafe {
+                let key = cache.key::<Avx512>(row + first, k);
+                match L::SCALED {
+                    true => key.mul(cache.key_scale(row + first, k / GROUP)),
+                    false => key,
+                }
             };
+            for pair in 0..pairs_of_key {
+                out[2 * pair + half] = match first < n {
+                    true => pairs(key(2 * pair).0, key(2 * pair + 1).0),
+                    false => Line::default(),
+                };
+            }
         }
     }
 }
