@@ -1,6 +1,7 @@
 #![doc = include_str!("../README.md")]
 
 mod api;
+mod arena;
 mod checkpoint;
 mod config;
 mod device;

@@ -11,7 +11,7 @@ use serde_json::json;
 use super::builder::start_threads;
 use super::convert::{is_gguf, quantize_gguf};
 use super::stored::{convert, pack_stored};
-use crate::checkpoint::mmap::arena::{Arena, Piece};
+use crate::arena::{Arena, Piece};
 use crate::checkpoint::write::{self, Planned};
 use crate::checkpoint::{Checkpoint, Encoding, Progress, Source, StoredTensor, cancelled, names};
 use crate::config::{DType, PACKED, PACKED_VERSION};

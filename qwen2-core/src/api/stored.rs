@@ -4,10 +4,10 @@ use burn::tensor::{Bytes, DType as BurnDType, TensorData};
 use half::{bf16, f16};
 
 use super::quantize::{Quantization, keep, pack_rows, shared, take};
+use crate::arena::Arena;
 use crate::checkpoint::adapter::Adapter;
 use crate::checkpoint::gguf::blocks::Kind;
 use crate::checkpoint::groups::Groups;
-use crate::checkpoint::mmap::arena::Arena;
 use crate::checkpoint::{Encoding, StoredTensor, aligned};
 use crate::config::DType;
 use crate::error::Result;

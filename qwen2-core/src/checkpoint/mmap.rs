@@ -1,8 +1,5 @@
-//! Files mapped read-only, and memory for what does not stay in them: the only unsafe code of the
-//! loader.
+//! Files mapped read-only: the only unsafe code of the loader.
 #![allow(unsafe_code)]
-
-pub(crate) mod arena;
 
 use std::fs::File;
 use std::ops::Range;

@@ -8,6 +8,7 @@ use burn::tensor::{Device, Tensor};
 
 #[cfg(feature = "gpu")]
 use super::replay::Replay;
+use crate::arena::Arena;
 use crate::error::{Error, ErrorKind, Result};
 use crate::ops::{self, CACHE_BLOCK, CacheFormat, KeyValues, Lease, PAGE, RopeTables};
 
@@ -202,8 +203,12 @@ impl Cache {
             .resize_with(self.shape.num_hidden_layers, LayerCache::default);
         if let Some(page) = self.page_capacity() {
             while self.capacity < needed {
+                // Huge pages take memory for what is not there yet: where a page is filled at once, for nothing.
+                let is_filled = self.capacity + page <= needed;
+                let mut arena =
+                    is_filled.then(|| Arena::of_chunks(self.shape.bytes(page) as usize));
                 for layer in &mut self.layers {
-                    layer.0.push(self.shape.zeros(page));
+                    layer.0.push(self.shape.zeros(page, arena.as_mut()));
                 }
                 self.capacity += page;
             }
@@ -219,7 +224,7 @@ impl Cache {
         // Whole blocks, since their order inside is the kernels' own.
         let kept = self.n_tokens.next_multiple_of(CACHE_BLOCK);
         for layer in &mut self.layers {
-            let new = self.shape.zeros(capacity);
+            let new = self.shape.zeros(capacity, None);
             layer.0 = match layer.0.pop() {
                 Some(old) if kept > 0 => vec![new.take_over(old, kept)],
                 _ => vec![new],
@@ -330,9 +335,9 @@ impl CacheShape {
         self.device == Device::flex()
     }
 
-    fn zeros(&self, capacity: usize) -> KeyValues {
+    fn zeros(&self, capacity: usize, arena: Option<&mut Arena>) -> KeyValues {
         let dims = [self.num_key_value_heads, capacity, self.head_dim];
-        KeyValues::zeros(self.format, dims, &self.device)
+        KeyValues::zeros(self.format, dims, &self.device, arena)
     }
 }
 

@@ -1,8 +1,9 @@
 //! A page of keys and values of one layer, as floats or as codes, in the order that suits the device.
 
-use burn::tensor::{DType, Device, Int, Tensor};
+use burn::tensor::{DType, Device, Int, Tensor, TensorData};
 
 use super::codes::{Bits, GROUP, padded};
+use crate::arena::Arena;
 
 /// The capacity of a page is a multiple of this: kernels may order positions within such blocks.
 pub(crate) const CACHE_BLOCK: usize = 16;
@@ -52,21 +53,41 @@ impl CacheFormat {
     }
 }
 
+/// Zeros of an arena; nothing where the system has no memory for it, or the tensor lives elsewhere.
+fn zeros_of(arena: &mut Arena, dims: [usize; 3], dtype: DType) -> Option<TensorData> {
+    #[cfg(feature = "cpu")]
+    {
+        let len = dims.iter().product::<usize>() * dtype.size();
+        let bytes = super::cpu::room::zeros(arena, len).ok()?;
+        Some(TensorData::from_bytes(bytes, dims, dtype))
+    }
+    #[cfg(not(feature = "cpu"))]
+    {
+        let _ = (arena, dims, dtype);
+        None
+    }
+}
+
 impl KeyValues {
-    /// Room for `capacity` positions, all zero.
+    /// Room for `capacity` positions, all zero, from `arena` where there is one.
     pub(crate) fn zeros(
         format: CacheFormat,
         [kv_heads, capacity, head_dim]: [usize; 3],
         device: &Device,
+        mut arena: Option<&mut Arena>,
     ) -> Self {
-        match format {
-            CacheFormat::Floats(dtype) => {
-                let zeros = || Tensor::zeros([kv_heads, capacity, head_dim], (device, dtype));
-                Self::Floats {
-                    keys: zeros(),
-                    values: zeros(),
-                }
+        let floats = |arena: Option<&mut Arena>, width, dtype| {
+            let dims = [kv_heads, capacity, width];
+            match arena.and_then(|arena| zeros_of(arena, dims, dtype)) {
+                Some(data) => Tensor::from_data(data, (device, dtype)),
+                None => Tensor::zeros(dims, (device, dtype)),
             }
+        };
+        match format {
+            CacheFormat::Floats(dtype) => Self::Floats {
+                keys: floats(arena.as_deref_mut(), head_dim, dtype),
+                values: floats(arena, head_dim, dtype),
+            },
             CacheFormat::Codes(bits) => {
                 let width = padded(head_dim);
                 // bf16 is the kernels' choice; burn's GPU backends do not all have it.
@@ -74,18 +95,21 @@ impl KeyValues {
                     true => DType::BF16,
                     false => DType::F32,
                 };
-                let zeros = || Codes {
-                    words: Tensor::zeros(
-                        [kv_heads, capacity, bits.words(width)],
-                        (device, DType::I32),
-                    ),
-                    scales: Tensor::zeros([kv_heads, capacity, width / GROUP], (device, dtype)),
+                let codes = |mut arena: Option<&mut Arena>| {
+                    let dims = [kv_heads, capacity, bits.words(width)];
+                    let of_arena = arena.as_deref_mut();
+                    let words = match of_arena.and_then(|arena| zeros_of(arena, dims, DType::I32)) {
+                        Some(data) => Tensor::from_data(data, (device, DType::I32)),
+                        None => Tensor::zeros(dims, (device, DType::I32)),
+                    };
+                    let scales = floats(arena, width / GROUP, dtype);
+                    Codes { words, scales }
                 };
                 Self::Codes {
                     bits,
                     head_dim,
-                    keys: zeros(),
-                    values: zeros(),
+                    keys: codes(arena.as_deref_mut()),
+                    values: codes(arena),
                 }
             }
         }

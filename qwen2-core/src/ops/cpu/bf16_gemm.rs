@@ -255,11 +255,16 @@ impl Product for Blocks<'_> {
     }
 }
 
+/// The interleaved weights and the sums of a task.
+type Scratch = (Vec<Line<u32>>, Vec<Line<f32>>);
+
 thread_local! {
-    /// The interleaved weights and the sums of a task, kept for the next one.
-    static SCRATCH: Cell<(Vec<Line<u32>>, Vec<Line<f32>>)> =
-        const { Cell::new((Vec::new(), Vec::new())) };
+    /// Kept for the next task.
+    static SCRATCH: Cell<Scratch> = const { Cell::new((Vec::new(), Vec::new())) };
 }
+
+/// A block of a token that is to be written.
+type Unset = MaybeUninit<Line<u32>>;
 
 /// Activations in bf16, pairs of columns as one word, block by block, so that a product takes a block
 /// of all tokens from one stretch of memory; padded with zeros to whole blocks.
@@ -294,7 +299,7 @@ impl Rounded {
         n: usize,
         cols: usize,
         per_task: usize,
-        fill: &(dyn Fn(usize, &mut [MaybeUninit<Line<u32>>]) + Sync),
+        fill: &(dyn Fn(usize, &mut [Unset]) + Sync),
     ) -> Self {
         let n_lines = cols.div_ceil(BLOCK) * n;
         // SAFETY: each block is written by its task.

@@ -22,6 +22,7 @@ mod packed_tile;
 pub(crate) mod pool;
 mod product;
 mod quantized;
+pub(super) mod room;
 pub(crate) mod simd;
 mod x86;
 mod x86_tile;

@@ -1,5 +1,5 @@
-//! Memory for weights that are not used from the file: a few large mappings, in huge pages where the
-//! system has them, which are read some percent faster.
+//! Memory for weights that are not used from the file, and for long caches: a few large mappings, in huge
+//! pages where the system has them, which are read some percent faster, in a virtual machine up to a third.
 #![allow(unsafe_code)]
 
 use std::io;
@@ -9,19 +9,29 @@ use std::sync::Arc;
 use bytes::Bytes;
 use memmap2::{MmapMut, MmapRaw};
 
-/// Bytes of a mapping; what is not used of the last one is never touched, so it costs nothing.
+/// Bytes of a mapping unless something else is said; what is not used of the last one is never touched, so it costs nothing.
 const CHUNK: usize = 64 << 20;
 /// Every piece begins at a multiple of this: a cache line.
-const ALIGNMENT: usize = 64;
+pub(crate) const ALIGNMENT: usize = 64;
 
 /// Where pieces are taken from; they live as long as somebody holds them.
 #[derive(Debug, Default)]
 pub(crate) struct Arena {
     chunk: Option<Arc<MmapRaw>>,
     used: usize,
+    /// Bytes of a mapping.
+    chunk_len: Option<usize>,
 }
 
 impl Arena {
+    /// One whose mappings have `chunk_len` bytes.
+    pub(crate) fn of_chunks(chunk_len: usize) -> Self {
+        Self {
+            chunk_len: Some(chunk_len),
+            ..Self::default()
+        }
+    }
+
     /// `len` bytes of zeros.
     ///
     /// # Errors
@@ -31,7 +41,7 @@ impl Arena {
         let chunk = match &self.chunk {
             Some(chunk) if room(chunk) >= len => Arc::clone(chunk),
             _ => {
-                let chunk = Arc::new(map(len.max(CHUNK))?);
+                let chunk = Arc::new(map(len.max(self.chunk_len.unwrap_or(CHUNK)))?);
                 self.used = 0;
                 self.chunk = Some(Arc::clone(&chunk));
                 chunk
