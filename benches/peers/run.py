@@ -3,11 +3,11 @@
 
     python3 benches/peers/run.py --rounds 5
 
-Every peer lives in a virtual environment of its own under --work, made from PyPI when it is missing, and
-runs in a process of its own: load, one warm-up, a prompt of --prompt tokens, --new tokens after it. The
-engines take turns within a round, so that a machine whose memory is slower for a while is slow for all of
-them; only ratios of one run count. Needs Python 3.10 with venv, a Rust toolchain, a C++ compiler with cmake
-(llama-cpp-python is built here) and 8 GB of disk.
+Every peer lives in a virtual environment of its own under --work, made from PyPI when it is missing
+(candle is built from crates.io, for this machine), and runs in a process of its own: load, one warm-up, a
+prompt of --prompt tokens, --new tokens after it. The engines take turns within a round, so that a machine
+whose memory is slower for a while is slow for all of them; only ratios of one run count. Needs Python 3.10
+with venv, a Rust toolchain, a C++ compiler with cmake (llama-cpp-python is built here) and 8 GB of disk.
 """
 
 from __future__ import annotations
@@ -41,8 +41,12 @@ PACKAGES = {
     "transformers": ["torch", "transformers"],
     "llama.cpp": ["llama-cpp-python"],
     "openvino": ["openvino-genai", "optimum-intel[openvino]"],
+    "ctranslate2": ["ctranslate2", "torch", "transformers"],
     "onnxruntime": ["onnxruntime-genai", "onnx", "onnx-ir", "torch", "transformers"],
 }
+
+
+CANDLE = "candle"
 
 
 @dataclass(frozen=True)
@@ -51,7 +55,7 @@ class Engine:
 
     name: str
     bits: str
-    venv: str | None  # None: our own command
+    venv: str | None  # None: our own command; CANDLE: the program beside this script
     arguments: tuple[str, ...]
 
 
@@ -65,6 +69,9 @@ def engines(work: Path, shape: str) -> list[Engine]:
     def llama(name: str, bits: str) -> Engine:
         return Engine("llama.cpp " + name, bits, "llama.cpp", (str(model / f"{name}.gguf"),))
 
+    def candle(name: str, bits: str) -> Engine:
+        return Engine("candle " + name, bits, CANDLE, (str(model / f"{name}.gguf"),))
+
     def openvino(name: str, bits: str) -> Engine:
         return Engine("OpenVINO " + name, bits, "openvino", (str(model / f"openvino-{name}"),))
 
@@ -73,14 +80,19 @@ def engines(work: Path, shape: str) -> list[Engine]:
         llama("BF16", "bf16"),
         openvino("fp16", "bf16"),
         Engine("transformers bf16", "bf16", "transformers", (str(model / "checkpoint"),)),
+        Engine("candle f32", "bf16", CANDLE, (str(model / "checkpoint"),)),
         ours("q8", "q8"),
         llama("Q8_0", "q8"),
         openvino("int8", "q8"),
+        Engine("CTranslate2 int8", "q8", "ctranslate2", (str(model / "ctranslate2-int8"),)),
+        candle("Q8_0", "q8"),
         ours("q4", "q4"),
         llama("Q4_0", "q4"),
         llama("Q4_K_M", "q4"),
         openvino("int4", "q4"),
         Engine("onnxruntime-genai int4", "q4", "onnxruntime", (str(model / "onnxruntime-int4"),)),
+        candle("Q4_0", "q4"),
+        candle("Q4_K_M", "q4"),
     ]
 
 
@@ -126,7 +138,13 @@ def python(work: Path, venv: str) -> Path:
 def prepare(work: Path, shape: str, chosen: list[Engine]) -> None:
     """Makes what is missing: environments, the checkpoint, its conversions, our command."""
     checkpoint = work / shape / "checkpoint"
-    for venv in sorted({"transformers"} | {engine.venv for engine in chosen if engine.venv}):
+    venvs = {"transformers"} | {engine.venv for engine in chosen if engine.venv}
+    if CANDLE in venvs:
+        venvs = venvs - {CANDLE} | {"llama.cpp"}  # which quantizes its files
+        build = ["cargo", "build", "--release", "--quiet", "--manifest-path", HERE / "candle" / "Cargo.toml"]
+        native = {**os.environ, "RUSTFLAGS": "-C target-cpu=native"}  # as candle's README has it
+        subprocess.run([*build, "--target-dir", work / CANDLE], env=native, check=True)
+    for venv in sorted(venvs):
         if not python(work, venv).exists():
             subprocess.run([sys.executable, "-m", "venv", work / "venv" / venv], check=True)
             subprocess.run(
@@ -145,7 +163,7 @@ def prepare(work: Path, shape: str, chosen: list[Engine]) -> None:
 def convert(work: Path, engine: Engine, checkpoint: Path, target: Path) -> None:
     if engine.venv is None:
         subprocess.run([command(), "quantize", checkpoint, target, "--precision", target.name], check=True)
-    elif engine.venv == "llama.cpp":
+    elif engine.venv in ("llama.cpp", CANDLE):
         source = target.with_name("BF16.gguf")
         if not source.exists():
             subprocess.run([command(), "convert", checkpoint, source], check=True)
@@ -154,6 +172,11 @@ def convert(work: Path, engine: Engine, checkpoint: Path, target: Path) -> None:
     elif engine.venv == "onnxruntime":
         build = [python(work, "onnxruntime"), "-m", "onnxruntime_genai.models.builder"]
         subprocess.run([*build, "-i", checkpoint, "-o", target, "-p", "int4", "-e", "cpu"], check=True)
+    elif engine.venv == "ctranslate2":
+        converter = python(work, "ctranslate2").with_name("ct2-transformers-converter")
+        form = target.name.removeprefix("ctranslate2-")
+        words = ["--model", checkpoint, "--output_dir", target, "--quantization", form]
+        subprocess.run([converter, *words], check=True)
     else:
         export = [
             python(work, "openvino").with_name("optimum-cli"),
@@ -185,12 +208,15 @@ def run(engine: Engine, work: Path, arguments: argparse.Namespace) -> dict[str, 
             "memory": found["resident_bytes"] / 1e6,
             "share": found["decode_bandwidth_share"],
         }
+    sizes = [threads, prompt, new]
+    if engine.venv == CANDLE:
+        return output([work / CANDLE / "release" / "engine-candle", *engine.arguments, *sizes], threads)
     script = HERE / f"engine_{engine.venv.replace('.', '_')}.py"
-    return output([python(work, engine.venv), script, *engine.arguments, threads, prompt, new], threads)
+    return output([python(work, engine.venv), script, *engine.arguments, *sizes], threads)
 
 
 def output(words: list[str | Path], threads: str) -> dict[str, float]:
-    environment = {**os.environ, "OMP_NUM_THREADS": threads}
+    environment = {**os.environ, "OMP_NUM_THREADS": threads, "RAYON_NUM_THREADS": threads}
     done = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         sys.exit(f"{' '.join(map(str, words))}\n{done.stderr}")

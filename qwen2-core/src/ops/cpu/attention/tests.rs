@@ -130,18 +130,29 @@ impl Case {
     fn check<W: Stored>(&self, spare: usize) {
         let round =
             |x: &Vec<f32>| -> Vec<f32> { x.iter().map(|x| W::from_f32(*x).to_f32()).collect() };
+        let isas = self.kernels();
+        if isas.is_empty() {
+            return; // nothing to test: the dispatch never comes here
+        }
         let want = self.reference(&round(&self.keys), &round(&self.values));
-        for isa in Isa::available() {
+        for isa in isas {
             for (out, want) in self.run::<W>(isa, spare).iter().zip(&want) {
                 let off = (out - want).abs();
-                assert!(off < self.most(isa, 1e-5), "{isa:?}: {out} {want}");
+                assert!(off < self.most(1e-5), "{isa:?}: {out} {want}");
             }
         }
     }
 
+    /// Those with a kernel of their own for the case.
+    fn kernels(&self) -> Vec<Isa> {
+        let mut isas = Isa::available();
+        isas.retain(|isa| !self.rounds || *isa == Isa::Amx);
+        isas
+    }
+
     /// How far a result may be off: where products round, numbers of size 1 have eight bits.
-    fn most(&self, isa: Isa, exact: f32) -> f32 {
-        match self.rounds && isa == Isa::Amx {
+    fn most(&self, exact: f32) -> f32 {
+        match self.rounds {
             true => 1.0 / 128.0,
             false => exact,
         }
@@ -149,6 +160,9 @@ impl Case {
 
     /// As [`Self::run`] in a cache of codes; what is not written has NaN for a scale.
     fn check_codes<const BITS: usize>(&self, bits: Bits, spare: usize) {
+        if self.kernels().is_empty() {
+            return; // as above
+        }
         let dims = self.dims(spare);
         let width = padded(self.head_dim);
         let rows = self.kv_heads * dims.capacity;
@@ -188,10 +202,10 @@ impl Case {
             &rounded(bits, &self.keys, self.head_dim, true),
             &rounded(bits, &self.values, self.head_dim, false),
         );
-        for isa in Isa::available() {
+        for isa in self.kernels() {
             for (out, want) in self.attend(isa, &[cache]).iter().zip(&want) {
                 let off = (out - want).abs();
-                assert!(off < self.most(isa, 2e-5), "{isa:?} {bits:?}: {out} {want}");
+                assert!(off < self.most(2e-5), "{isa:?} {bits:?}: {out} {want}");
             }
         }
     }
@@ -328,11 +342,9 @@ fn shares_of_the_keys_add_up() {
                 chunk,
             };
             let mut case = Case::new(n, visible, (2, 7), 64);
-            for rounds in [false, true] {
-                case.rounds = rounds;
-                case.check::<f16>(1);
-                case.check_codes::<8>(Bits::Eight, 1);
-            }
+            case.rounds = n > TOKENS;
+            case.check::<f16>(1);
+            case.check_codes::<8>(Bits::Eight, 1);
         }
     });
 }
