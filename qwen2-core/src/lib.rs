@@ -1,7 +1,6 @@
 #![doc = include_str!("../README.md")]
 
 mod api;
-mod arena;
 mod checkpoint;
 mod config;
 mod device;

@@ -11,12 +11,12 @@ use serde_json::json;
 use super::builder::start_threads;
 use super::convert::{is_gguf, quantize_gguf};
 use super::stored::{convert, pack_stored};
-use crate::arena::{Arena, Piece};
 use crate::checkpoint::write::{self, Planned};
 use crate::checkpoint::{Checkpoint, Encoding, Progress, Source, StoredTensor, cancelled, names};
 use crate::config::{DType, PACKED, PACKED_VERSION};
 use crate::error::{Error, ErrorKind, Result};
 use crate::model::{Kept, SCREEN};
+use crate::ops::arena::{Arena, Piece};
 use crate::ops::{Threads, fit, packed};
 
 /// Fewer bits for the matrices: blocks of 32 weights with one scale.

@@ -4,7 +4,6 @@ use burn::tensor::{Bytes, DType as BurnDType, TensorData};
 use half::{bf16, f16};
 
 use super::quantize::{Quantization, keep, pack_rows, shared, take};
-use crate::arena::Arena;
 use crate::checkpoint::adapter::Adapter;
 use crate::checkpoint::gguf::blocks::Kind;
 use crate::checkpoint::groups::Groups;
@@ -12,6 +11,7 @@ use crate::checkpoint::{Encoding, StoredTensor, aligned};
 use crate::config::DType;
 use crate::error::Result;
 use crate::model::Kept;
+use crate::ops::arena::Arena;
 use crate::ops::packed::Beside;
 use crate::ops::{Threads, fit, packed};
 

@@ -8,8 +8,8 @@ use burn::tensor::{Device, Tensor};
 
 #[cfg(feature = "gpu")]
 use super::replay::Replay;
-use crate::arena::Arena;
 use crate::error::{Error, ErrorKind, Result};
+use crate::ops::arena::Arena;
 use crate::ops::{self, CACHE_BLOCK, CacheFormat, KeyValues, Lease, PAGE, RopeTables};
 
 /// Positions that a fresh cache of one page has room for.
@@ -337,7 +337,7 @@ impl CacheShape {
 
     fn zeros(&self, capacity: usize, arena: Option<&mut Arena>) -> KeyValues {
         let dims = [self.num_key_value_heads, capacity, self.head_dim];
-        KeyValues::zeros(self.format, dims, &self.device, arena)
+        KeyValues::zeros_in(arena, self.format, dims, &self.device)
     }
 }
 

@@ -2,8 +2,8 @@
 
 use burn::tensor::{DType, Device, Int, Tensor, TensorData};
 
+use super::arena::Arena;
 use super::codes::{Bits, GROUP, padded};
-use crate::arena::Arena;
 
 /// The capacity of a page is a multiple of this: kernels may order positions within such blocks.
 pub(crate) const CACHE_BLOCK: usize = 16;
@@ -69,24 +69,29 @@ fn zeros_of(arena: &mut Arena, dims: [usize; 3], dtype: DType) -> Option<TensorD
 }
 
 impl KeyValues {
-    /// Room for `capacity` positions, all zero, from `arena` where there is one.
-    pub(crate) fn zeros(
+    /// Room for `capacity` positions, all zero.
+    #[cfg(any(test, feature = "gpu"))]
+    pub(crate) fn zeros(format: CacheFormat, dims: [usize; 3], device: &Device) -> Self {
+        Self::zeros_in(None, format, dims, device)
+    }
+
+    /// Room for `capacity` positions, all zero, in an arena where there is one.
+    pub(crate) fn zeros_in(
+        mut arena: Option<&mut Arena>,
         format: CacheFormat,
         [kv_heads, capacity, head_dim]: [usize; 3],
         device: &Device,
-        mut arena: Option<&mut Arena>,
     ) -> Self {
-        let floats = |arena: Option<&mut Arena>, width, dtype| {
-            let dims = [kv_heads, capacity, width];
-            match arena.and_then(|arena| zeros_of(arena, dims, dtype)) {
-                Some(data) => Tensor::from_data(data, (device, dtype)),
-                None => Tensor::zeros(dims, (device, dtype)),
-            }
+        let dims = |width| [kv_heads, capacity, width];
+        let mut taken = |width, dtype| zeros_of(arena.as_deref_mut()?, dims(width), dtype);
+        let mut floats = |width, dtype| {
+            let zeros = || Tensor::zeros(dims(width), (device, dtype));
+            taken(width, dtype).map_or_else(zeros, |data| Tensor::from_data(data, (device, dtype)))
         };
         match format {
             CacheFormat::Floats(dtype) => Self::Floats {
-                keys: floats(arena.as_deref_mut(), head_dim, dtype),
-                values: floats(arena, head_dim, dtype),
+                keys: floats(head_dim, dtype),
+                values: floats(head_dim, dtype),
             },
             CacheFormat::Codes(bits) => {
                 let width = padded(head_dim);
@@ -95,21 +100,20 @@ impl KeyValues {
                     true => DType::BF16,
                     false => DType::F32,
                 };
-                let codes = |mut arena: Option<&mut Arena>| {
-                    let dims = [kv_heads, capacity, bits.words(width)];
-                    let of_arena = arena.as_deref_mut();
-                    let words = match of_arena.and_then(|arena| zeros_of(arena, dims, DType::I32)) {
-                        Some(data) => Tensor::from_data(data, (device, DType::I32)),
-                        None => Tensor::zeros(dims, (device, DType::I32)),
-                    };
-                    let scales = floats(arena, width / GROUP, dtype);
+                let [key_scales, value_scales] = [(); 2].map(|()| floats(width / GROUP, dtype));
+                let mut codes = |scales| {
+                    let (width, on) = (bits.words(width), (device, DType::I32));
+                    let words = taken(width, DType::I32).map_or_else(
+                        || Tensor::zeros(dims(width), on),
+                        |data| Tensor::from_data(data, on),
+                    );
                     Codes { words, scales }
                 };
                 Self::Codes {
                     bits,
                     head_dim,
-                    keys: codes(arena.as_deref_mut()),
-                    values: codes(arena),
+                    keys: codes(key_scales),
+                    values: codes(value_scales),
                 }
             }
         }

@@ -1,6 +1,7 @@
 //! The operations that decide the speed: one function each, taken to the kernel of the tensor's
 //! backend where there is one, else to the portable default.
 
+pub(crate) mod arena;
 mod cache_bytes;
 pub(crate) mod codes;
 #[cfg(feature = "cpu")]

@@ -409,8 +409,7 @@ mod tests {
             ] {
                 let (heads, kv_heads) = (6, 2);
                 let rotations = chunk.map_or(1, |_| 3);
-                let page =
-                    KeyValues::zeros(format, [kv_heads, 128, head_dim], &Device::flex(), None);
+                let page = KeyValues::zeros(format, [kv_heads, 128, head_dim], &Device::flex());
                 let (mut ours, mut theirs) = (vec![page; 2], Vec::new());
                 theirs.clone_from(&ours);
                 for (n_past, n) in [(0, 13), (13, 6), (19, 130)] {

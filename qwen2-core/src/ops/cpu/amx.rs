@@ -221,14 +221,9 @@ unsafe fn end(second: bool, sums: *mut f32, stride: usize) {
     }
 }
 
-/// Adds the products of up to 32 tokens with a panel to the tiles.
-///
-/// # Safety
-/// AMX is configured for more than 16 tokens; `x` and `w` hold what [`multiply_bf16`] says of them.
-#[inline]
-unsafe fn two(x: *const u32, n: usize, blocks: usize, w: *const u32) {
-    // SAFETY: the caller's promise; the pointers stay inside, the last step leads one past.
-    unsafe {
+/// The loop of [`one`], and what more it does for second tokens.
+macro_rules! add_products {
+    ($x:ident, $n:ident, $blocks:ident, $w:ident $(, $second:literal)*) => {
         asm!(
             "2:",
             "tileloadd tmm6, [{w} + {ws}*1]",
@@ -236,50 +231,48 @@ unsafe fn two(x: *const u32, n: usize, blocks: usize, w: *const u32) {
             "tdpbf16ps tmm0, tmm4, tmm6",
             "tileloadd tmm7, [{w} + {ws}*1 + 64]",
             "tdpbf16ps tmm1, tmm4, tmm7",
-            "tileloadd tmm5, [{x} + {xs}*1 + 1024]",
-            "tdpbf16ps tmm2, tmm5, tmm6",
-            "tdpbf16ps tmm3, tmm5, tmm7",
+            $($second,)*
             "add {x}, {xn}",
             "add {w}, 2048",
             "dec {blocks}",
             "jnz 2b",
-            x = inout(reg) x => _,
+            x = inout(reg) $x => _,
             xs = in(reg) 64_usize,
-            xn = in(reg) n * 64,
-            w = inout(reg) w => _,
+            xn = in(reg) $n * 64,
+            w = inout(reg) $w => _,
             ws = in(reg) 128_usize,
-            blocks = inout(reg) blocks => _,
+            blocks = inout(reg) $blocks => _,
             options(nostack, readonly),
-        );
-    }
+        )
+    };
 }
 
-/// As [`two`], of up to 16 tokens.
+/// Adds the products of up to 16 tokens with a panel to the tiles.
 ///
 /// # Safety
-/// As [`two`], configured for no more than 16 tokens.
+/// AMX is configured for as many tokens; `x` and `w` hold what [`multiply_bf16`] says of them.
 #[inline]
 unsafe fn one(x: *const u32, n: usize, blocks: usize, w: *const u32) {
-    // SAFETY: as in `two`.
+    // SAFETY: the caller's promise; the pointers stay inside, the last step leads one past.
+    unsafe { add_products!(x, n, blocks, w) };
+}
+
+/// As [`one`], of more than 16 tokens, up to 32.
+///
+/// # Safety
+/// As [`one`].
+#[inline]
+unsafe fn two(x: *const u32, n: usize, blocks: usize, w: *const u32) {
+    // SAFETY: as in `one`.
     unsafe {
-        asm!(
-            "2:",
-            "tileloadd tmm6, [{w} + {ws}*1]",
-            "tileloadd tmm4, [{x} + {xs}*1]",
-            "tdpbf16ps tmm0, tmm4, tmm6",
-            "tileloadd tmm7, [{w} + {ws}*1 + 64]",
-            "tdpbf16ps tmm1, tmm4, tmm7",
-            "add {x}, {xn}",
-            "add {w}, 2048",
-            "dec {blocks}",
-            "jnz 2b",
-            x = inout(reg) x => _,
-            xs = in(reg) 64_usize,
-            xn = in(reg) n * 64,
-            w = inout(reg) w => _,
-            ws = in(reg) 128_usize,
-            blocks = inout(reg) blocks => _,
-            options(nostack, readonly),
+        add_products!(
+            x,
+            n,
+            blocks,
+            w,
+            "tileloadd tmm5, [{x} + {xs}*1 + 1024]",
+            "tdpbf16ps tmm2, tmm5, tmm6",
+            "tdpbf16ps tmm3, tmm5, tmm7"
         );
     }
 }

@@ -6,7 +6,7 @@ use std::mem::MaybeUninit;
 use burn::tensor::Bytes;
 use burn_std::{AccessError, AccessPolicy, AllocationController, AllocationProperty};
 
-use crate::arena::{ALIGNMENT, Arena, Piece};
+use crate::ops::arena::{ALIGNMENT, Arena, Piece};
 
 /// A piece that belongs to one tensor.
 struct Owned(Piece);

@@ -273,8 +273,8 @@ impl Simd for Avx512 {
     #[inline(always)]
     unsafe fn exp(self) -> Self {
         unsafe {
-            // A NaN is the second operand, which comes through. Below, the result is 0: to make what is
-            // subnormal takes Intel's processors a hundred times as long.
+            // A NaN is the second operand, which comes through. Below, the result is 0: Intel's
+            // processors are slow to make what is subnormal.
             let least = _mm512_set1_ps(-87.3);
             let normal = _mm512_cmp_ps_mask::<_CMP_NLT_UQ>(self.0, least);
             let x = _mm512_max_ps(least, self.0);

@@ -54,7 +54,7 @@ fn heads(device: &Device) -> Result<(), String> {
     let on = [device, &Device::flex()];
     let format = CacheFormat::Floats(DType::F32);
     let [mut ours, mut theirs] =
-        on.map(|on| vec![KeyValues::zeros(format, [kv_heads, 256, 64], on, None)]);
+        on.map(|on| vec![KeyValues::zeros(format, [kv_heads, 256, 64], on)]);
     let mut n_past = 0;
     for n in LENGTHS {
         let [qkv, qkv_ref] = pair(&wave(n * width, 0.37 + n as f32), [n, width], device);

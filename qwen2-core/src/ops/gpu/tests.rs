@@ -100,14 +100,7 @@ fn attention_is_that_of_tensors() {
     ] {
         let format = CacheFormat::Floats(DType::F32);
         let on = [&device, &Device::flex()];
-        let mut pages = on.map(|on| {
-            vec![KeyValues::zeros(
-                format,
-                [kv_heads, 256, head_dim],
-                on,
-                None,
-            )]
-        });
+        let mut pages = on.map(|on| vec![KeyValues::zeros(format, [kv_heads, 256, head_dim], on)]);
         let mut n_past = 0;
         for n in [5, 70, 1, 9, 1, 100, 1] {
             let width = (heads + 2 * kv_heads) * head_dim;
@@ -151,7 +144,7 @@ fn a_place_on_the_device_is_one_on_the_host() {
         let format = CacheFormat::Floats(DType::F32);
         let on = [&device, &Device::flex()];
         let [page, mut theirs] = on
-            .map(|on| KeyValues::zeros(format, [kv_heads, capacity, head_dim], on, None))
+            .map(|on| KeyValues::zeros(format, [kv_heads, capacity, head_dim], on))
             .map(|page| vec![page]);
         assert!(takes_places(heads, &page[0]));
         let [whole, whole_ref] = on.map(|on| tables(capacity, head_dim / 2, on));

@@ -1,5 +1,7 @@
 //! Stands in for `qwen2-core/src/ops/mod.rs`, without tensors.
 
+#[path = "../../../../qwen2-core/src/ops/arena.rs"]
+pub(crate) mod arena;
 #[path = "../../../../qwen2-core/src/ops/codes.rs"]
 pub(crate) mod codes;
 pub(crate) mod cpu;

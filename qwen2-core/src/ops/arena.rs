@@ -1,5 +1,5 @@
 //! Memory for weights that are not used from the file, and for long caches: a few large mappings, in huge
-//! pages where the system has them, which are read some percent faster, in a virtual machine up to a third.
+//! pages where the system has them, which are read some percent faster.
 #![allow(unsafe_code)]
 
 use std::io;
@@ -9,7 +9,8 @@ use std::sync::Arc;
 use bytes::Bytes;
 use memmap2::{MmapMut, MmapRaw};
 
-/// Bytes of a mapping unless something else is said; what is not used of the last one is never touched, so it costs nothing.
+/// Bytes of a mapping, unless others are asked for; what is not used of the last one is never touched, so it
+/// costs nothing.
 const CHUNK: usize = 64 << 20;
 /// Every piece begins at a multiple of this: a cache line.
 pub(crate) const ALIGNMENT: usize = 64;
