@@ -395,3 +395,39 @@ impl LayerCache {
         (first / capacity, at.start - first..at.end - first)
     }
 }
+
+#[cfg(all(test, feature = "cpu"))]
+mod tests {
+    use burn::tensor::DType;
+
+    use super::*;
+    use crate::ops::codes::Bits;
+
+    #[test]
+    fn a_page_of_all_layers_takes_the_memory_that_it_holds() {
+        for format in [
+            CacheFormat::Floats(DType::F32),
+            CacheFormat::Floats(DType::F16),
+            CacheFormat::Codes(Bits::Eight),
+            CacheFormat::Codes(Bits::Four),
+        ] {
+            for head_dim in [32, 80, 128] {
+                let device = Device::flex();
+                let shape = CacheShape {
+                    num_hidden_layers: 3,
+                    num_key_value_heads: 2,
+                    head_dim,
+                    format,
+                    lease: Lease::of(&device),
+                    device,
+                };
+                let mut arena = Arena::of_chunks(shape.bytes(PAGE) as usize);
+                for _ in 0..shape.num_hidden_layers {
+                    let page = shape.zeros(PAGE, Some(&mut arena));
+                    assert_eq!(page.capacity(), PAGE);
+                }
+                assert_eq!(arena.room(), 0, "{format:?} {head_dim}");
+            }
+        }
+    }
+}

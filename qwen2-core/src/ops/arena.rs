@@ -33,6 +33,14 @@ impl Arena {
         }
     }
 
+    /// What is left of the last mapping.
+    #[cfg(test)]
+    pub(crate) fn room(&self) -> usize {
+        self.chunk
+            .as_ref()
+            .map_or(0, |chunk| chunk.len() - self.used)
+    }
+
     /// `len` bytes of zeros.
     ///
     /// # Errors
