@@ -213,7 +213,6 @@ pub(super) fn attend<F: Float>(
         sync_cube();
         if unit < fours {
             let mut total = Four::new(0.0f32);
-            #[unroll]
             for s in 0..slices {
                 total = total + joined[s * fours + unit];
             }
@@ -283,7 +282,6 @@ pub(super) fn join(
     sync_cube();
     if unit < fours {
         let mut all = Four::new(0.0f32);
-        #[unroll]
         for s in 0..slices {
             all = all + joined[s * fours + unit];
         }

@@ -31,9 +31,8 @@ pub(super) fn number(key: u32) -> f32 {
 #[cube]
 pub(super) fn reduce(keys: &mut [u32], places: &mut [u32]) {
     let unit = UNIT_POS as usize;
-    #[unroll]
     for step in 0..comptime!(UNITS.ilog2()) {
-        let half = comptime!(UNITS >> (step + 1));
+        let half = UNITS.runtime() >> (step as usize + 1);
         sync_cube();
         if unit < half {
             let other = keys[unit + half];

@@ -2,7 +2,7 @@
 
 use burn_cubecl::cubecl::{self, prelude::*};
 
-use super::reduce::{UNITS, group_sum};
+use super::reduce::{UNITS, group_sums, sums_room};
 use super::words::{Four, Numbers, Words, number};
 
 /// What a kernel is compiled for.
@@ -179,20 +179,26 @@ pub(super) fn dense_product(
         v += comptime!(plan.group * plan.ahead);
     }
 
-    let mut shared = Shared::<[f32]>::new_slice(UNITS);
+    let mut shared = Shared::<[f32]>::new_slice(comptime!(sums_room(plan.planes)));
     let cols = f32::cast_from(vectors as u32 * comptime!(width as u32));
+    if comptime!(plan.normed) {
+        group_sums(&mut squares, &mut shared, n, group, plan.planes);
+    }
+    group_sums(
+        &mut sums,
+        &mut shared,
+        comptime!(dots * n),
+        group,
+        plan.planes,
+    );
     #[unroll]
     for t in 0..n {
-        let scale = if comptime!(plan.normed) {
-            let square = group_sum(squares[t], &mut shared, group, plan.planes);
-            1.0 / f32::sqrt(square / cols + sizes.eps)
-        } else {
-            1.0f32.runtime()
-        };
-        #[unroll]
-        for r in 0..dots {
-            sums[t * dots + r] =
-                group_sum(sums[t * dots + r], &mut shared, group, plan.planes) * scale;
+        if comptime!(plan.normed) {
+            let scale = 1.0 / f32::sqrt(squares[t] / cols + sizes.eps);
+            #[unroll]
+            for r in 0..dots {
+                sums[t * dots + r] = sums[t * dots + r] * scale;
+            }
         }
         if comptime!(plan.gated) {
             if lane == 0 && first < total && t < filled {

@@ -5,8 +5,8 @@ use burn_cubecl::cubecl::{self, prelude::*};
 
 use super::choice::{key, number, reduce};
 use super::dense::Sizes;
-use super::packed::{PackedPlan, panel_sums, row_sums};
-use super::reduce::{UNITS, group_sum};
+use super::packed::{PackedPlan, ROW_SUMS_ROOM, panel_sums, row_sums};
+use super::reduce::{UNITS, group_sum, group_sums, sums_room};
 use super::words::{self, Four, Numbers, Words};
 use crate::ops::packed::ROWS;
 
@@ -98,7 +98,7 @@ pub(super) fn packed_visits(
         sums[i] = 0.0f32;
     }
     panel_sums(x, x, w0, w1, panel, &mut sums, &sizes, plan);
-    let mut shared = Shared::<[f32]>::new_slice(UNITS * 4);
+    let mut shared = Shared::<[f32]>::new_slice(comptime!(ROW_SUMS_ROOM));
     let first = row_sums(&sums, &mut shared, 0usize, plan.planes);
     if comptime!(plan.gated) {
         let up = row_sums(&sums, &mut shared, 1usize, plan.planes);
@@ -186,11 +186,8 @@ pub(super) fn dense_visits(
         }
         v += comptime!(plan.group * plan.ahead);
     }
-    let mut shared = Shared::<[f32]>::new_slice(UNITS);
-    #[unroll]
-    for d in 0..dots {
-        sums[d] = group_sum(sums[d], &mut shared, group, plan.planes);
-    }
+    let mut shared = Shared::<[f32]>::new_slice(comptime!(sums_room(plan.planes)));
+    group_sums(&mut sums, &mut shared, dots, group, plan.planes);
     if lane == 0 && row < rows {
         if comptime!(plan.gated) {
             let gate = sums[0];

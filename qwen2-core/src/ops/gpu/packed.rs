@@ -3,7 +3,7 @@
 use burn_cubecl::cubecl::{self, prelude::*};
 
 use super::dense::{Sizes, bias};
-use super::reduce::{UNITS, group_sum};
+use super::reduce::{UNITS, group_sums};
 use super::words::{Four, Words, byte, from_f16, nibble, raised_nibble, two_f16};
 use crate::ops::packed::{Format, ROWS};
 
@@ -267,6 +267,9 @@ pub(super) fn panel_sums(
     }
 }
 
+/// What [`row_sums`] needs of shared memory.
+pub(super) const ROW_SUMS_ROOM: usize = UNITS * 5;
+
 /// The sum of each of the 16 rows of a panel over all units, for the first 16 units.
 #[cube]
 pub(super) fn row_sums(
@@ -306,16 +309,15 @@ pub(super) fn row_sums(
         // Sixteen units a row, four numbers each.
         let from = unit / 16 * 64 + unit % 16;
         let part = (shared[from] + shared[from + 16]) + (shared[from + 32] + shared[from + 48]);
-        sync_cube();
-        shared[unit] = part;
+        // Behind what is read, so that no barrier is needed between; the next call's first one is behind both.
+        shared[4 * UNITS + unit] = part;
         sync_cube();
         if unit < ROWS {
             #[unroll]
-            for i in 0..16 {
-                sum += shared[unit * 16 + i];
+            for i in 0..16usize {
+                sum += shared[4 * UNITS + unit * 16 + i];
             }
         }
-        sync_cube();
     }
     sum
 }
@@ -370,21 +372,28 @@ pub(super) fn packed_product(
         row = end1 + (panel - panels1) * ROWS + unit;
     }
 
-    let mut shared = Shared::<[f32]>::new_slice(UNITS * 4);
-    #[unroll]
-    for t in 0..n {
-        let scale = if comptime!(plan.normed) {
+    let mut shared = Shared::<[f32]>::new_slice(comptime!(ROW_SUMS_ROOM));
+    let mut squares = Array::<f32>::new(n);
+    if comptime!(plan.normed) {
+        #[unroll]
+        for t in 0..n {
             let mut square = 0.0f32;
             let mut place = unit;
             while place < fours {
                 let four = x[clamp_max(t, filled - 1) * fours + place];
-                let squares = four * four;
-                square += (squares.extract(0usize) + squares.extract(1usize))
-                    + (squares.extract(2usize) + squares.extract(3usize));
+                let of_four = four * four;
+                square += (of_four.extract(0usize) + of_four.extract(1usize))
+                    + (of_four.extract(2usize) + of_four.extract(3usize));
                 place += UNITS;
             }
-            let square = group_sum(square, &mut shared, UNITS, plan.planes);
-            1.0 / f32::sqrt(square / f32::cast_from(fours as u32 * 4) + sizes.eps)
+            squares[t] = square;
+        }
+        group_sums(&mut squares, &mut shared, n, UNITS, plan.planes);
+    }
+    #[unroll]
+    for t in 0..n {
+        let scale = if comptime!(plan.normed) {
+            1.0 / f32::sqrt(squares[t] / f32::cast_from(fours as u32 * 4) + sizes.eps)
         } else {
             1.0f32.runtime()
         };
