@@ -334,6 +334,10 @@ impl Model {
             for _ in 0..steps.min(self.context_length() - n) {
                 network.forward(&tokens[..1], &mut cache, Rows::Screened, &watch)?;
             }
+            #[cfg(feature = "gpu")]
+            if cache.n_tokens() < self.context_length() {
+                network.likeliest(tokens[0], &mut cache)?;
+            }
         }
         Ok(())
     }

@@ -56,6 +56,15 @@ impl Penalties {
         (!raises && !unbounded).then_some(self.logit_bias.len() + ends)
     }
 
+    /// Whether it raises no logit.
+    #[cfg(feature = "gpu")]
+    pub(crate) fn only_lowers(&self) -> bool {
+        self.repetition >= 1.0
+            && self.presence >= 0.0
+            && self.frequency >= 0.0
+            && self.logit_bias.iter().all(|(_, bias)| *bias <= 0.0)
+    }
+
     /// Whether it changes no logit behind so many tokens of output.
     #[cfg(feature = "gpu")]
     pub(crate) fn is_idle(&self, n_output: usize) -> bool {

@@ -84,24 +84,48 @@ impl Sampler {
         if self.filters.greedy {
             return Ok(best.id);
         }
-        self.filter(logits, best);
+        self.filter(logits.iter().copied().zip(0..), best);
         Ok(self.draw(best.id))
     }
 
-    /// Leaves in `kept` what temperature and filters leave, in the order of the ids.
-    fn filter(&mut self, logits: &[f32], best: Candidate) {
+    /// As [`Self::pick`] of all logits, from the likeliest tokens in the order of their ids, where every other logit is
+    /// below `floor`; nothing, and without a draw, where these do not tell.
+    #[cfg(feature = "gpu")]
+    pub(crate) fn pick_among(&mut self, likeliest: &[(u32, f32)], floor: f32) -> Option<u32> {
+        // Ties that the temperature makes may be with any other.
+        let temperature = match self.filters.greedy {
+            true => 1.0,
+            false => self.filters.temperature,
+        };
+        let is_above = |(_, logit): &&(u32, f32)| logit / temperature > floor / temperature;
+        if likeliest.iter().filter(is_above).count() < self.looks_at() {
+            return None;
+        }
+        let candidates = likeliest.iter().map(|&(id, score)| Candidate { id, score });
+        let higher = |a: Candidate, b: Candidate| if b.score > a.score { b } else { a };
+        let best = candidates.reduce(higher)?;
+        if self.filters.greedy {
+            return Some(best.id);
+        }
+        self.filter(likeliest.iter().map(|&(id, logit)| (logit, id)), best);
+        Some(self.draw(best.id))
+    }
+
+    /// Leaves in `kept` what temperature and filters leave of the logits, which have their ids beside them and are in
+    /// the order of these.
+    fn filter(&mut self, logits: impl Iterator<Item = (f32, u32)> + Clone, best: Candidate) {
         let temperature = self.filters.temperature;
         // The scores of transformers are divided before they are compared, so ties that the
         // division makes are ties here, too.
         let floor = match self.filters.top_k {
-            Some(top_k) if top_k < logits.len() => {
-                let scores = logits.iter().map(|logit| logit / temperature);
+            Some(top_k) => {
+                let scores = logits.clone().map(|(logit, _)| logit / temperature);
                 kth_largest(scores, top_k, &mut self.scratch)
             }
-            _ => f32::NEG_INFINITY,
+            None => f32::NEG_INFINITY,
         };
         self.kept.clear();
-        let candidates = logits.iter().zip(0..).filter_map(|(logit, id)| {
+        let candidates = logits.filter_map(|(logit, id)| {
             let score = logit / temperature;
             (score >= floor && score > f32::NEG_INFINITY).then_some(Candidate { id, score })
         });
@@ -291,7 +315,7 @@ mod tests {
     /// The scores after all filters, -infinity where a token was dropped.
     fn process(logits: &[f32], resolved: &Resolved) -> Vec<f32> {
         let mut sampler = Sampler::new(resolved);
-        sampler.filter(logits, best(logits).unwrap());
+        sampler.filter(logits.iter().copied().zip(0..), best(logits).unwrap());
         let mut scores = vec![f32::NEG_INFINITY; logits.len()];
         for candidate in sampler.kept {
             scores[candidate.id as usize] = candidate.score;
@@ -415,6 +439,48 @@ mod tests {
             // the two may differ by one token.
             prop_assert!(kept == expected || kept.len().abs_diff(expected.len()) <= 1 && top_p.is_some(),
                 "{kept:?} {expected:?}");
+        }
+    }
+
+    #[cfg(feature = "gpu")]
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(500))]
+
+        /// Coarse logits, of which penalties lower some behind the choice of the likeliest.
+        #[test]
+        fn the_likeliest_give_what_all_give_or_nothing(
+            coarse in prop::collection::vec(-90..90_i8, 64..700),
+            wanted in 1..60_usize,
+            lowered in prop::collection::vec((any::<prop::sample::Index>(), 0.0..30.0_f32), 0..20),
+            (greedy, temperature, seed) in (any::<bool>(), 0.3..2.0_f32, any::<u64>()),
+            top_k in 1..50_usize,
+            top_p in prop::option::of(0.01..1.0_f32),
+        ) {
+            let mut logits: Vec<f32> = coarse.iter().map(|&logit| f32::from(logit) / 4.0).collect();
+            let floor = kth_largest(logits.iter().copied(), wanted, &mut Vec::new());
+            let is_likely: Vec<bool> = logits.iter().map(|logit| *logit >= floor).collect();
+            for (index, by) in lowered {
+                logits[index.index(coarse.len())] -= by;
+            }
+            let likeliest: Vec<(u32, f32)> = (0..).zip(&logits).zip(&is_likely)
+                .filter_map(|((id, logit), is_likely)| is_likely.then_some((id, *logit)))
+                .collect();
+            let options = match greedy {
+                true => GenerateOptions::greedy(),
+                false => GenerateOptions { top_p, ..GenerateOptions::new().temperature(temperature).top_k(top_k) },
+            };
+            let options = resolve(&options.seed(seed));
+            let [mut of_all, mut of_some] = [0, 1].map(|_| Sampler::new(&options));
+            for draw in 0..4 {
+                let want = of_all.pick(&logits).unwrap();
+                match of_some.pick_among(&likeliest, floor) {
+                    Some(token) => prop_assert_eq!(token, want, "draw {}", draw),
+                    None => prop_assert_eq!(of_some.pick(&logits).unwrap(), want, "behind nothing"),
+                }
+            }
+            // Where nothing ties with the floor or was lowered, as many as are looked at are enough.
+            let above = likeliest.iter().filter(|(_, logit)| *logit > floor + 0.1).count();
+            prop_assert_eq!(above >= of_some.looks_at(), of_some.pick_among(&likeliest, floor).is_some());
         }
     }
 

@@ -23,6 +23,9 @@ pub(crate) struct Sequence {
     options: Resolved,
     penalties: Penalties,
     sampler: Sampler,
+    /// Logits of the likeliest while penalties change them, -infinity otherwise and elsewhere.
+    #[cfg(feature = "gpu")]
+    row: Vec<f32>,
     recorder: Option<Recorder>,
     prompt_recorder: Option<Recorder>,
     stop: StopMatcher,
@@ -82,6 +85,8 @@ impl Sequence {
             recorder: options.logprobs.map(Recorder::new),
             prompt_recorder: options.prompt_logprobs.map(Recorder::new),
             sampler: Sampler::new(&options),
+            #[cfg(feature = "gpu")]
+            row: Vec::new(),
             decoder: TextDecoder::new(),
             processor,
             cancel: options.cancel.clone().unwrap_or_default(),
@@ -197,15 +202,43 @@ impl Sequence {
             && self.sampler.looks_at().saturating_add(lowers) <= SCREENED_TOKENS / 2
     }
 
-    /// Whether the next token is the one with the highest logit, and nobody looks at the others.
+    /// Whether the next token is most likely one of few with the highest logits, and nobody looks at the others.
     #[cfg(feature = "gpu")]
-    pub(crate) fn takes_best(&self) -> bool {
+    pub(crate) fn takes_likeliest(&self) -> bool {
         self.processor.is_none()
             && self.guide.is_none()
             && self.recorder.is_none()
             && !self.reads_prompt()
-            && self.options.is_greedy()
-            && self.penalties.is_idle(self.usage.completion_tokens)
+            && self.sampler.looks_at() <= SCREENED_TOKENS
+            && self.penalties.only_lowers()
+    }
+
+    /// Whether, of those that take the likeliest, the very one with the highest logit is the next.
+    #[cfg(feature = "gpu")]
+    pub(crate) fn takes_best(&self) -> bool {
+        self.options.is_greedy() && self.penalties.is_idle(self.usage.completion_tokens)
+    }
+
+    /// The next token by the likeliest, which are in the order of their ids, with every other logit lower: the one
+    /// that [`Self::accept`] would choose by all. Nothing, and nothing has happened, where these do not tell.
+    #[cfg(feature = "gpu")]
+    pub(crate) fn choose_among(&mut self, mut likeliest: Vec<(u32, f32)>) -> Option<u32> {
+        let floor = likeliest
+            .iter()
+            .fold(f32::INFINITY, |least, (_, x)| least.min(*x));
+        let width = likeliest.last()?.0 as usize + 1;
+        if self.row.len() < width {
+            self.row.resize(width, f32::NEG_INFINITY);
+        }
+        for (token, logit) in &likeliest {
+            self.row[*token as usize] = *logit;
+        }
+        // What is impossible stays so.
+        self.penalties.apply(&mut self.row, &self.tokens);
+        for (token, logit) in &mut likeliest {
+            *logit = std::mem::replace(&mut self.row[*token as usize], f32::NEG_INFINITY);
+        }
+        self.sampler.pick_among(&likeliest, floor)
     }
 
     /// Whether it wants the logits of the prompt's tokens as well, from the first on: none of them may be

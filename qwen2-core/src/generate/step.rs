@@ -1,9 +1,13 @@
 //! One forward of the network behind the panic fence: tokens in, logits on the host out.
 
+use burn::tensor::Tensor;
+
 use crate::error::{Error, ErrorKind, Result};
 use crate::fence::fenced;
 use crate::model::cache::Cache;
 use crate::model::{Part, Qwen2, Rows};
+#[cfg(feature = "gpu")]
+use crate::ops;
 use crate::ops::{Threads, Watch, watched};
 use crate::profile::part;
 
@@ -68,13 +72,7 @@ impl Network {
                 let Some(logits) = self.qwen2.forward_batch(batch)? else {
                     return Ok(Vec::new());
                 };
-                part("logits to host", || {
-                    let data = logits
-                        .try_into_data()
-                        .map_err(|error| failed(&format!("{error:?}")))?;
-                    data.try_into_vec::<f32>()
-                        .map_err(|error| failed(&format!("{error:?}")))
-                })
+                part("logits to host", || numbers(logits))
             })
         });
         let logits = outcome.unwrap_or_else(|panic| Err(failed(&panic)));
@@ -94,29 +92,98 @@ impl Network {
     /// As [`Self::forward`].
     #[cfg(feature = "gpu")]
     pub(crate) fn best(&self, token: u32, cache: &mut Cache) -> Result<Option<u32>> {
-        self.check_process()?;
         let n_past = cache.n_tokens();
-        let outcome = fenced(|| {
-            let Some(step) = self.qwen2.replay(token, cache)? else {
-                return Ok(None);
-            };
-            let data = step.best().try_into_data();
-            let data = data.map_err(|error| failed(&format!("{error:?}")))?;
-            let best = data.as_slice::<i32>().ok().and_then(|best| best.first());
-            let best = best.and_then(|best| u32::try_from(*best).ok());
+        let best = self.replay(token, cache, |step| {
+            let best = integers(step.best())?.first().copied();
+            let best = best.and_then(|best| u32::try_from(best).ok());
             if let Some(best) = best {
                 step.follow(best, n_past + 1);
             }
             Ok(best)
-        });
-        let best = outcome.unwrap_or_else(|panic| Err(failed(&panic)));
-        match &best {
-            Ok(None) => cache.truncate(n_past),
-            Err(error) if error.kind() == ErrorKind::DeviceFailed => cache.clear(),
-            _ => {}
+        })?;
+        let best = best.flatten();
+        if best.is_none() {
+            cache.truncate(n_past);
         }
-        best
+        Ok(best)
     }
+
+    /// The likeliest tokens behind `token`, which goes behind the cache, where the device itself finds them, in the order
+    /// of the tokens with their logits: every other token has a lower one. All where these are too many, or no numbers.
+    /// Nothing, and nothing has happened, where the device is not asked in this way.
+    ///
+    /// # Errors
+    /// As [`Self::forward`].
+    #[cfg(feature = "gpu")]
+    pub(crate) fn likeliest(&self, token: u32, cache: &mut Cache) -> Result<Option<Found>> {
+        self.replay(token, cache, |step| {
+            match ops::replay::read_likeliest(&integers(step.likeliest())?) {
+                Some(likeliest) => Ok(Found::Likeliest(likeliest)),
+                None => numbers(step.logits()).map(Found::All),
+            }
+        })
+    }
+
+    /// All logits of the step that [`Self::likeliest`] was asked about, until the next one.
+    ///
+    /// # Errors
+    /// As [`Self::forward`].
+    #[cfg(feature = "gpu")]
+    pub(crate) fn all_of_likeliest(&self, cache: &mut Cache) -> Result<Vec<f32>> {
+        let logits = cache.replayed().map(|step| step.logits());
+        let logits =
+            logits.ok_or_else(|| Error::new(ErrorKind::Internal, "no step was replayed"))?;
+        settle(fenced(|| numbers(logits)), cache)
+    }
+
+    /// What `read` makes of a step that is replayed, or nothing, where none is.
+    #[cfg(feature = "gpu")]
+    fn replay<R>(
+        &self,
+        token: u32,
+        cache: &mut Cache,
+        read: impl FnOnce(&mut crate::model::replay::Step) -> Result<R>,
+    ) -> Result<Option<R>> {
+        self.check_process()?;
+        let outcome = fenced(|| self.qwen2.replay(token, cache)?.map(read).transpose());
+        settle(outcome, cache)
+    }
+}
+
+/// What a step on a device has found.
+#[cfg(feature = "gpu")]
+pub(crate) enum Found {
+    Likeliest(Vec<(u32, f32)>),
+    All(Vec<f32>),
+}
+
+/// A panic as an error, behind which the cache is empty.
+#[cfg(feature = "gpu")]
+fn settle<R>(outcome: std::result::Result<Result<R>, String>, cache: &mut Cache) -> Result<R> {
+    let outcome = outcome.unwrap_or_else(|panic| Err(failed(&panic)));
+    if let Err(error) = &outcome
+        && error.kind() == ErrorKind::DeviceFailed
+    {
+        cache.clear();
+    }
+    outcome
+}
+
+/// On the host.
+fn numbers(logits: Tensor<2>) -> Result<Vec<f32>> {
+    let data = logits.try_into_data();
+    let data = data.map_err(|error| failed(&format!("{error:?}")))?;
+    let numbers = data.try_into_vec::<f32>();
+    numbers.map_err(|error| failed(&format!("{error:?}")))
+}
+
+/// On the host.
+#[cfg(feature = "gpu")]
+fn integers(tensor: Tensor<1, burn::tensor::Int>) -> Result<Vec<i32>> {
+    let data = tensor.try_into_data();
+    let data = data.map_err(|error| failed(&format!("{error:?}")))?;
+    let integers = data.try_into_vec::<i32>();
+    integers.map_err(|error| failed(&format!("{error:?}")))
 }
 
 fn cancelled() -> Error {

@@ -4,6 +4,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use super::speculative::{Ahead, DRAFT_TOKENS, Draft, DraftModel, Proposer};
+#[cfg(feature = "gpu")]
+use super::step::Found;
 use super::{
     CancelToken, FinishReason, Generation, LogitsProcessor, Network, Piece, Resolved, Sequence,
     Timings,
@@ -111,7 +113,7 @@ impl Run {
         }
         self.started = true;
         #[cfg(feature = "gpu")]
-        if let Some(token) = self.best(cache)? {
+        if let Some(token) = self.on_device(cache)? {
             return self.sequence.push(token).map(Some);
         }
         match self.logits(cache) {
@@ -134,15 +136,15 @@ impl Run {
         Ok(Some(piece))
     }
 
-    /// The next token, where the device finds it itself: the likeliest, and nothing is to change the logits.
+    /// The next token, where the device finds it itself, or the likeliest ones, of which it is.
     ///
     /// # Errors
     /// Those of the forward.
     #[cfg(feature = "gpu")]
-    fn best(&mut self, cache: &mut Cache) -> Result<Option<u32>> {
+    fn on_device(&mut self, cache: &mut Cache) -> Result<Option<u32>> {
         let tokens = self.sequence.tokens();
         let takes = self.proposer.is_none()
-            && self.sequence.takes_best()
+            && self.sequence.takes_likeliest()
             && self.sequence.interruption().is_none()
             && self.ahead.row(tokens).is_none();
         if !takes {
@@ -157,11 +159,25 @@ impl Run {
         if cache.n_tokens() != before.len() {
             return Ok(None);
         }
-        let best = network.best(*last, cache)?;
-        if best.is_some() {
-            self.ahead = Ahead::new(tokens.len(), Vec::new(), Vec::new());
+        let (last, n_tokens) = (*last, tokens.len());
+        if self.sequence.takes_best() {
+            let best = network.best(last, cache)?;
+            if best.is_some() {
+                self.ahead = Ahead::new(n_tokens, Vec::new(), Vec::new());
+            }
+            return Ok(best);
         }
-        Ok(best)
+        let (token, logits) = match network.likeliest(last, cache)? {
+            None => return Ok(None),
+            Some(Found::All(logits)) => (None, logits),
+            Some(Found::Likeliest(likeliest)) => match self.sequence.choose_among(likeliest) {
+                Some(token) => (Some(token), Vec::new()),
+                None => (None, network.all_of_likeliest(cache)?),
+            },
+        };
+        // Logits that are here are chosen from as those of any forward.
+        self.ahead = Ahead::new(n_tokens, Vec::new(), logits);
+        Ok(token)
     }
 
     /// Sees to the logits behind the sequence: they are here, or what the cache has not seen runs, in

@@ -9,7 +9,7 @@ use burn::tensor::{DType, Int, Tensor};
 use super::cache::Cache;
 use super::{At, DecoderLayer, FeedForward, Lane, Qwen2, WARM_STEPS};
 use crate::error::Result;
-use crate::ops::replay::{self, Recording};
+use crate::ops::replay::{self, Best, Recording};
 use crate::ops::{self, Place};
 
 /// How far a cache is from steps that are replayed.
@@ -29,8 +29,7 @@ pub(crate) struct Step {
     place: Place,
     /// `[1, vocab_size]`
     logits: Tensor<2>,
-    /// `[1]`: the likeliest token; see [`Step::best`].
-    best: Tensor<1, Int>,
+    best: Best,
     /// The token and the position that the device holds, if the host knows both.
     next: Option<(u32, usize)>,
 }
@@ -62,6 +61,16 @@ impl Default for Replay {
 impl Clone for Replay {
     fn clone(&self) -> Self {
         Self::default()
+    }
+}
+
+impl Cache {
+    /// The step that this cache replays, if it does.
+    pub(crate) fn replayed(&self) -> Option<&Step> {
+        match &self.replay {
+            Replay::Recorded(step) => Some(step),
+            _ => None,
+        }
     }
 }
 
@@ -229,7 +238,12 @@ impl Step {
     /// The token with the highest logit, the lowest of those that share it, `[1]`; -1 where the logits are no
     /// numbers or there is no highest.
     pub(crate) fn best(&self) -> Tensor<1, Int> {
-        self.best.clone()
+        self.best.found.clone()
+    }
+
+    /// The likeliest tokens of the step that ran last, for [`replay::read_likeliest`]; to be asked once.
+    pub(crate) fn likeliest(&self) -> Tensor<1, Int> {
+        replay::likeliest(&self.logits, &self.best)
     }
 
     /// Says what [`Self::best`] was, behind which the device goes on by itself from `n_past` positions.

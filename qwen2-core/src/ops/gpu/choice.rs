@@ -1,4 +1,4 @@
-//! The highest of a row of logits, and the place of the step behind it.
+//! The highest of a row of logits, those that come next, and the place of the step behind it.
 
 use burn_cubecl::cubecl::{self, prelude::*};
 
@@ -74,13 +74,20 @@ pub(super) fn best_of_shares(row: &[f32], best: &mut [u32], at: &mut [u32], n: u
     }
 }
 
+/// The most of the likeliest tokens that the host reads.
+pub(super) const MOST_LIKELY: usize = 1024;
+/// As many are found at least, where there are as many shares.
+const WANTED: usize = 128;
+
 /// The best of up to [`UNITS`] shares: its place goes to `found` and, as the next token, to `token`;
-/// `n_past` counts the step. [`NONE`] and token 0 where there is none.
+/// `n_past` counts the step. [`NONE`] and token 0 where there is none. `likely` is ready for [`gather`] then:
+/// none of them so far, or too many where there is no best.
 #[cube(launch_unchecked)]
 pub(super) fn best_of_all(
     best: &[u32],
     at: &[u32],
     found: &mut [u32],
+    likely: &mut [u32],
     token: &mut [u32],
     n_past: &mut [u32],
     shares: u32,
@@ -96,8 +103,55 @@ pub(super) fn best_of_all(
     if unit == 0 {
         let is_number = keys[0] > LEAST && keys[0] < MOST;
         found[0] = select(is_number, places[0], NONE.runtime());
+        likely[0] = select(is_number, 0u32, comptime!(MOST_LIKELY as u32 + 1).runtime());
         token[0] = select(is_number, places[0], 0u32.runtime());
         n_past[0] = n_past[0] + 1;
+    }
+}
+
+/// Tokens with their logits, of a row whose shares have the `best` keys, behind their number in `likely`, in any order
+/// and as far as there is room: all from the [`WANTED`]th highest of these keys on. As many are found at least, and every
+/// other token has a lower logit.
+#[cube(launch_unchecked)]
+pub(super) fn gather(row: &[f32], best: &[u32], likely: &[Atomic<u32>], n: u32, share: u32) {
+    let unit = UNIT_POS as usize;
+    let shares = CUBE_COUNT as usize;
+    let mut keys = Shared::<[u32]>::new_slice(UNITS);
+    let mut least = Shared::<[u32]>::new_slice(1usize);
+    let mine = select(
+        unit < shares,
+        best[clamp_max(unit, shares - 1)],
+        0u32.runtime(),
+    );
+    keys[unit] = mine;
+    sync_cube();
+    let mut above = 0u32.runtime();
+    for i in 0..shares {
+        let other = keys[i];
+        above += select(
+            other > mine || (other == mine && i < unit),
+            1u32,
+            0u32.runtime(),
+        );
+    }
+    if above as usize + 1 == clamp_max(WANTED.runtime(), shares) && unit < shares {
+        least[0] = mine;
+    }
+    sync_cube();
+    let least = least[0];
+    let first = CUBE_POS * share as usize;
+    let end = clamp_max(first + share as usize, n as usize);
+    let mut i = first + unit;
+    while i < end {
+        let logit = row[i];
+        if key(logit) >= least {
+            let at = likely[0].fetch_add(1u32) as usize;
+            if at < MOST_LIKELY {
+                likely[1 + 2 * at].store(i as u32);
+                likely[2 + 2 * at].store(u32::reinterpret(logit));
+            }
+        }
+        i += UNITS;
     }
 }
 

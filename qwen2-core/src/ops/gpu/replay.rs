@@ -8,7 +8,7 @@ use burn_cubecl::cubecl::client::Graph;
 use burn_cubecl::cubecl::future::block_on;
 use burn_cubecl::cubecl::prelude::*;
 
-use super::choice;
+use super::choice::{self, MOST_LIKELY};
 use super::cube::{cube, empty, integers};
 use super::reduce::UNITS;
 use crate::fence::fenced;
@@ -117,19 +117,35 @@ pub(crate) fn set(place: &Place, token: u32, n_past: usize) {
     }
 }
 
+/// What a step finds in its row of logits.
+#[derive(Clone, Debug)]
+pub(crate) struct Best {
+    /// `[1]`: the place of the highest logit, -1 where there is none.
+    pub(crate) found: Tensor<1, Int>,
+    /// The keys of the highest of each share.
+    keys: Tensor<1, Int>,
+    likely: Tensor<1, Int>,
+}
+
+/// How many logits a cube looks at, and how many cubes that makes.
+fn shares(n: usize) -> [usize; 2] {
+    let share = n.div_ceil(MOST_SHARES).next_multiple_of(UNITS);
+    [share, n.div_ceil(share)]
+}
+
 /// The place of the highest logit of a row `[1, vocab_size]`, which becomes the token of the next place.
-pub(crate) fn best(logits: &Tensor<2>, place: &Place) -> Tensor<1, Int> {
+pub(crate) fn best(logits: &Tensor<2>, place: &Place) -> Best {
     let [_, n] = logits.dims();
     let logits = cube(logits.clone());
     let client = logits.client.clone();
-    let share = n.div_ceil(MOST_SHARES).next_multiple_of(UNITS);
-    let shares = n.div_ceil(share);
+    let [share, shares] = shares(n);
     let keys = empty(&logits, [shares], DType::I32);
     let places = empty(&logits, [shares], DType::I32);
     let found = empty(&logits, [1], DType::I32);
+    let likely = empty(&logits, [1 + 2 * MOST_LIKELY], DType::I32);
     let dim = CubeDim::new_1d(UNITS as u32);
     // SAFETY: a cube reads its share of the row, below `n`, and writes its element of both; then one cube reads
-    // these `shares`, at most as many as it has units, and writes one element of each.
+    // these `shares`, at most as many as it has units, and writes the first element of each of the others.
     unsafe {
         choice::best_of_shares::launch_unchecked(
             &client,
@@ -145,13 +161,55 @@ pub(crate) fn best(logits: &Tensor<2>, place: &Place) -> Tensor<1, Int> {
             &client,
             CubeCount::Static(1, 1, 1),
             dim,
-            keys.into_buffer_arg(),
+            keys.clone().into_buffer_arg(),
             places.into_buffer_arg(),
             found.clone().into_buffer_arg(),
+            likely.clone().into_buffer_arg(),
             cube(place.token.clone()).into_buffer_arg(),
             cube(place.n_past.clone()).into_buffer_arg(),
             shares as u32,
         );
     }
-    integers(found)
+    let [found, keys, likely] = [found, keys, likely].map(integers);
+    Best {
+        found,
+        keys,
+        likely,
+    }
+}
+
+/// The likeliest tokens of the row that `best` was found in, once for each time that it was found:
+/// for [`read_likeliest`].
+pub(crate) fn likeliest(logits: &Tensor<2>, best: &Best) -> Tensor<1, Int> {
+    let [_, n] = logits.dims();
+    let logits = cube(logits.clone());
+    let client = logits.client.clone();
+    let [share, shares] = shares(n);
+    // SAFETY: a cube reads the keys of all `shares`, at most as many as it has units, and its share of the row, below
+    // `n`; it writes to places of `likely` that nobody else has, below its length.
+    unsafe {
+        choice::gather::launch_unchecked(
+            &client,
+            CubeCount::Static(shares as u32, 1, 1),
+            CubeDim::new_1d(UNITS as u32),
+            logits.into_buffer_arg(),
+            cube(best.keys.clone()).into_buffer_arg(),
+            cube(best.likely.clone()).into_buffer_arg(),
+            n as u32,
+            share as u32,
+        );
+    }
+    best.likely.clone()
+}
+
+/// Tokens and their logits in the order of the tokens, of which every other one has a lower logit; nothing where they are
+/// too many, or the row has no highest.
+pub(crate) fn read_likeliest(likely: &[i32]) -> Option<Vec<(u32, f32)>> {
+    let (count, pairs) = likely.split_first()?;
+    let (pairs, _) = pairs.as_chunks::<2>();
+    let pairs = pairs.get(..usize::try_from(*count).ok()?)?;
+    let unpacked = |[token, bits]: &[i32; 2]| (*token as u32, f32::from_bits(*bits as u32));
+    let mut found: Vec<_> = pairs.iter().map(unpacked).collect();
+    found.sort_unstable_by_key(|(token, _)| *token);
+    Some(found)
 }

@@ -202,14 +202,39 @@ fn the_best_is_the_first_of_the_highest() {
     };
     let number =
         |tensor: &Tensor<1, Int>| tensor.clone().into_data().as_slice::<i32>().expect("i32")[0];
-    let ask = |row: &[f32]| {
+    let both = |row: &[f32]| {
         replay::set(&place, 7, 41);
         let [row, _] = pair(row, [1, row.len()], &device);
-        let best = number(&replay::best(&row, &place));
-        assert_eq!(number(&place.n_past), 42);
-        assert_eq!(number(&place.token), best.max(0), "the next token");
-        best
+        let best = replay::best(&row, &place);
+        let likely = replay::likeliest(&row, &best).into_data();
+        let likely = replay::read_likeliest(likely.as_slice::<i32>().expect("i32"));
+        (number(&best.found), likely)
     };
+    let likeliest = |row: &[f32]| both(row).1;
+    let ask = |row: &[f32]| {
+        let (found, likely) = both(row);
+        assert_eq!(number(&place.n_past), 42);
+        assert_eq!(number(&place.token), found.max(0), "the next token");
+        assert!(
+            likely.is_none() || found >= 0,
+            "the likeliest of no numbers"
+        );
+        if let Some(likely) = likely {
+            let shares = row.len().div_ceil(256).min(128);
+            assert!(likely.len() >= shares, "{} of {shares}", likely.len());
+            let least = likely
+                .iter()
+                .fold(f32::INFINITY, |least, (_, x)| least.min(*x));
+            let all = row.iter().zip(0..).filter(|(x, _)| **x >= least);
+            let all: Vec<_> = all.map(|(x, token)| (token, *x)).collect();
+            assert_eq!(likely, all, "all that are as high as the least of them");
+        }
+        found
+    };
+    // Logits without ties are few enough to be read, those of one value are not.
+    let row: Vec<f32> = wave(151_936, 0.713).iter().map(|x| x * x * x).collect();
+    assert!(likeliest(&row).is_some_and(|likely| likely.len() >= 128));
+    assert_eq!(likeliest(&[1.0; 5_000]), None);
     for n in [1, 2, 255, 256, 257, 5_000, 65_537, 151_936] {
         let mut row: Vec<f32> = wave(n, 0.71).iter().map(|x| (x * 40.0).round()).collect();
         let highest = row.iter().copied().fold(f32::NEG_INFINITY, f32::max);
