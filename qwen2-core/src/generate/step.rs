@@ -1,14 +1,12 @@
 //! One forward of the network behind the panic fence: tokens in, logits on the host out.
 
-use burn::tensor::Tensor;
-
 use crate::error::{Error, ErrorKind, Result};
 use crate::fence::fenced;
 use crate::model::cache::Cache;
-use crate::model::{Part, Qwen2, Rows};
 #[cfg(feature = "gpu")]
-use crate::ops;
-use crate::ops::{Threads, Watch, watched};
+use crate::model::replay::Step;
+use crate::model::{Part, Qwen2, Rows};
+use crate::ops::{self, Threads, Watch, watched};
 use crate::profile::part;
 
 /// A network with the threads that compute it.
@@ -72,7 +70,9 @@ impl Network {
                 let Some(logits) = self.qwen2.forward_batch(batch)? else {
                     return Ok(Vec::new());
                 };
-                part("logits to host", || numbers(logits))
+                part("logits to host", || {
+                    ops::numbers(logits).map_err(|why| failed(&why))
+                })
             })
         });
         let logits = outcome.unwrap_or_else(|panic| Err(failed(&panic)));
@@ -94,7 +94,10 @@ impl Network {
     pub(crate) fn best(&self, token: u32, cache: &mut Cache) -> Result<Option<u32>> {
         let n_past = cache.n_tokens();
         let best = self.replay(token, cache, |step| {
-            let best = integers(step.best())?.first().copied();
+            let best = ops::integers(step.best())
+                .map_err(|why| failed(&why))?
+                .first()
+                .copied();
             let best = best.and_then(|best| u32::try_from(best).ok());
             if let Some(best) = best {
                 step.follow(best, n_past + 1);
@@ -117,9 +120,10 @@ impl Network {
     #[cfg(feature = "gpu")]
     pub(crate) fn likeliest(&self, token: u32, cache: &mut Cache) -> Result<Option<Found>> {
         self.replay(token, cache, |step| {
-            match ops::replay::read_likeliest(&integers(step.likeliest())?) {
+            let found = ops::integers(step.likeliest()).map_err(|why| failed(&why))?;
+            match ops::replay::read_likeliest(&found) {
                 Some(likeliest) => Ok(Found::Likeliest(likeliest)),
-                None => numbers(step.logits()).map(Found::All),
+                None => all(step).map(Found::All),
             }
         })
     }
@@ -133,7 +137,10 @@ impl Network {
         let logits = cache.replayed().map(|step| step.logits());
         let logits =
             logits.ok_or_else(|| Error::new(ErrorKind::Internal, "no step was replayed"))?;
-        settle(fenced(|| numbers(logits)), cache)
+        settle(
+            fenced(|| ops::numbers(logits).map_err(|why| failed(&why))),
+            cache,
+        )
     }
 
     /// What `read` makes of a step that is replayed, or nothing, where none is.
@@ -142,7 +149,7 @@ impl Network {
         &self,
         token: u32,
         cache: &mut Cache,
-        read: impl FnOnce(&mut crate::model::replay::Step) -> Result<R>,
+        read: impl FnOnce(&mut Step) -> Result<R>,
     ) -> Result<Option<R>> {
         self.check_process()?;
         let outcome = fenced(|| self.qwen2.replay(token, cache)?.map(read).transpose());
@@ -157,6 +164,12 @@ pub(crate) enum Found {
     All(Vec<f32>),
 }
 
+/// On the host.
+#[cfg(feature = "gpu")]
+fn all(step: &Step) -> Result<Vec<f32>> {
+    ops::numbers(step.logits()).map_err(|why| failed(&why))
+}
+
 /// A panic as an error, behind which the cache is empty.
 #[cfg(feature = "gpu")]
 fn settle<R>(outcome: std::result::Result<Result<R>, String>, cache: &mut Cache) -> Result<R> {
@@ -167,23 +180,6 @@ fn settle<R>(outcome: std::result::Result<Result<R>, String>, cache: &mut Cache)
         cache.clear();
     }
     outcome
-}
-
-/// On the host.
-fn numbers(logits: Tensor<2>) -> Result<Vec<f32>> {
-    let data = logits.try_into_data();
-    let data = data.map_err(|error| failed(&format!("{error:?}")))?;
-    let numbers = data.try_into_vec::<f32>();
-    numbers.map_err(|error| failed(&format!("{error:?}")))
-}
-
-/// On the host.
-#[cfg(feature = "gpu")]
-fn integers(tensor: Tensor<1, burn::tensor::Int>) -> Result<Vec<i32>> {
-    let data = tensor.try_into_data();
-    let data = data.map_err(|error| failed(&format!("{error:?}")))?;
-    let integers = data.try_into_vec::<i32>();
-    integers.map_err(|error| failed(&format!("{error:?}")))
 }
 
 fn cancelled() -> Error {

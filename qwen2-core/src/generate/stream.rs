@@ -3,9 +3,9 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::speculative::{Ahead, DRAFT_TOKENS, Draft, DraftModel, Proposer};
 #[cfg(feature = "gpu")]
-use super::step::Found;
+use super::Found;
+use super::speculative::{Ahead, DRAFT_TOKENS, Draft, DraftModel, Proposer};
 use super::{
     CancelToken, FinishReason, Generation, LogitsProcessor, Network, Piece, Resolved, Sequence,
     Timings,

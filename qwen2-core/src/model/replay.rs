@@ -256,6 +256,7 @@ impl Step {
 #[allow(clippy::unwrap_used)] // a panic is how a test fails
 mod tests {
     use super::*;
+    use crate::generate::Found;
     use crate::model::Rows;
     use crate::ops::Watch;
     use crate::{Device, GenerateOptions, Model, Prompt};
@@ -326,6 +327,36 @@ mod tests {
             assert!(is_recorded(&caches), "{name}");
             run(&models, &mut forks, &[9], &format!("{name}, the fork"));
         }
+    }
+
+    #[test]
+    fn a_step_finds_the_likeliest_tokens() {
+        let Some(models) = models("a_step_finds_the_likeliest_tokens", "gqa7") else {
+            return;
+        };
+        let mut caches = [0, 1].map(|i: usize| models[i].new_cache());
+        for i in 0..WARM_STEPS {
+            run(&models, &mut caches, &[i as u32 * 7], "before");
+        }
+        let [ours, theirs] = models.map(|model| model.inner.host.network.clone());
+        let [our_cache, their_cache] = &mut caches;
+        let watch = Watch::default();
+        let exact = theirs.forward(&[5], their_cache, Rows::Last, &watch);
+        let exact = exact.unwrap();
+        let Some(Found::Likeliest(likeliest)) = ours.likeliest(5, our_cache).unwrap() else {
+            panic!("no likeliest tokens");
+        };
+        assert!((2..exact.len()).contains(&likeliest.len()));
+        for (token, logit) in &likeliest {
+            assert!((logit - exact[*token as usize]).abs() <= 2e-4, "{token}");
+        }
+        let floor = likeliest
+            .iter()
+            .fold(f32::INFINITY, |least, (_, x)| least.min(*x));
+        let above = |x: &&f32| **x > floor + 4e-4;
+        assert!(exact.iter().filter(above).count() <= likeliest.len());
+        let all = ours.all_of_likeliest(our_cache).unwrap();
+        assert!(all.iter().zip(&exact).all(|(a, b)| (a - b).abs() <= 2e-4));
     }
 
     #[test]

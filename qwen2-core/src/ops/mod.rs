@@ -98,6 +98,25 @@ fn base_project<const N: usize>(
     portable::project(x, norm, matrices)
 }
 
+/// On the host, or why not.
+pub(crate) fn numbers(tensor: Tensor<2>) -> Result<Vec<f32>, String> {
+    let data = tensor
+        .try_into_data()
+        .map_err(|error| format!("{error:?}"))?;
+    let numbers = data.try_into_vec::<f32>();
+    numbers.map_err(|error| format!("{error:?}"))
+}
+
+/// On the host, or why not.
+#[cfg(feature = "gpu")]
+pub(crate) fn integers(tensor: Tensor<1, Int>) -> Result<Vec<i32>, String> {
+    let data = tensor
+        .try_into_data()
+        .map_err(|error| format!("{error:?}"))?;
+    let integers = data.try_into_vec::<i32>();
+    integers.map_err(|error| format!("{error:?}"))
+}
+
 /// The norm alone, `[n, hidden]`, once for a forward.
 pub(crate) fn norm(x: Tensor<2>, norm: &RmsNorm) -> Tensor<2> {
     #[cfg(feature = "gpu")]

@@ -129,7 +129,7 @@ pub(crate) struct Best {
 
 /// How many logits a cube looks at, and how many cubes that makes.
 fn shares(n: usize) -> [usize; 2] {
-    let share = n.div_ceil(MOST_SHARES).next_multiple_of(UNITS);
+    let share = n.div_ceil(MOST_SHARES).next_multiple_of(32);
     [share, n.div_ceil(share)]
 }
 
