@@ -35,8 +35,6 @@ pub use results::{Generation, Piece, Timings, Usage};
 pub(crate) use sampler::Sampler;
 pub(crate) use sequence::Sequence;
 pub(crate) use speculative::{Draft, DraftModel};
-#[cfg(feature = "gpu")]
-pub(crate) use step::Found;
 pub(crate) use step::Network;
 pub(crate) use stop::StopMatcher;
 pub use stop::{FinishReason, StopMatch};

@@ -4,7 +4,7 @@ use crate::error::{Error, ErrorKind, Result};
 use crate::fence::fenced;
 use crate::model::cache::Cache;
 #[cfg(feature = "gpu")]
-use crate::model::replay::Step;
+use crate::model::replay::{Found, Step};
 use crate::model::{Part, Qwen2, Rows};
 use crate::ops::{self, Threads, Watch, watched};
 use crate::profile::part;
@@ -155,13 +155,6 @@ impl Network {
         let outcome = fenced(|| self.qwen2.replay(token, cache)?.map(read).transpose());
         settle(outcome, cache)
     }
-}
-
-/// What a step on a device has found.
-#[cfg(feature = "gpu")]
-pub(crate) enum Found {
-    Likeliest(Vec<(u32, f32)>),
-    All(Vec<f32>),
 }
 
 /// On the host.

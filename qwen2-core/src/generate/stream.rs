@@ -3,8 +3,6 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-#[cfg(feature = "gpu")]
-use super::Found;
 use super::speculative::{Ahead, DRAFT_TOKENS, Draft, DraftModel, Proposer};
 use super::{
     CancelToken, FinishReason, Generation, LogitsProcessor, Network, Piece, Resolved, Sequence,
@@ -13,6 +11,8 @@ use super::{
 use crate::error::{Error, ErrorKind, Result};
 use crate::model::Rows;
 use crate::model::cache::Cache;
+#[cfg(feature = "gpu")]
+use crate::model::replay::Found;
 use crate::text::Tokenizer;
 
 /// The most tokens of a chunk that gives logits of each, which for the published vocabulary are 39 MB.

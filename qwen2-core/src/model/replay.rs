@@ -34,6 +34,13 @@ pub(crate) struct Step {
     next: Option<(u32, usize)>,
 }
 
+/// What of a step's logits comes to the host.
+pub(crate) enum Found {
+    /// Tokens in their order with their logits, of which every other token has a lower one.
+    Likeliest(Vec<(u32, f32)>),
+    All(Vec<f32>),
+}
+
 impl Replay {
     /// Whether what this thread launches goes in order with what is replayed.
     pub(super) fn is_in_order(&self) -> bool {
@@ -256,7 +263,6 @@ impl Step {
 #[allow(clippy::unwrap_used)] // a panic is how a test fails
 mod tests {
     use super::*;
-    use crate::generate::Found;
     use crate::model::Rows;
     use crate::ops::Watch;
     use crate::{Device, GenerateOptions, Model, Prompt};
