@@ -115,7 +115,7 @@ pub(super) fn best_of_all(
 #[cube(launch_unchecked)]
 pub(super) fn gather(row: &[f32], best: &[u32], likely: &[Atomic<u32>], n: u32, share: u32) {
     let unit = UNIT_POS as usize;
-    let shares = CUBE_COUNT as usize;
+    let shares = CUBE_COUNT;
     let mut keys = Shared::<[u32]>::new_slice(UNITS);
     let mut least = Shared::<[u32]>::new_slice(1usize);
     let mine = select(
