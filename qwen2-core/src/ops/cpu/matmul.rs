@@ -3,6 +3,7 @@
 
 use std::cell::Cell;
 
+use super::cut::Cut;
 use super::dense_gemm::{self, MIN_TOKENS, PASS};
 use super::pool;
 use super::product::{Product, Sums, Target};
@@ -10,10 +11,13 @@ use super::simd::{Isa, Simd, Stored, per_isa};
 
 /// Weight rows and tokens of one register tile.
 const TILE: usize = 4;
-/// Most rows of a task with few tokens.
+/// Most rows whose sums are kept at once.
 const MOST_ROWS: usize = 512;
-/// How many bytes ahead one token's products ask for weights, as those with packed ones do.
-const AHEAD: usize = 2048;
+/// How many bytes ahead one token's products ask for weights.
+const AHEAD: usize = 1024;
+/// Rows that one token reads side by side, or half of them: so many places ask the memory for more at once than one, whose fetches
+/// ahead end with a page.
+const STREAMS: usize = 8;
 /// Widest stretch of the inner dimension that a tile sums at once.
 const DEPTH: usize = 2048;
 
@@ -44,7 +48,7 @@ pub(crate) struct Rows<'a, W> {
     isa: Isa,
     args: Linear<'a, W>,
     target: Target<'a>,
-    per_task: usize,
+    cut: Cut,
     /// The activations of one token in the order that its products take them, where that is another.
     split: Option<Vec<f32>>,
 }
@@ -56,23 +60,24 @@ impl<'a, W: Stored> Rows<'a, W> {
     /// If a length does not fit the shape.
     pub(crate) fn new(isa: Isa, args: Linear<'a, W>, target: Target<'a>, total: usize) -> Self {
         args.check(&target);
-        let per_task = match target.tokens() {
-            0..MIN_TOKENS => {
-                let tasks = pool::stream_tasks(total * args.inner * size_of::<W>());
-                total.div_ceil(tasks).next_multiple_of(TILE).min(MOST_ROWS)
-            }
-            // Sums and turned weights in the second-level cache, and a few tasks for each thread.
+        let (threads, len) = (pool::current_threads(), args.outer);
+        let cut = match target.tokens() {
+            0..MIN_TOKENS => Cut::halving(len, args.inner * size_of::<W>(), STREAMS, threads),
             _ => {
+                // Sums and turned weights in the second-level cache, and a few tasks for each thread.
                 let panel = dense_gemm::panel_rows(isa.lanes());
-                let panels = total.div_ceil(panel * 8 * pool::current_threads());
-                panel * panels.min(4)
+                let panels = total.div_ceil(panel * 8 * threads);
+                Cut::Even {
+                    len,
+                    per_task: panel * panels.min(4),
+                }
             }
         };
         Self {
             isa,
             args,
             target,
-            per_task,
+            cut,
             split: (W::SPLITS && target.tokens() == 1).then(|| split(args.x, isa.lanes())),
         }
     }
@@ -93,21 +98,32 @@ fn split(x: &[f32], lanes: usize) -> Vec<f32> {
 
 impl<W: Stored> Product for Rows<'_, W> {
     fn tasks(&self) -> usize {
-        self.args.outer.div_ceil(self.per_task)
+        self.cut.tasks()
     }
 
     fn weights(&self, task: usize) -> pool::Streams {
-        let start = task * self.per_task;
-        let end = (start + self.per_task).min(self.args.outer);
+        let rows = self.cut.lines(task);
         pool::streams(
-            &self.args.weight[start * self.args.inner..end * self.args.inner],
+            &self.args.weight[rows.start * self.args.inner..rows.end * self.args.inner],
             &[],
         )
     }
 
     fn run(&self, task: usize) {
-        let start = task * self.per_task;
-        let rows = (start, self.per_task.min(self.args.outer - start));
+        let rows = self.cut.lines(task);
+        for start in rows.clone().step_by(MOST_ROWS) {
+            // SAFETY: the rows are this task's own.
+            unsafe { self.multiply((start, MOST_ROWS.min(rows.end - start))) };
+        }
+    }
+}
+
+impl<W: Stored> Rows<'_, W> {
+    /// Does some rows: the first and their number.
+    ///
+    /// # Safety
+    /// No other thread does one of them meanwhile.
+    unsafe fn multiply(&self, rows: (usize, usize)) {
         let n = self.target.tokens();
         let (mut sums, mut turned) = SCRATCH.take();
         let stride = match n {
@@ -132,7 +148,7 @@ impl<W: Stored> Product for Rows<'_, W> {
                 tokens,
                 rows,
             };
-            // SAFETY: the lengths were checked, and the rows are this task's own.
+            // SAFETY: the lengths were checked; the rest is the caller's promise.
             unsafe { self.target.take(self.isa, values) };
         }
         SCRATCH.set((sums, turned));
@@ -162,9 +178,11 @@ unsafe fn few_kernel<S: Simd, W: Stored>(
         let x = args.x.as_ptr();
         let w = args.weight.as_ptr().add(rows.0 * inner);
         if args.x.len() == inner {
-            // One token in all: its activations are in the order of `stream`.
-            for (row, sum) in sums.iter_mut().enumerate() {
-                *sum = stream::<S, W>(x, w.add(row * inner), inner);
+            // One token in all: its activations are in the order of `side_by_side`.
+            if S::LANES * STREAMS <= 64 {
+                stretches::<S, W, { STREAMS / 2 }>(x, w, inner, sums); // for want of registers
+            } else {
+                stretches::<S, W, STREAMS>(x, w, inner, sums);
             }
             return;
         }
@@ -288,37 +306,69 @@ unsafe fn edge<S: Simd, W: Stored>(
     out
 }
 
-/// Dot product of `n` elements with `x` in the order of [`Stored::load_pair`].
+/// The products of one token, whose activations are in the order of [`side_by_side`], with as many rows as `sums`
+/// has places. Each of `R` stretches of the rows continues where its last one ended.
 ///
 /// # Safety
-/// The instruction set of `S` is present; both pointers have `n` elements.
+/// The instruction set of `S` is present; the pointers have `inner` elements for each row.
 #[inline(always)]
-unsafe fn stream<S: Simd, W: Stored>(x: *const f32, w: *const W, n: usize) -> f32 {
-    // Two pairs of sums hide the latency of the multiply-add.
+unsafe fn stretches<S: Simd, W: Stored, const R: usize>(
+    x: *const f32,
+    w: *const W,
+    inner: usize,
+    sums: &mut [f32],
+) {
     // SAFETY: the caller's promise.
     unsafe {
-        let mut sums = [S::zero(); 4];
-        let mut k = 0;
-        let pair = |k: usize, sums: &mut [S]| {
-            S::prefetch(w.wrapping_add(k).wrapping_byte_add(AHEAD));
-            let (first, second) = W::load_pair::<S>(w.add(k));
-            sums[0] = first.mul_add(S::load(x.add(k)), sums[0]);
-            sums[1] = second.mul_add(S::load(x.add(k + S::LANES)), sums[1]);
-        };
-        while k + 4 * S::LANES <= n {
-            pair(k, &mut sums[..2]);
-            pair(k + 2 * S::LANES, &mut sums[2..]);
-            k += 4 * S::LANES;
+        let stretch = sums.len() / R;
+        for row in 0..stretch {
+            let mut rows = [w; R];
+            for (i, start) in rows.iter_mut().enumerate() {
+                *start = w.add((i * stretch + row) * inner);
+            }
+            let products = side_by_side::<S, W, R>(x, rows, inner);
+            for (i, product) in products.into_iter().enumerate() {
+                sums[i * stretch + row] = product;
+            }
         }
-        if k + 2 * S::LANES <= n {
-            pair(k, &mut sums[..2]);
+        for (row, sum) in sums.iter_mut().enumerate().skip(R * stretch) {
+            [*sum] = side_by_side::<S, W, 1>(x, [w.add(row * inner)], inner);
+        }
+    }
+}
+
+/// Dot products of `R` rows of `n` elements with `x` in the order of [`Stored::load_pair`].
+///
+/// # Safety
+/// The instruction set of `S` is present; all pointers have `n` elements.
+#[inline(always)]
+unsafe fn side_by_side<S: Simd, W: Stored, const R: usize>(
+    x: *const f32,
+    rows: [*const W; R],
+    n: usize,
+) -> [f32; R] {
+    // SAFETY: the caller's promise.
+    unsafe {
+        let mut sums = [[S::zero(); 2]; R];
+        let mut k = 0;
+        while k + 2 * S::LANES <= n {
+            let (x, x_second) = (S::load(x.add(k)), S::load(x.add(k + S::LANES)));
+            for (row, sums) in rows.iter().zip(&mut sums) {
+                S::prefetch(row.wrapping_add(k).wrapping_byte_add(AHEAD));
+                let (first, second) = W::load_pair::<S>(row.add(k));
+                sums[0] = first.mul_add(x, sums[0]);
+                sums[1] = second.mul_add(x_second, sums[1]);
+            }
             k += 2 * S::LANES;
         }
-        let mut sum = sums[0].add(sums[1]).add(sums[2].add(sums[3])).sum();
-        for k in k..n {
-            sum += *x.add(k) * (*w.add(k)).to_f32();
+        let mut out = [0.0; R];
+        for ((out, row), sums) in out.iter_mut().zip(rows).zip(sums) {
+            *out = sums[0].add(sums[1]).sum();
+            for k in k..n {
+                *out += *x.add(k) * (*row.add(k)).to_f32();
+            }
         }
-        sum
+        out
     }
 }
 

@@ -5,6 +5,7 @@ mod activations;
 mod amx;
 mod attention;
 mod bf16_gemm;
+mod cut;
 mod dense_gemm;
 mod elementwise;
 mod experts;

@@ -19,6 +19,8 @@ use crate::ops::packed::{BLOCK, Beside, Format, GROUP, ROWS};
 pub(super) const LONG: usize = 8;
 /// Most panels of a tile: they share the broadcasts of the activations.
 pub(super) const PANELS: usize = 2;
+/// Panels that one token reads side by side, at most.
+pub(super) const STREAMS: usize = 4;
 /// Pairs of blocks in a span.
 pub(super) const SPAN_PAIRS: usize = SPAN_BLOCKS / 2;
 
@@ -27,6 +29,16 @@ pub(super) const TOKENS: usize = 4;
 /// Whether weights of eight bits are multiplied faster than those of four, once they are there.
 pub(super) fn favours_eight_bits(isa: Isa) -> bool {
     !matches!(isa, Isa::Avx2 | Isa::Avx512)
+}
+
+/// Panels that one token reads side by side, each where it lies: so many places ask the memory for more at once
+/// than one, whose fetches ahead end with a page.
+pub(super) fn streams(isa: Isa) -> usize {
+    match isa {
+        Isa::Portable | Isa::AvxVnni => 1, // one panel after the other
+        Isa::Neon | Isa::NeonDot | Isa::NeonI8mm => 1,
+        Isa::Avx2 | Isa::Avx512 | Isa::Avx512Vnni | Isa::Amx => STREAMS,
+    }
 }
 
 /// Some tokens, some panels and some columns.
@@ -38,9 +50,8 @@ pub(super) struct Tile<'a> {
     pub(super) format: Format,
     /// The panels' bytes, from the first pair of blocks on.
     pub(super) bytes: &'a [u8],
-    /// From one panel to the next.
     pub(super) panel_bytes: usize,
-    /// 1 or 2.
+    /// 1 or 2; of one token so many as [`streams`] tells, or fewer.
     pub(super) panels: usize,
     /// Pairs of blocks, from the start of a span on.
     pub(super) pairs: Range<usize>,
@@ -69,10 +80,14 @@ impl Tile<'_> {
             start % SPAN_PAIRS == 0 && end * 2 * BLOCK <= self.x.cols().next_multiple_of(2 * BLOCK),
             "columns"
         );
-        let last = (self.panels - 1) * self.panel_bytes + (end - start) * self.format.pair_bytes();
-        assert!(last <= self.bytes.len(), "packed length");
+        let last = self.panels - 1;
+        let panel = (end - start) * self.format.pair_bytes();
         assert!(
-            (tokens - 1) * stride + self.panels * ROWS <= sums.len(),
+            self.bytes_at(last) + panel <= self.bytes.len(),
+            "packed length"
+        );
+        assert!(
+            (tokens - 1) * stride + self.sums_at(last) + ROWS <= sums.len(),
             "room for sums"
         );
         macro_rules! call {
@@ -100,6 +115,8 @@ impl Tile<'_> {
             #[cfg(target_arch = "x86_64")]
             (Isa::Avx512Vnni | Isa::Amx, PANELS) => call!(x86_tile::avx512_vnni, 2, 1 2 4),
             #[cfg(target_arch = "x86_64")]
+            (Isa::Avx512Vnni | Isa::Amx, STREAMS) => call!(x86_tile::avx512_vnni, 4, 1),
+            #[cfg(target_arch = "x86_64")]
             (Isa::AvxVnni, 1) => call!(x86_tile::avx_vnni, 1, 1 2 4),
             #[cfg(target_arch = "x86_64")]
             (Isa::AvxVnni, PANELS) => call!(x86_tile::avx_vnni, 2, 1 2 4),
@@ -107,6 +124,8 @@ impl Tile<'_> {
             (Isa::Avx512 | Isa::Avx2, 1) => call!(x86_tile::avx2, 1, 1 2 4),
             #[cfg(target_arch = "x86_64")]
             (Isa::Avx512 | Isa::Avx2, PANELS) => call!(x86_tile::avx2, 2, 1 2 4),
+            #[cfg(target_arch = "x86_64")]
+            (Isa::Avx512 | Isa::Avx2, STREAMS) => call!(x86_tile::avx2, 4, 1),
             #[cfg(target_arch = "aarch64")]
             (Isa::Neon, 1) => call!(neon_tile::neon, 1, 1 2 4),
             #[cfg(target_arch = "aarch64")]
@@ -121,6 +140,18 @@ impl Tile<'_> {
             (Isa::NeonI8mm, PANELS) => call!(neon_tile::i8mm, 2, 1 2 4),
             _ => self.portable(sums, stride),
         }
+    }
+
+    /// Where the bytes of a panel begin.
+    #[inline(always)]
+    pub(super) fn bytes_at(&self, panel: usize) -> usize {
+        panel * self.panel_bytes
+    }
+
+    /// Where the sums of a panel begin.
+    #[inline(always)]
+    pub(super) fn sums_at(&self, panel: usize) -> usize {
+        panel * ROWS
     }
 
     /// Where the activations of the first token lie in a span.
@@ -144,8 +175,8 @@ impl Tile<'_> {
 
     fn portable(&self, sums: &mut [f32], stride: usize) {
         for (i, p) in (0..self.tokens.1).flat_map(|i| (0..self.panels).map(move |p| (i, p))) {
-            let panel = &self.bytes[p * self.panel_bytes..];
-            let sums = &mut sums[i * stride + p * ROWS..][..ROWS];
+            let panel = &self.bytes[self.bytes_at(p)..];
+            let sums = &mut sums[i * stride + self.sums_at(p)..][..ROWS];
             for span in self.pairs.clone().step_by(SPAN_PAIRS) {
                 let pairs = span..self.pairs.end.min(span + SPAN_PAIRS);
                 let mut parts = [0.0; ROWS];

@@ -326,14 +326,6 @@ pub(crate) fn current_threads() -> usize {
     CURRENT.with_borrow(|pool| pool.as_ref().map_or(1, |pool| pool.threads()))
 }
 
-/// Into how many tasks a job is cut that streams `bytes` of weights: a few for each thread, so that
-/// one that is held up takes fewer, but each long enough that the start of its stream does not count.
-pub(crate) fn stream_tasks(bytes: usize) -> usize {
-    const LEAST: usize = 128 << 10;
-    let threads = current_threads();
-    (bytes / LEAST).clamp(threads, 4 * threads)
-}
-
 /// Whether the pool of this thread allows bf16 products, which only x86-64 has kernels for.
 #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))]
 pub(crate) fn takes_bf16_products() -> bool {

@@ -4,7 +4,10 @@ use std::cell::Cell;
 use std::ops::Range;
 
 use super::activations::{self, Activations, SPAN};
-use super::packed_tile::{LONG, PANELS, SPAN_PAIRS, TOKENS, Tile, favours_eight_bits};
+use super::cut::Cut;
+use super::packed_tile::{
+    LONG, PANELS, SPAN_PAIRS, STREAMS, TOKENS, Tile, favours_eight_bits, streams,
+};
 use super::pool;
 use super::product::{self, Product, Sums, Target};
 use super::simd::{Isa, Simd, per_isa};
@@ -16,6 +19,8 @@ pub(crate) const MANY: usize = 16;
 const WIDEN: usize = 48;
 /// Most sums that a task keeps at once: with the weights in the second-level cache.
 const SUMS: usize = 32 << 10;
+/// Most panels whose sums are kept at once.
+const MOST_PANELS: usize = 64;
 /// Pairs of blocks that a pass over many tokens takes: of two panels the first-level cache holds as
 /// much.
 const DEPTH: usize = 2 * SPAN_PAIRS;
@@ -50,11 +55,19 @@ impl Packed<'_> {
         let depth = if is_many { DEPTH } else { all };
         // A few tokens are a stream: panel by panel, as they lie, each read once for all of them.
         let is_stream = !is_many && (x.n == 1 || matches!(isa, Isa::Avx512Vnni | Isa::Amx));
-        let panels_at_once = if is_stream { 1 } else { PANELS };
+        let at_once = match is_stream {
+            true if x.n == 1 => streams(isa),
+            true => 1,
+            false => PANELS,
+        };
         for pair in (0..all).step_by(depth) {
             let pairs = pair..all.min(pair + depth);
-            for panel in panels.clone().step_by(panels_at_once) {
-                let n_panels = panels_at_once.min(panels.end - panel);
+            let mut panel = panels.start;
+            while panel < panels.end {
+                let n_panels = match (panels.end - panel).min(at_once) {
+                    3 => 2, // 1, 2 or 4
+                    n => n,
+                };
                 let at = panel * shape.panel_bytes() + pair * shape.format.pair_bytes();
                 let mut tile = Tile {
                     x,
@@ -93,6 +106,7 @@ impl Packed<'_> {
                     tile.multiply(isa, &mut sums[first..], stride);
                     token += n;
                 }
+                panel += n_panels;
             }
         }
     }
@@ -132,7 +146,7 @@ pub(crate) struct Panels<'a> {
     isa: Isa,
     args: Packed<'a>,
     target: Target<'a>,
-    per_task: usize,
+    cut: Cut,
 }
 
 impl<'a> Panels<'a> {
@@ -143,26 +157,23 @@ impl<'a> Panels<'a> {
     pub(crate) fn new(isa: Isa, args: Packed<'a>, target: Target<'a>, total: usize) -> Self {
         args.check();
         assert_eq!(args.x.n, target.tokens(), "activation length");
-        let panels = total.div_ceil(ROWS);
-        // With few tokens the weights are the work: long stretches of them. With many, a task's
-        // sums are to stay in the second-level cache, and a few tasks are to be there for a thread.
-        let per_task = match args.x.n {
-            0..MANY => panels.div_ceil(pool::stream_tasks(panels * args.shape.panel_bytes())),
-            _ if panels >= 16 * pool::current_threads() => 4,
-            _ => PANELS,
+        let (threads, len) = (pool::current_threads(), args.shape.panels());
+        // With few tokens the weights are the work. With many, a task's sums are to stay in the second-level
+        // cache, and a few tasks are to be there for a thread.
+        let cut = match args.x.n {
+            0..MANY => Cut::halving(len, args.shape.panel_bytes(), STREAMS, threads),
+            _ if total.div_ceil(ROWS) >= 16 * threads => Cut::Even { len, per_task: 4 },
+            _ => Cut::Even {
+                len,
+                per_task: PANELS,
+            },
         };
         Self {
             isa,
             args,
             target,
-            per_task,
+            cut,
         }
-    }
-
-    /// The panels of a task.
-    fn panels(&self, task: usize) -> Range<usize> {
-        let first = task * self.per_task;
-        first..(first + self.per_task).min(self.args.shape.panels())
     }
 
     /// Does some panels.
@@ -201,11 +212,11 @@ impl<'a> Panels<'a> {
 
 impl Product for Panels<'_> {
     fn tasks(&self) -> usize {
-        self.args.shape.panels().div_ceil(self.per_task)
+        self.cut.tasks()
     }
 
     fn weights(&self, task: usize) -> pool::Streams {
-        let (panels, bytes) = (self.panels(task), self.args.shape.panel_bytes());
+        let (panels, bytes) = (self.cut.lines(task), self.args.shape.panel_bytes());
         pool::streams(
             &self.args.bytes[panels.start * bytes..panels.end * bytes],
             &[],
@@ -213,8 +224,11 @@ impl Product for Panels<'_> {
     }
 
     fn run(&self, task: usize) {
-        // SAFETY: the panels are this task's own.
-        unsafe { self.multiply(self.panels(task)) };
+        let panels = self.cut.lines(task);
+        for start in panels.clone().step_by(MOST_PANELS) {
+            // SAFETY: the panels are this task's own.
+            unsafe { self.multiply(start..panels.end.min(start + MOST_PANELS)) };
+        }
     }
 }
 

@@ -154,10 +154,10 @@ unsafe fn by_panels<
 ) {
     for p in 0..P {
         let tile = Tile {
-            bytes: &tile.bytes[p * tile.panel_bytes..],
+            bytes: &tile.bytes[tile.bytes_at(p)..],
             ..tile.clone()
         };
-        let sums = sums[p * ROWS..].as_mut_ptr();
+        let sums = sums[tile.sums_at(p)..].as_mut_ptr();
         // SAFETY: the caller's promise.
         unsafe { vnni::<B, N, 2, EIGHT, BESIDE>(&tile, sums, stride) }
     }
@@ -181,7 +181,9 @@ unsafe fn vnni<B: Bytes, const N: usize, const V: usize, const EIGHT: bool, cons
     // SAFETY: every pointer stays inside the lengths that `Tile::multiply` checked.
     unsafe {
         let zero = B::Floats::zero();
-        let place = |i: usize, v: usize| sums.add(i * stride + v * lanes);
+        let row = |v: usize| v * lanes % ROWS;
+        let place =
+            |i: usize, v: usize| sums.add(i * stride + tile.sums_at(v * lanes / ROWS) + row(v));
         let mut acc = [[zero; V]; N];
         for (i, acc) in acc.iter_mut().enumerate() {
             for (v, acc) in acc.iter_mut().enumerate() {
@@ -191,9 +193,8 @@ unsafe fn vnni<B: Bytes, const N: usize, const V: usize, const EIGHT: bool, cons
         // The panel of each vector; the first of its rows there.
         let mut panels = [tile.bytes.as_ptr(); V];
         for (v, panel) in panels.iter_mut().enumerate() {
-            *panel = panel.add(v * lanes / ROWS * tile.panel_bytes);
+            *panel = panel.add(tile.bytes_at(v * lanes / ROWS));
         }
-        let row = |v: usize| v * lanes % ROWS;
         let mut pair = tile.pairs.start;
         while pair < tile.pairs.end {
             let mut x = tile.activations(pair);
@@ -201,7 +202,10 @@ unsafe fn vnni<B: Bytes, const N: usize, const V: usize, const EIGHT: bool, cons
             let end = tile.pairs.end.min(pair + SPAN_PAIRS);
             while pair < end {
                 if N == 1 {
-                    ask_ahead::<B::Floats>(panels[0], format.pair_bytes());
+                    let skip = skip(tile, pair);
+                    for panel in panels.iter().step_by(ROWS / lanes) {
+                        ask_ahead::<B::Floats>(panel.wrapping_add(skip), format.pair_bytes());
+                    }
                 }
                 for half in 0..2 {
                     // The offset of the weights times the sum of the activations; where the second halves
@@ -411,15 +415,16 @@ unsafe fn multiplied<const N: usize, const P: usize, const EIGHT: bool, const BE
                 }
             }
             for p in 0..P {
-                let panel = tile.bytes.as_ptr().add(p * tile.panel_bytes);
+                let panel = tile.bytes.as_ptr().add(tile.bytes_at(p));
                 let numbers = |at: usize| Avx2::load_f16(panel.add(at).cast());
                 let mut parts = [[Avx2::zero(); 2]; N];
                 for (b, words) in words.iter().enumerate().take(blocks) {
                     let starts = block_starts::<N>(x.starts, b);
                     let firsts = block_starts::<N>(x.firsts, b);
                     if N == 1 && b % 2 == 0 {
-                        let pair = (first + b) / 2 * format.pair_bytes();
-                        ask_ahead::<Avx2>(panel.add(pair), format.pair_bytes());
+                        let pair = (first + b) / 2;
+                        let at = pair * format.pair_bytes() + skip(tile, tile.pairs.start + pair);
+                        ask_ahead::<Avx2>(panel.wrapping_add(at), format.pair_bytes());
                     }
                     let block = Block {
                         weights: panel.add(format.quants_at(first + b)),
@@ -461,7 +466,7 @@ unsafe fn multiplied<const N: usize, const P: usize, const EIGHT: bool, const BE
                 for (i, parts) in parts.into_iter().enumerate() {
                     let scale = Avx2::splat(*x.scales.add(i));
                     for (half, part) in parts.into_iter().enumerate() {
-                        let sum = sums.add(i * stride + p * ROWS + half * 8);
+                        let sum = sums.add(i * stride + tile.sums_at(p) + half * 8);
                         part.mul_add(scale, Avx2::load(sum)).store(sum);
                     }
                 }
@@ -475,6 +480,16 @@ unsafe fn multiplied<const N: usize, const P: usize, const EIGHT: bool, const BE
 const AHEAD: usize = 2048;
 /// What one request brings.
 const LINE: usize = 64;
+
+/// Bytes that what is asked for at a pair lies further on than [`AHEAD`]: behind its panel's end the others of the
+/// tile follow, then the panel that comes after.
+#[inline(always)]
+fn skip(tile: &Tile<'_>, pair: usize) -> usize {
+    match (tile.pairs.end - pair) * tile.format.pair_bytes() > AHEAD {
+        true => 0,
+        false => tile.bytes_at(tile.panels - 1),
+    }
+}
 
 /// Asks for as many bytes as are multiplied next, further on in the stream; behind its end nothing comes of it.
 #[inline(always)]

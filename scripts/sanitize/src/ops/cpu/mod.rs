@@ -20,6 +20,8 @@ pub(super) mod fit;
 mod interleave;
 #[path = "../../../../../qwen2-core/src/ops/cpu/layout.rs"]
 mod layout;
+#[path = "../../../../../qwen2-core/src/ops/cpu/cut.rs"]
+mod cut;
 #[path = "../../../../../qwen2-core/src/ops/cpu/lines.rs"]
 mod lines;
 #[path = "../../../../../qwen2-core/src/ops/cpu/matmul.rs"]

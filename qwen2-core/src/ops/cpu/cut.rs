@@ -1,0 +1,122 @@
+//! How a product is cut into tasks: parts of equal length, or ever shorter ones of a stream of weights.
+
+use std::ops::Range;
+
+/// Least bytes of a part: below, the start of its stream counts.
+const LEAST: usize = 48 << 10;
+/// How often a thread's share is halved at most.
+const MOST_HALVINGS: u32 = 4;
+
+/// Lines of a matrix (panels or rows) in tasks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Cut {
+    /// So many lines in each task.
+    Even { len: usize, per_task: usize },
+    /// Each thread is to read half of its share first, then a quarter, and so on, the last two parts of equal length:
+    /// few streams begin, and at the end nobody waits long for a thread that was held up.
+    Halving {
+        len: usize,
+        /// Lines that are read side by side.
+        unit: usize,
+        threads: usize,
+        halvings: u32,
+    },
+}
+
+impl Cut {
+    /// `len` lines of `bytes` each, `unit` of them read side by side.
+    pub(super) fn halving(len: usize, bytes: usize, unit: usize, threads: usize) -> Self {
+        let units = len.div_ceil(unit);
+        let threads = threads.clamp(1, units.max(1));
+        // Of the shortest part; at least a unit.
+        let parts = (len * bytes / threads / LEAST).min(units / threads);
+        Self::Halving {
+            len,
+            unit,
+            threads,
+            halvings: parts.max(1).ilog2().min(MOST_HALVINGS),
+        }
+    }
+
+    pub(super) fn tasks(self) -> usize {
+        match self {
+            Self::Even { len, per_task } => len.div_ceil(per_task),
+            Self::Halving {
+                threads, halvings, ..
+            } => threads * (halvings as usize + 1),
+        }
+    }
+
+    /// The lines of a task.
+    pub(super) fn lines(self, task: usize) -> Range<usize> {
+        self.start(task)..self.start(task + 1)
+    }
+
+    fn start(self, task: usize) -> usize {
+        match self {
+            Self::Even { len, per_task } => len.min(task * per_task),
+            Self::Halving {
+                len,
+                unit,
+                threads,
+                halvings,
+            } => {
+                let (round, before) = (task / threads, task % threads);
+                // In shortest parts: what a thread has to read, and its parts of this round and the ones before.
+                let all = 1 << halvings;
+                let left = all >> round.min(halvings as usize);
+                let part = match round {
+                    _ if task >= self.tasks() => return len,
+                    _ if round == halvings as usize => left,
+                    _ => left / 2,
+                };
+                let parts = threads * (all - left) + before * part;
+                len.min(len.div_ceil(unit) * parts / (threads * all) * unit)
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    #[test]
+    fn shares_are_halved_down_to_the_least() {
+        let cut = Cut::halving(96, 8 << 10, 4, 2);
+        let tasks: Vec<_> = (0..cut.tasks()).map(|task| cut.lines(task)).collect();
+        assert_eq!(
+            tasks,
+            [
+                0..24,
+                24..48,
+                48..60,
+                60..72,
+                72..76,
+                76..84,
+                84..88,
+                88..96
+            ]
+        );
+    }
+
+    proptest! {
+        #[test]
+        fn every_line_is_in_one_task(
+            len in 1usize..3000, bytes in 1usize..50_000, unit in 1usize..9, threads in 1usize..20,
+        ) {
+            for cut in [Cut::halving(len, bytes, unit, threads), Cut::Even { len, per_task: unit }] {
+                let mut end = 0;
+                for task in 0..cut.tasks() {
+                    let lines = cut.lines(task);
+                    prop_assert!(lines.start == end && lines.end > end, "{cut:?} {task}: {lines:?}");
+                    prop_assert_eq!(lines.start % unit, 0);
+                    end = lines.end;
+                }
+                prop_assert_eq!(end, len);
+            }
+        }
+    }
+}
