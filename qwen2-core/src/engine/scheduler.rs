@@ -14,7 +14,9 @@ use super::worker::{Shared, Waiting};
 use super::{EngineStats, Settings};
 use crate::error::{Error, ErrorKind, Result};
 use crate::fence::fenced;
-use crate::generate::{FinishReason, Sequence, Timings};
+#[cfg(feature = "gpu")]
+use crate::generate::on_device::{self, Answer};
+use crate::generate::{FinishReason, Piece, Sequence, Timings};
 use crate::model::{Part, Rows};
 use crate::ops::{Watch, watched};
 use running::Running;
@@ -356,6 +358,10 @@ impl Scheduler {
             for share in &mut batch {
                 share.rows = self.running[share.index].rows(share.n_tokens, single);
             }
+            #[cfg(feature = "gpu")]
+            if single && self.on_device(batch[0], &mut ended) {
+                continue;
+            }
             let watch = self.watch(&batch);
             match self.forward(&batch, &watch) {
                 Some(Ok(logits)) => self.take_logits(&batch, logits, &mut ended),
@@ -522,25 +528,55 @@ impl Scheduler {
             }
             let last = rows.len() - width;
             let row = &mut rows[last..];
-            if self.settings.prefix_cache && !running.shared && !running.cache.is_long() {
-                running.share(&mut self.prefix);
-            }
-            let running = &mut self.running[index];
-            // A logits processor is the caller's: its panic ends its own request.
-            let accepted = fenced(|| running.sequence.accept(row));
-            let accepted = accepted.unwrap_or_else(|why| Err(panicked(why)));
-            match running.take(accepted) {
-                Ok(n_tokens) => self.stats.completion_tokens += n_tokens,
-                Err(error) => {
-                    ended.push((index, Some(error)));
-                    continue;
-                }
-            }
-            running.first.get_or_insert_with(Instant::now);
-            if running.sequence.is_finished() {
-                ended.push((index, None));
+            self.take_token(index, |sequence| sequence.accept(row), ended);
+        }
+    }
+
+    /// Goes on behind the token that `choose` gives.
+    fn take_token(
+        &mut self,
+        index: usize,
+        choose: impl FnOnce(&mut Sequence) -> Result<Piece>,
+        ended: &mut Vec<(usize, Option<Error>)>,
+    ) {
+        let running = &mut self.running[index];
+        if self.settings.prefix_cache && !running.shared && !running.cache.is_long() {
+            running.share(&mut self.prefix);
+        }
+        // A logits processor is the caller's: its panic ends its own request.
+        let chosen = fenced(|| choose(&mut running.sequence));
+        let chosen = chosen.unwrap_or_else(|why| Err(panicked(why)));
+        match running.take(chosen) {
+            Ok(n_tokens) => self.stats.completion_tokens += n_tokens,
+            Err(error) => {
+                ended.push((index, Some(error)));
+                return;
             }
         }
+        running.first.get_or_insert_with(Instant::now);
+        if running.sequence.is_finished() {
+            ended.push((index, None));
+        }
+    }
+
+    /// Whether the step of a sequence alone was one of a device that finds the next token itself.
+    #[cfg(feature = "gpu")]
+    fn on_device(&mut self, share: Share, ended: &mut Vec<(usize, Option<Error>)>) -> bool {
+        let running = &mut self.running[share.index];
+        if running.first.is_none() || running.sequence.interruption().is_some() {
+            return false;
+        }
+        let network = running.network.clone();
+        match on_device::next(&network, &mut running.sequence, &mut running.cache) {
+            Ok(Answer::None) => return false,
+            Ok(Answer::Token(token)) => {
+                self.take_token(share.index, |sequence| sequence.push(token), ended);
+            }
+            Ok(Answer::Logits(logits)) => self.take_logits(&[share], logits, ended),
+            Err(error) => self.take_failure(&[share], error, ended),
+        }
+        self.steady = self.steady.saturating_sub(1);
+        true
     }
 
     /// Tries the sequences of a batch that failed one by one, from their tokens on; one that fails alone

@@ -9,6 +9,8 @@ mod compile;
 mod constraint;
 mod guide;
 mod logprobs;
+#[cfg(feature = "gpu")]
+pub(crate) mod on_device;
 mod options;
 mod penalties;
 mod prefill;

@@ -3,6 +3,8 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+#[cfg(feature = "gpu")]
+use super::on_device::{self, Answer};
 use super::speculative::{Ahead, DRAFT_TOKENS, Draft, DraftModel, Proposer};
 use super::{
     CancelToken, FinishReason, Generation, LogitsProcessor, Network, Piece, Resolved, Sequence,
@@ -11,8 +13,6 @@ use super::{
 use crate::error::{Error, ErrorKind, Result};
 use crate::model::Rows;
 use crate::model::cache::Cache;
-#[cfg(feature = "gpu")]
-use crate::model::replay::Found;
 use crate::text::Tokenizer;
 
 /// The most tokens of a chunk that gives logits of each, which for the published vocabulary are 39 MB.
@@ -143,39 +143,21 @@ impl Run {
     #[cfg(feature = "gpu")]
     fn on_device(&mut self, cache: &mut Cache) -> Result<Option<u32>> {
         let tokens = self.sequence.tokens();
-        let takes = self.proposer.is_none()
-            && self.sequence.takes_likeliest()
+        let is_due = self.proposer.is_none()
             && self.sequence.interruption().is_none()
             && self.ahead.row(tokens).is_none();
-        if !takes {
+        if !is_due {
             return Ok(None);
         }
-        let network = &self.host.network;
+        let (network, n_tokens) = (&self.host.network, tokens.len());
         self.ahead.settle(cache);
-        network.qwen2.ready(cache, tokens.len());
-        let Some((last, before)) = tokens.split_last() else {
-            return Ok(None);
+        network.qwen2.ready(cache, n_tokens);
+        let (token, logits) = match on_device::next(network, &mut self.sequence, cache)? {
+            Answer::None => return Ok(None),
+            Answer::Token(token) => (Some(token), Vec::new()),
+            // Chosen from as those of any forward.
+            Answer::Logits(logits) => (None, logits),
         };
-        if cache.n_tokens() != before.len() {
-            return Ok(None);
-        }
-        let (last, n_tokens) = (*last, tokens.len());
-        if self.sequence.takes_best() {
-            let best = network.best(last, cache)?;
-            if best.is_some() {
-                self.ahead = Ahead::new(n_tokens, Vec::new(), Vec::new());
-            }
-            return Ok(best);
-        }
-        let (token, logits) = match network.likeliest(last, cache)? {
-            None => return Ok(None),
-            Some(Found::All(logits)) => (None, logits),
-            Some(Found::Likeliest(likeliest)) => match self.sequence.choose_among(likeliest) {
-                Some(token) => (Some(token), Vec::new()),
-                None => (None, network.all_of_likeliest(cache)?),
-            },
-        };
-        // Logits that are here are chosen from as those of any forward.
         self.ahead = Ahead::new(n_tokens, Vec::new(), logits);
         Ok(token)
     }

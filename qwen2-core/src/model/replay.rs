@@ -416,7 +416,13 @@ mod tests {
                 let prompt = Prompt::Tokens(vec![5, 6, 7]);
                 model.generate(prompt, &options).unwrap().tokens
             };
-            assert_eq!(ask(&ours), ask(&theirs), "{seed:?}");
+            let theirs = ask(&theirs);
+            assert_eq!(ask(&ours), theirs, "{seed:?}");
+            // An engine's request alone in its steps goes on likewise.
+            let engine = ours.engine().build().unwrap();
+            let prompt = Prompt::Tokens(vec![5, 6, 7]);
+            let answer = engine.generate(prompt, &options).unwrap();
+            assert_eq!(answer.tokens, theirs, "{seed:?}, by an engine");
         }
     }
 }
