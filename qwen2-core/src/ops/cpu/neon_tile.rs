@@ -269,12 +269,10 @@ unsafe fn multiply<
     // SAFETY: every pointer stays inside the lengths that `Tile::multiply` checked.
     unsafe {
         for quarter in (0..4 * P).step_by(V) {
-            let sums = sums
-                .as_mut_ptr()
-                .add(tile.sums_at(quarter / 4) + quarter % 4 * 4);
+            let sums = sums.as_mut_ptr().add(quarter * 4);
             let place = |i: usize, v: usize| sums.add(i * stride + v * 4);
             let mut acc: [[_; V]; N] = from_fn(|i| from_fn(|v| vld1q_f32(place(i, v))));
-            let panel = tile.bytes.as_ptr().add(tile.bytes_at(quarter / 4));
+            let panel = tile.bytes.as_ptr().add(quarter / 4 * tile.panel_bytes);
             let mut pair = tile.pairs.start;
             while pair < tile.pairs.end {
                 let x = tile.activations(pair);

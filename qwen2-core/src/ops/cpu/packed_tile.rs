@@ -80,14 +80,10 @@ impl Tile<'_> {
             start % SPAN_PAIRS == 0 && end * 2 * BLOCK <= self.x.cols().next_multiple_of(2 * BLOCK),
             "columns"
         );
-        let last = self.panels - 1;
-        let panel = (end - start) * self.format.pair_bytes();
+        let last = (self.panels - 1) * self.panel_bytes + (end - start) * self.format.pair_bytes();
+        assert!(last <= self.bytes.len(), "packed length");
         assert!(
-            self.bytes_at(last) + panel <= self.bytes.len(),
-            "packed length"
-        );
-        assert!(
-            (tokens - 1) * stride + self.sums_at(last) + ROWS <= sums.len(),
+            (tokens - 1) * stride + self.panels * ROWS <= sums.len(),
             "room for sums"
         );
         macro_rules! call {
@@ -142,18 +138,6 @@ impl Tile<'_> {
         }
     }
 
-    /// Where the bytes of a panel begin.
-    #[inline(always)]
-    pub(super) fn bytes_at(&self, panel: usize) -> usize {
-        panel * self.panel_bytes
-    }
-
-    /// Where the sums of a panel begin.
-    #[inline(always)]
-    pub(super) fn sums_at(&self, panel: usize) -> usize {
-        panel * ROWS
-    }
-
     /// Where the activations of the first token lie in a span.
     ///
     /// # Safety
@@ -175,8 +159,8 @@ impl Tile<'_> {
 
     fn portable(&self, sums: &mut [f32], stride: usize) {
         for (i, p) in (0..self.tokens.1).flat_map(|i| (0..self.panels).map(move |p| (i, p))) {
-            let panel = &self.bytes[self.bytes_at(p)..];
-            let sums = &mut sums[i * stride + self.sums_at(p)..][..ROWS];
+            let panel = &self.bytes[p * self.panel_bytes..];
+            let sums = &mut sums[i * stride + p * ROWS..][..ROWS];
             for span in self.pairs.clone().step_by(SPAN_PAIRS) {
                 let pairs = span..self.pairs.end.min(span + SPAN_PAIRS);
                 let mut parts = [0.0; ROWS];

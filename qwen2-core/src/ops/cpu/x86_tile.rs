@@ -154,10 +154,10 @@ unsafe fn by_panels<
 ) {
     for p in 0..P {
         let tile = Tile {
-            bytes: &tile.bytes[tile.bytes_at(p)..],
+            bytes: &tile.bytes[p * tile.panel_bytes..],
             ..tile.clone()
         };
-        let sums = sums[tile.sums_at(p)..].as_mut_ptr();
+        let sums = sums[p * ROWS..].as_mut_ptr();
         // SAFETY: the caller's promise.
         unsafe { vnni::<B, N, 2, EIGHT, BESIDE>(&tile, sums, stride) }
     }
@@ -181,9 +181,7 @@ unsafe fn vnni<B: Bytes, const N: usize, const V: usize, const EIGHT: bool, cons
     // SAFETY: every pointer stays inside the lengths that `Tile::multiply` checked.
     unsafe {
         let zero = B::Floats::zero();
-        let row = |v: usize| v * lanes % ROWS;
-        let place =
-            |i: usize, v: usize| sums.add(i * stride + tile.sums_at(v * lanes / ROWS) + row(v));
+        let place = |i: usize, v: usize| sums.add(i * stride + v * lanes);
         let mut acc = [[zero; V]; N];
         for (i, acc) in acc.iter_mut().enumerate() {
             for (v, acc) in acc.iter_mut().enumerate() {
@@ -193,8 +191,9 @@ unsafe fn vnni<B: Bytes, const N: usize, const V: usize, const EIGHT: bool, cons
         // The panel of each vector; the first of its rows there.
         let mut panels = [tile.bytes.as_ptr(); V];
         for (v, panel) in panels.iter_mut().enumerate() {
-            *panel = panel.add(tile.bytes_at(v * lanes / ROWS));
+            *panel = panel.add(v * lanes / ROWS * tile.panel_bytes);
         }
+        let row = |v: usize| v * lanes % ROWS;
         let mut pair = tile.pairs.start;
         while pair < tile.pairs.end {
             let mut x = tile.activations(pair);
@@ -415,7 +414,7 @@ unsafe fn multiplied<const N: usize, const P: usize, const EIGHT: bool, const BE
                 }
             }
             for p in 0..P {
-                let panel = tile.bytes.as_ptr().add(tile.bytes_at(p));
+                let panel = tile.bytes.as_ptr().add(p * tile.panel_bytes);
                 let numbers = |at: usize| Avx2::load_f16(panel.add(at).cast());
                 let mut parts = [[Avx2::zero(); 2]; N];
                 for (b, words) in words.iter().enumerate().take(blocks) {
@@ -466,7 +465,7 @@ unsafe fn multiplied<const N: usize, const P: usize, const EIGHT: bool, const BE
                 for (i, parts) in parts.into_iter().enumerate() {
                     let scale = Avx2::splat(*x.scales.add(i));
                     for (half, part) in parts.into_iter().enumerate() {
-                        let sum = sums.add(i * stride + tile.sums_at(p) + half * 8);
+                        let sum = sums.add(i * stride + p * ROWS + half * 8);
                         part.mul_add(scale, Avx2::load(sum)).store(sum);
                     }
                 }
@@ -487,7 +486,7 @@ const LINE: usize = 64;
 fn skip(tile: &Tile<'_>, pair: usize) -> usize {
     match (tile.pairs.end - pair) * tile.format.pair_bytes() > AHEAD {
         true => 0,
-        false => tile.bytes_at(tile.panels - 1),
+        false => (tile.panels - 1) * tile.panel_bytes,
     }
 }
 
