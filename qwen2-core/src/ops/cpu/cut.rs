@@ -3,9 +3,7 @@
 use std::ops::Range;
 
 /// Least bytes of a part: below, the start of its stream counts.
-const LEAST: usize = 48 << 10;
-/// How often a thread's share is halved at most.
-const MOST_HALVINGS: u32 = 4;
+const LEAST: usize = 24 << 10;
 
 /// Lines of a matrix (panels or rows) in tasks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -16,7 +14,7 @@ pub(super) enum Cut {
     /// few streams begin, and at the end nobody waits long for a thread that was held up.
     Halving {
         len: usize,
-        /// Lines that are read side by side.
+        /// Lines that are read side by side in long parts, a power of two.
         unit: usize,
         threads: usize,
         halvings: u32,
@@ -24,17 +22,23 @@ pub(super) enum Cut {
 }
 
 impl Cut {
-    /// `len` lines of `bytes` each, `unit` of them read side by side.
-    pub(super) fn halving(len: usize, bytes: usize, unit: usize, threads: usize) -> Self {
-        let units = len.div_ceil(unit);
-        let threads = threads.clamp(1, units.max(1));
-        // Of the shortest part; at least a unit.
-        let parts = (len * bytes / threads / LEAST).min(units / threads);
+    /// `len` lines of `bytes` each, `unit` of them, a power of two, read side by side; in the last parts
+    /// fewer, but no fewer than `least`.
+    pub(super) fn halving(
+        len: usize,
+        bytes: usize,
+        (least, unit): (usize, usize),
+        threads: usize,
+    ) -> Self {
+        let threads = threads.clamp(1, (len / least).max(1));
+        let share = len / threads;
+        // Of the shortest part.
+        let parts = (share * bytes / LEAST).min(share / least);
         Self::Halving {
             len,
             unit,
             threads,
-            halvings: parts.max(1).ilog2().min(MOST_HALVINGS),
+            halvings: parts.max(1).ilog2(),
         }
     }
 
@@ -71,7 +75,10 @@ impl Cut {
                     _ => left / 2,
                 };
                 let parts = threads * (all - left) + before * part;
-                len.min(len.div_ceil(unit) * parts / (threads * all) * unit)
+                // A part of fewer lines than are read side by side begins at any power of two that it has.
+                let lines = (len * part / (threads * all)).clamp(1, unit);
+                let unit = 1 << lines.ilog2();
+                len * parts / (threads * all) / unit * unit
             }
         }
     }

@@ -62,7 +62,7 @@ impl<'a, W: Stored> Rows<'a, W> {
         args.check(&target);
         let (threads, len) = (pool::current_threads(), args.outer);
         let cut = match target.tokens() {
-            0..MIN_TOKENS => Cut::halving(len, args.inner * size_of::<W>(), STREAMS, threads),
+            0..MIN_TOKENS => Cut::halving(len, args.inner * size_of::<W>(), (STREAMS, STREAMS), threads),
             _ => {
                 // Sums and turned weights in the second-level cache, and a few tasks for each thread.
                 let panel = dense_gemm::panel_rows(isa.lanes());
@@ -151,7 +151,7 @@ impl<W: Stored> Rows<'_, W> {
             // SAFETY: the lengths were checked; the rest is the caller's promise.
             unsafe { self.target.take(self.isa, values) };
         }
-        SCRATCH.set((sums, turned));
+        SCRATCH.with(|scratch| scratch.set((sums, turned)));
     }
 }
 

@@ -161,7 +161,7 @@ impl<'a> Panels<'a> {
         // With few tokens the weights are the work. With many, a task's sums are to stay in the second-level
         // cache, and a few tasks are to be there for a thread.
         let cut = match args.x.n {
-            0..MANY => Cut::halving(len, args.shape.panel_bytes(), STREAMS, threads),
+            0..MANY => Cut::halving(len, args.shape.panel_bytes(), (1, STREAMS), threads),
             _ if total.div_ceil(ROWS) >= 16 * threads => Cut::Even { len, per_task: 4 },
             _ => Cut::Even {
                 len,
@@ -206,7 +206,7 @@ impl<'a> Panels<'a> {
             // SAFETY: the lengths were checked; the rest is the caller's promise.
             unsafe { self.target.take(self.isa, values) };
         }
-        SCRATCH.set((sums, wide));
+        SCRATCH.with(|scratch| scratch.set((sums, wide)));
     }
 }
 
@@ -257,7 +257,7 @@ pub(crate) fn swiglu(isa: Isa, gate: Packed<'_>, up: Packed<'_>) -> Activations 
         up.add_to(isa, panels, tokens, &mut wide, ups);
         product::gate(isa, gates, ups);
         activations::quantize(isa, gates, stride, rows - span * SPAN, out);
-        SCRATCH.set((sums, wide));
+        SCRATCH.with(|scratch| scratch.set((sums, wide)));
     })
 }
 
