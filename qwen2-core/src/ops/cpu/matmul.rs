@@ -62,7 +62,12 @@ impl<'a, W: Stored> Rows<'a, W> {
         args.check(&target);
         let (threads, len) = (pool::current_threads(), args.outer);
         let cut = match target.tokens() {
-            0..MIN_TOKENS => Cut::halving(len, args.inner * size_of::<W>(), (STREAMS, STREAMS), threads),
+            0..MIN_TOKENS => Cut::halving(
+                len,
+                args.inner * size_of::<W>(),
+                (STREAMS, STREAMS),
+                threads,
+            ),
             _ => {
                 // Sums and turned weights in the second-level cache, and a few tasks for each thread.
                 let panel = dense_gemm::panel_rows(isa.lanes());

@@ -55,6 +55,8 @@ pub(super) struct Tile<'a> {
     pub(super) panels: usize,
     /// Pairs of blocks, from the start of a span on.
     pub(super) pairs: Range<usize>,
+    /// Whether the panels behind its own come next.
+    pub(super) goes_on: bool,
 }
 
 /// The activations of a span, as pointers to those of the first token.

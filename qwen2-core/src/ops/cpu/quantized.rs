@@ -77,6 +77,7 @@ impl Packed<'_> {
                     panel_bytes: shape.panel_bytes(),
                     panels: n_panels,
                     pairs: pairs.clone(),
+                    goes_on: panel + n_panels < panels.end,
                 };
                 let eight = shape.format.wide();
                 if x.n >= WIDEN && shape.format != eight && favours_eight_bits(isa) {

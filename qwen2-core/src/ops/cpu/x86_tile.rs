@@ -499,15 +499,16 @@ const AHEAD: usize = 2048;
 const LINE: usize = 64;
 
 /// How many bytes further on lies what a token asks for at a pair: about [`AHEAD`], in whole pairs; behind its
-/// panel's end the others of the tile follow, then the panel that comes after.
+/// panel's end, in the panel that comes after those of the tile; where none does, what is there already.
 #[inline(always)]
 fn ahead(tile: &Tile<'_>, pair: usize) -> usize {
     let pairs = AHEAD.div_ceil(tile.format.pair_bytes());
-    let others = match tile.pairs.end - pair > pairs {
-        true => 0,
-        false => (tile.panels - 1) * tile.panel_bytes,
-    };
-    pairs * tile.format.pair_bytes() + others
+    let bytes = pairs * tile.format.pair_bytes();
+    match tile.pairs.end - pair > pairs {
+        true => bytes,
+        false if tile.goes_on => bytes + (tile.panels - 1) * tile.panel_bytes,
+        false => 0,
+    }
 }
 
 /// Asks for some bytes; where there are none nothing comes of it. A core has few places for what it waits for: so
@@ -635,6 +636,7 @@ mod tests {
             panel_bytes: shape.panel_bytes(),
             panels: P,
             pairs: 0..cols / 64,
+            goes_on: false,
         };
         let (mut want, mut got) = (vec![1.0; N * rows], vec![1.0; N * rows]);
         tile.multiply(Isa::Avx2, &mut want, rows);
