@@ -488,6 +488,25 @@ mod tests {
         }
     }
 
+    proptest! {
+        #[test]
+        fn the_best_is_the_first_of_the_highest_in_any_stretch(
+            logits in prop::collection::vec(-3i8..3, 1..5000), nan in prop::option::of(any::<prop::sample::Index>()),
+        ) {
+            let mut logits: Vec<_> = logits.into_iter().map(f32::from).collect();
+            if let Some(nan) = nan {
+                let at = nan.index(logits.len());
+                logits[at] = f32::NAN;
+                prop_assert!(best(&logits).is_err());
+                return Ok(());
+            }
+            let highest = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+            let best = best(&logits).unwrap();
+            prop_assert_eq!(Some(best.id as usize), logits.iter().position(|logit| *logit == highest));
+            prop_assert_eq!(best.score, highest);
+        }
+    }
+
     #[test]
     fn greedy_takes_the_lowest_id_of_a_tie() {
         for options in [

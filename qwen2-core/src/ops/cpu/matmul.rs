@@ -161,7 +161,8 @@ impl<W: Stored> Rows<'_, W> {
 }
 
 thread_local! {
-    /// The sums of a task and its turned weights, kept for the next one.
+    /// The sums of a task and its turned weights, kept for the next one. They come back by `with`, since
+    /// `LocalKey::set` goes through an initialization, which took 1 % of a token.
     static SCRATCH: Cell<(Vec<f32>, Vec<f32>)> = const { Cell::new((Vec::new(), Vec::new())) };
 }
 
