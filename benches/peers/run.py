@@ -41,6 +41,7 @@ PACKAGES = {
     "transformers": ["torch", "transformers"],
     "llama.cpp": ["llama-cpp-python"],
     "openvino": ["openvino-genai", "optimum-intel[openvino]"],
+    "ctranslate2": ["ctranslate2", "torch", "transformers"],
     "onnxruntime": ["onnxruntime-genai", "onnx", "onnx-ir", "torch", "transformers"],
 }
 
@@ -83,6 +84,7 @@ def engines(work: Path, shape: str) -> list[Engine]:
         ours("q8", "q8"),
         llama("Q8_0", "q8"),
         openvino("int8", "q8"),
+        Engine("CTranslate2 int8", "q8", "ctranslate2", (str(model / "ctranslate2-int8"),)),
         candle("Q8_0", "q8"),
         ours("q4", "q4"),
         llama("Q4_0", "q4"),
@@ -170,6 +172,11 @@ def convert(work: Path, engine: Engine, checkpoint: Path, target: Path) -> None:
     elif engine.venv == "onnxruntime":
         build = [python(work, "onnxruntime"), "-m", "onnxruntime_genai.models.builder"]
         subprocess.run([*build, "-i", checkpoint, "-o", target, "-p", "int4", "-e", "cpu"], check=True)
+    elif engine.venv == "ctranslate2":
+        converter = python(work, "ctranslate2").with_name("ct2-transformers-converter")
+        form = target.name.removeprefix("ctranslate2-")
+        words = ["--model", checkpoint, "--output_dir", target, "--quantization", form]
+        subprocess.run([converter, *words], check=True)
     else:
         export = [
             python(work, "openvino").with_name("optimum-cli"),
