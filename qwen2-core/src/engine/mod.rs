@@ -5,6 +5,7 @@ mod prefix;
 mod queue;
 mod scheduler;
 mod settings;
+mod spare;
 mod stats;
 mod worker;
 

@@ -54,9 +54,15 @@ impl PrefixCache {
         self.bytes
     }
 
-    /// The pages that hold the beginning of `tokens`, at most all of them but `spare`. Whole pages are
-    /// pinned until [`Self::unpin`].
-    pub(super) fn find(&mut self, network: &Arc<Network>, tokens: &[u32], spare: usize) -> Found {
+    /// The pages that hold the beginning of `tokens`, at most all of them but `spare`. Whole pages that
+    /// `cache` will share are pinned until [`Self::unpin`].
+    pub(super) fn find(
+        &mut self,
+        network: &Arc<Network>,
+        tokens: &[u32],
+        cache: &Cache,
+        spare: usize,
+    ) -> Found {
         self.clock += 1;
         let mut found = Found {
             pages: Vec::new(),
@@ -85,8 +91,10 @@ impl PrefixCache {
             if n < child.page.capacity() {
                 break;
             }
-            child.pins += 1;
-            found.n_pinned += 1;
+            if cache.shares_pages() {
+                child.pins += 1;
+                found.n_pinned += 1;
+            }
             children = &mut child.children;
         }
         found
@@ -111,24 +119,24 @@ impl PrefixCache {
     }
 
     /// Adds what the cache of a sequence holds. Of its whole pages, which the tree has now, those behind
-    /// the first `n_pinned` are pinned as well; how many are in all.
+    /// the first `n_pinned` are pinned as well if the cache shares them; how many are in all. A page that
+    /// is not full is copied for a sequence that `goes_on` only where that costs nothing.
     pub(super) fn add(
         &mut self,
         network: &Arc<Network>,
         tokens: &[u32],
         cache: &Cache,
         n_pinned: usize,
+        goes_on: bool,
     ) -> usize {
         let tokens = &tokens[..cache.n_tokens()];
         let (mut added, clock) = (0, self.clock);
         let mut children = &mut self.tree_or_new(network).children;
         let mut n_whole = 0;
-        for (index, page) in cache.pages().enumerate() {
-            let capacity = page.capacity();
-            let part = &tokens[tokens.len().min(index * capacity)..];
-            let part = &part[..part.len().min(capacity)];
-            if part.len() < capacity {
-                if part.len() >= LEAST {
+        for (index, part) in tokens.chunks(cache.page_capacity()).enumerate() {
+            let page = || cache.page(index);
+            if part.len() < cache.page_capacity() {
+                if part.len() >= LEAST && (cache.shares_pages() || !goes_on) {
                     added += add_tail(children, part, page, clock);
                 }
                 break;
@@ -142,13 +150,16 @@ impl PrefixCache {
                     let old = children.swap_remove(place);
                     added -= old.page.bytes().cast_signed();
                 }
+                let page = page();
                 added += page.bytes().cast_signed();
                 children.push(Node::new(part, page, clock));
                 children.len() - 1
             });
             let child = &mut children[place];
-            child.pins += usize::from(index >= n_pinned);
-            n_whole += 1;
+            if cache.shares_pages() {
+                child.pins += usize::from(index >= n_pinned);
+                n_whole += 1;
+            }
             children = &mut child.children;
         }
         self.bytes = self.bytes.saturating_add_signed(added);
@@ -209,13 +220,19 @@ impl Node {
 }
 
 /// Adds a page that is not full; by how many bytes the tree grew.
-fn add_tail(children: &mut Vec<Node>, tokens: &[u32], page: Page, clock: u64) -> i64 {
+fn add_tail(
+    children: &mut Vec<Node>,
+    tokens: &[u32],
+    page: impl FnOnce() -> Page,
+    clock: u64,
+) -> i64 {
     if children
         .iter()
         .any(|child| child.tokens.starts_with(tokens))
     {
         return 0;
     }
+    let page = page();
     let bytes = page.bytes().cast_signed();
     let shorter = |child: &&mut Node| tokens.starts_with(&child.tokens);
     match children.iter_mut().find(shorter) {

@@ -11,6 +11,7 @@ use std::time::Instant;
 use super::outlet::Outlet;
 use super::prefix::{Found, PrefixCache};
 use super::queue::Queue;
+use super::spare::Spare;
 use super::worker::{Shared, Waiting};
 use super::{EngineStats, Settings};
 use crate::error::{Error, ErrorKind, Result};
@@ -73,6 +74,7 @@ pub(super) struct Scheduler {
     /// Those for which there was no memory, or no longer.
     held: Queue<Running>,
     prefix: PrefixCache,
+    spare: Spare,
     stats: EngineStats,
     /// Steps that nothing ends before the next one may give way again.
     steady: usize,
@@ -112,6 +114,7 @@ impl Scheduler {
             running: Vec::new(),
             held: Queue::default(),
             prefix: PrefixCache::new(),
+            spare: Spare::default(),
             stats: EngineStats::default(),
             steady: 0,
             n_left: 0,
@@ -218,7 +221,9 @@ impl Scheduler {
         if !shares || running.cache.is_long() {
             return None;
         }
-        let mut found = self.prefix.find(&running.network, tokens, 1);
+        let mut found = self
+            .prefix
+            .find(&running.network, tokens, &running.cache, 1);
         if self.settings.deterministic {
             // What comes behind is read in the same chunks as if nothing was shared.
             found.n_tokens -= found.n_tokens % self.settings.prefill_chunk;
@@ -242,6 +247,7 @@ impl Scheduler {
     fn begin(&mut self, mut running: Running, found: Option<Found>) {
         let found = found.filter(|found| found.n_tokens > 0);
         let cached = found.as_ref().map_or(0, |found| found.n_tokens);
+        self.spare.give(&running.network, &mut running.cache);
         if let Some(found) = found {
             running.cache.adopt(found.pages, found.n_tokens);
         }
@@ -256,13 +262,13 @@ impl Scheduler {
     /// Bytes of all caches, what they share counted once.
     fn used(&self) -> u64 {
         let own = self.running.iter().map(Running::own_bytes);
-        self.prefix.bytes() + own.sum::<u64>()
+        self.prefix.bytes() + self.spare.bytes() + own.sum::<u64>()
     }
 
     /// Whether there is room for `bytes` more, for which shared prefixes may be forgotten.
     fn make_room(&mut self, bytes: u64) -> bool {
         while self.used() + bytes > self.settings.cache_bytes {
-            if !self.prefix.evict() {
+            if !self.spare.forget() && !self.prefix.evict() {
                 return false;
             }
         }
@@ -543,7 +549,7 @@ impl Scheduler {
     ) {
         let running = &mut self.running[index];
         if self.settings.prefix_cache && !running.shared && !running.cache.is_long() {
-            running.share(&mut self.prefix);
+            running.share(&mut self.prefix, true);
         }
         // A logits processor is the caller's: its panic ends its own request.
         let chosen = fenced(|| choose(&mut running.sequence));
@@ -616,12 +622,16 @@ impl Scheduler {
     fn end(&mut self, mut running: Running, error: Option<Error>) {
         let is_kept = self.settings.prefix_cache && !running.cache.is_long() && error.is_none();
         if is_kept && running.cache.n_tokens() > 0 {
-            running.share(&mut self.prefix);
+            running.share(&mut self.prefix, false);
         }
         self.unpin(&mut running);
         self.stats.finished += 1;
         self.stats.failed += u64::from(error.is_some());
-        while self.used() > self.settings.cache_bytes && self.prefix.evict() {}
+        // A step that is replayed adds up in another order than one that is launched.
+        if error.is_none() && !self.settings.deterministic {
+            self.spare.keep(&running.network, &mut running.cache);
+        }
+        self.make_room(0);
         self.report();
         running.tell(error);
     }

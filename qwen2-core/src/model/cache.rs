@@ -128,39 +128,52 @@ impl Cache {
 
     /// Bytes of its buffers once it holds `n_tokens` positions.
     pub(crate) fn bytes_for(&self, n_tokens: usize) -> u64 {
-        let step = self.page_capacity().unwrap_or(CACHE_BLOCK);
+        let step = match self.shape.is_paged() {
+            true => self.page_capacity(),
+            false => CACHE_BLOCK,
+        };
         let capacity = n_tokens.next_multiple_of(step).max(self.capacity);
         self.shape.bytes(capacity)
     }
 
-    /// Bytes of its first `n` pages.
+    /// Whether it shares the memory of the pages that it gives and adopts; else they are copies.
+    pub(crate) fn shares_pages(&self) -> bool {
+        self.shape.is_paged()
+    }
+
+    /// Positions of a page.
+    pub(crate) fn page_capacity(&self) -> usize {
+        PAGE.min(self.context_length.next_multiple_of(CACHE_BLOCK))
+    }
+
+    /// Bytes of `n` pages.
     pub(crate) fn bytes_of_pages(&self, n: usize) -> u64 {
-        self.shape
-            .bytes(n * self.page_capacity().unwrap_or_default())
+        self.shape.bytes(n * self.page_capacity())
     }
 
-    /// Positions of a page; `None` where there is one that grows.
-    fn page_capacity(&self) -> Option<usize> {
-        let context = self.context_length.next_multiple_of(CACHE_BLOCK);
-        self.shape.is_paged().then(|| PAGE.min(context))
-    }
-
-    /// Its pages that hold positions, in order; none where it is one buffer that grows.
-    pub(crate) fn pages(&self) -> impl Iterator<Item = Page> {
-        let page = self.page_capacity();
-        let n = page.map_or(0, |page| self.n_tokens.div_ceil(page));
-        (0..n).map(move |index| Page {
-            layers: self
-                .layers
-                .iter()
-                .map(|layer| layer.0[index].clone())
-                .collect(),
-            bytes: self.shape.bytes(page.unwrap_or_default()),
-        })
+    /// The positions from `index` pages on, of which it holds one at least.
+    pub(crate) fn page(&self, index: usize) -> Page {
+        let capacity = self.page_capacity();
+        let start = index * capacity;
+        let kept = self.n_tokens.next_multiple_of(CACHE_BLOCK) - start;
+        let of = |layer: &LayerCache| match self.shape.is_paged() {
+            true => layer.0[index].clone(),
+            false => {
+                let page = self.shape.zeros(capacity, None);
+                page.take_over(layer.0[0].clone(), start, 0..kept.min(capacity))
+            }
+        };
+        Page {
+            layers: self.layers.iter().map(of).collect(),
+            bytes: self.shape.bytes(capacity),
+        }
     }
 
     /// Takes over the first `n_tokens` positions of `pages` in place of what it holds.
     pub(crate) fn adopt(&mut self, pages: Vec<Page>, n_tokens: usize) {
+        if !self.shape.is_paged() {
+            return self.copy_in(&pages, n_tokens);
+        }
         self.clear();
         self.layers
             .resize_with(self.shape.num_hidden_layers, LayerCache::default);
@@ -171,6 +184,49 @@ impl Cache {
             }
         }
         self.n_tokens = n_tokens;
+    }
+
+    fn copy_in(&mut self, pages: &[Page], n_tokens: usize) {
+        #[cfg(feature = "gpu")]
+        if self.is_shared() {
+            self.forget_replay(); // written, the buffers are its own
+        }
+        self.n_tokens = 0;
+        if n_tokens > self.capacity {
+            self.grow(n_tokens);
+        }
+        let capacity = self.page_capacity();
+        for (index, page) in pages.iter().enumerate() {
+            let start = index * capacity;
+            let end = n_tokens.next_multiple_of(CACHE_BLOCK).min(start + capacity);
+            for (layer, page) in self.layers.iter_mut().zip(&page.layers) {
+                let own = layer
+                    .0
+                    .pop()
+                    .map(|own| own.take_over(page.clone(), 0, start..end));
+                layer.0.extend(own); // the only handle, written in place
+            }
+        }
+        self.n_tokens = n_tokens;
+    }
+
+    /// What it is, for another sequence to go on in; it is empty then.
+    pub(crate) fn leave(&mut self) -> Self {
+        let empty = Self::new(self.shape.clone(), self.context_length);
+        std::mem::replace(self, empty)
+    }
+
+    /// Takes the buffers of another cache of the network in place of its own, and a step recorded over them.
+    /// Where they do not fit it stays as it is.
+    pub(crate) fn go_on_in(&mut self, other: Self) {
+        if (self.context_length, self.long) == (other.context_length, other.long) {
+            let (n_tokens, expected) = (0, self.expected);
+            *self = Self {
+                n_tokens,
+                expected,
+                ..other
+            };
+        }
     }
 
     /// Makes room for `n` more positions.
@@ -201,7 +257,8 @@ impl Cache {
         self.forget_replay();
         self.layers
             .resize_with(self.shape.num_hidden_layers, LayerCache::default);
-        if let Some(page) = self.page_capacity() {
+        if self.shape.is_paged() {
+            let page = self.page_capacity();
             while self.capacity < needed {
                 // Huge pages take memory for what is not there yet: where a page is filled at once, for nothing.
                 let is_filled = self.capacity + page <= needed;
@@ -226,7 +283,7 @@ impl Cache {
         for layer in &mut self.layers {
             let new = self.shape.zeros(capacity, None);
             layer.0 = match layer.0.pop() {
-                Some(old) if kept > 0 => vec![new.take_over(old, kept)],
+                Some(old) if kept > 0 => vec![new.take_over(old, 0, 0..kept)],
                 _ => vec![new],
             };
         }

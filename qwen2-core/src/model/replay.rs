@@ -332,6 +332,19 @@ mod tests {
             }
             assert!(is_recorded(&caches), "{name}");
             run(&models, &mut forks, &[9], &format!("{name}, the fork"));
+            // Another sequence goes on in the buffers, behind a copy of what they held at first.
+            let mut next = [0, 1].map(|i: usize| {
+                let page = caches[i].page(0);
+                let mut next = models[i].new_cache();
+                next.go_on_in(caches[i].leave());
+                next.adopt(vec![page], 9);
+                next
+            });
+            assert!(is_recorded(&next), "{name}");
+            for i in 0..3 {
+                run(&models, &mut next, &[i], &format!("{name}, the next"));
+            }
+            assert!(is_recorded(&next), "{name}");
         }
     }
 

@@ -1,5 +1,7 @@
 //! A page of keys and values of one layer, as floats or as codes, in the order that suits the device.
 
+use std::ops::Range;
+
 use burn::tensor::{DType, Device, Int, Tensor, TensorData};
 
 use super::arena::Arena;
@@ -143,8 +145,8 @@ impl KeyValues {
         }
     }
 
-    /// Writes the first `n` positions of `old`, whole blocks, to the first of this one.
-    pub(crate) fn take_over(self, old: Self, n: usize) -> Self {
+    /// Writes the positions of `old` from `start` on, whole blocks, to the positions `at` of this one.
+    pub(crate) fn take_over(self, old: Self, start: usize, at: Range<usize>) -> Self {
         match (self, old) {
             (
                 Self::Floats { keys, values },
@@ -153,8 +155,8 @@ impl KeyValues {
                     values: old_values,
                 },
             ) => Self::Floats {
-                keys: copied(keys, old_keys, n),
-                values: copied(values, old_values, n),
+                keys: copied(keys, old_keys, start, at.clone()),
+                values: copied(values, old_values, start, at),
             },
             (
                 Self::Codes {
@@ -171,8 +173,8 @@ impl KeyValues {
             ) => Self::Codes {
                 bits,
                 head_dim,
-                keys: keys.take_over(old_keys, n),
-                values: values.take_over(old_values, n),
+                keys: keys.take_over(old_keys, start, at.clone()),
+                values: values.take_over(old_values, start, at),
             },
             _ => unreachable!("a cache keeps its format"),
         }
@@ -180,17 +182,20 @@ impl KeyValues {
 }
 
 impl Codes {
-    fn take_over(self, old: Self, n: usize) -> Self {
-        let rows = old.words.narrow(1, 0, n);
+    fn take_over(self, old: Self, start: usize, at: Range<usize>) -> Self {
+        let rows = old.words.narrow(1, start, at.len());
         let [heads, _, width] = self.words.dims();
         Self {
-            words: self.words.slice_assign([0..heads, 0..n, 0..width], rows),
-            scales: copied(self.scales, old.scales, n),
+            words: self
+                .words
+                .slice_assign([0..heads, at.clone(), 0..width], rows),
+            scales: copied(self.scales, old.scales, start, at),
         }
     }
 }
 
-fn copied(new: Tensor<3>, old: Tensor<3>, n: usize) -> Tensor<3> {
+fn copied(new: Tensor<3>, old: Tensor<3>, start: usize, at: Range<usize>) -> Tensor<3> {
     let [heads, _, width] = new.dims();
-    new.slice_assign([0..heads, 0..n, 0..width], old.narrow(1, 0, n))
+    let rows = old.narrow(1, start, at.len());
+    new.slice_assign([0..heads, at, 0..width], rows)
 }

@@ -91,10 +91,10 @@ impl Running {
         }
     }
 
-    /// Gives what its cache holds to the prefix tree.
-    pub(super) fn share(&mut self, prefix: &mut PrefixCache) {
-        let tokens = self.sequence.tokens();
-        self.n_pinned = prefix.add(&self.network, tokens, &self.cache, self.n_pinned);
+    /// Gives what its cache holds to the prefix tree; whether it goes on behind it.
+    pub(super) fn share(&mut self, prefix: &mut PrefixCache, goes_on: bool) {
+        let (tokens, pinned) = (self.sequence.tokens(), self.n_pinned);
+        self.n_pinned = prefix.add(&self.network, tokens, &self.cache, pinned, goes_on);
         self.shared = true;
     }
 

@@ -1,4 +1,4 @@
-//! A mixture of experts for one token, chosen and computed on the device: the experts' matrices lie behind each
+//! A mixture of experts for a few tokens, chosen and computed on the device: the experts' matrices lie behind each
 //! other in one buffer, and a kernel reads from another one which of them it multiplies with.
 
 use burn_cubecl::cubecl::{self, prelude::*};
@@ -10,8 +10,8 @@ use super::reduce::{UNITS, group_sum, group_sums, sums_room};
 use super::words::{self, Four, Numbers, Words};
 use crate::ops::packed::ROWS;
 
-/// The experts of a token: `scores` are those of the router, up to [`UNITS`] of them, and that of the shared
-/// expert's gate. `ids` has the `k` likeliest, of equals the first, and `weights` their shares, then the shared
+/// The experts of a token, a cube a token: `scores` are those of the router, up to [`UNITS`] of them, and that of the
+/// shared expert's gate. `ids` has the `k` likeliest, of equals the first, and `weights` their shares, then the shared
 /// expert's: a softmax over all scores, or with `normed` over those kept.
 #[cube(launch_unchecked)]
 pub(super) fn route(
@@ -25,6 +25,10 @@ pub(super) fn route(
     let unit = UNIT_POS as usize;
     let experts = experts as usize;
     let inside = unit < experts;
+    let token = CUBE_POS_X as usize;
+    let scores = &scores[token * (experts + 1)..(token + 1) * (experts + 1)];
+    let first_id = token * k;
+    let first_weight = token * comptime!(k + 1);
     let score = scores[clamp_max(unit, experts - 1)];
     let mut keys = Shared::<[u32]>::new_slice(UNITS);
     let mut places = Shared::<[u32]>::new_slice(UNITS);
@@ -47,31 +51,22 @@ pub(super) fn route(
         kept += share;
         sync_cube();
         if unit == 0 {
-            ids[i] = chosen as u32;
-            weights[i] = share;
+            ids[first_id + i] = chosen as u32;
+            weights[first_weight + i] = share;
         }
         left = select(unit == chosen, 0u32.runtime(), left);
     }
     if unit == 0 {
         let divisor = if comptime!(normed) { kept } else { sum };
         for i in 0..k {
-            weights[i] = weights[i] / divisor;
+            weights[first_weight + i] = weights[first_weight + i] / divisor;
         }
-        weights[k] = 1.0 / (1.0 + f32::exp(-scores[experts]));
+        weights[first_weight + k] = 1.0 / (1.0 + f32::exp(-scores[experts]));
     }
 }
 
-/// Where a product of a visit reads `x`: all visits the one row, or each its own.
-#[cube]
-fn row_of(slot: usize, #[comptime] each: bool) -> usize {
-    if comptime!(each) {
-        slot
-    } else {
-        0usize.runtime()
-    }
-}
-
-/// Cube (panel, visit): `out` `[visits, rows]` of the visit's expert, whose panels are `w0`'s and, gated, `w1`'s.
+/// Cube (panel, visit): `out` `[visits, rows]` of the visit's expert, whose panels are `w0`'s and, gated, `w1`'s; so many
+/// visits share a row of `x`.
 #[cube(launch_unchecked)]
 pub(super) fn packed_visits(
     x: &[Four],
@@ -80,7 +75,7 @@ pub(super) fn packed_visits(
     w1: &[Words],
     out: &mut [f32],
     sizes: Sizes,
-    #[comptime] each: bool,
+    #[comptime] per_row: usize,
     #[comptime] plan: PackedPlan,
 ) {
     let dots = comptime!(if plan.gated { 2 } else { 1 });
@@ -90,7 +85,7 @@ pub(super) fn packed_visits(
     let panels = CUBE_COUNT_X as usize;
     let panel = ids[slot] as usize * panels + CUBE_POS_X as usize;
     let row = CUBE_POS_X as usize * ROWS + unit;
-    let first = row_of(slot, each) * sizes.vectors as usize;
+    let first = slot / per_row * sizes.vectors as usize;
     let x = &x[first..first + sizes.vectors as usize];
     let mut sums = Array::<f32>::new(comptime!(dots * 4));
     #[unroll]
@@ -119,8 +114,8 @@ pub(super) struct VisitPlan {
     /// Vectors of a row that a unit has in flight.
     pub(super) ahead: usize,
     pub(super) gated: bool,
-    /// Each visit has a row of `x`.
-    pub(super) each: bool,
+    /// Visits that share a row of `x`.
+    pub(super) per_row: usize,
     pub(super) planes: bool,
 }
 
@@ -147,7 +142,7 @@ pub(super) fn dense_visits(
     let vectors = vectors as usize;
     let row = CUBE_POS_X as usize * comptime!(UNITS / plan.group) + unit / group;
     let from = (ids[slot] as usize * rows + clamp_max(row, rows - 1)) * vectors;
-    let first = row_of(slot, plan.each) * vectors * fours;
+    let first = slot / plan.per_row * vectors * fours;
     let mut sums = Array::<f32>::new(dots);
     #[unroll]
     for d in 0..dots {
@@ -198,7 +193,7 @@ pub(super) fn dense_visits(
     }
 }
 
-/// `h` plus what each visit gave, `[k, cols]`, and the shared expert, times their weights.
+/// `h` plus what the `k` visits of each token gave, `[n, k, cols]`, and the shared expert, times their weights.
 #[cube(launch_unchecked)]
 pub(super) fn combine(
     visits: &[f32],
@@ -206,14 +201,18 @@ pub(super) fn combine(
     weights: &[f32],
     h: &mut [f32],
     cols: u32,
+    total: u32,
     #[comptime] k: usize,
 ) {
     let cols = cols as usize;
-    if ABSOLUTE_POS < cols {
+    if ABSOLUTE_POS < total as usize {
+        let token = ABSOLUTE_POS / cols;
+        let column = ABSOLUTE_POS % cols;
+        let weights = &weights[token * comptime!(k + 1)..(token + 1) * comptime!(k + 1)];
         let mut sum = h[ABSOLUTE_POS];
         #[unroll]
         for i in 0..k {
-            sum = fma(weights[i], visits[i * cols + ABSOLUTE_POS], sum);
+            sum = fma(weights[i], visits[(token * k + i) * cols + column], sum);
         }
         h[ABSOLUTE_POS] = fma(weights[k], shared[ABSOLUTE_POS], sum);
     }

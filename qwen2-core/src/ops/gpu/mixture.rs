@@ -1,4 +1,4 @@
-//! A mixture of experts for one token, all of it on the device: which kernels, in which order.
+//! A mixture of experts for a few tokens, all of it on the device: which kernels, in which order.
 
 use burn::tensor::{DType, Tensor};
 use burn_cubecl::cubecl::calculate_cube_count_elemwise;
@@ -21,8 +21,7 @@ pub(crate) fn takes_mixture(h: &Tensor<2>, mixture: &Mixture<'_>) -> bool {
     let [gate, up, down] = mixture.shared;
     let shared_is_few = [gate, up].into_iter().all(|linear| is_few(h, linear))
         && Stored::of(&down.weight).is_some();
-    h.dims()[0] == 1
-        && stack.count <= UNITS
+    stack.count <= UNITS
         && Stored::of(&stack.gate).is_some()
         && [&stack.up, &stack.down].into_iter().all(alike)
         && is_few(h, mixture.router)
@@ -30,7 +29,7 @@ pub(crate) fn takes_mixture(h: &Tensor<2>, mixture: &Mixture<'_>) -> bool {
         && shared_is_few
 }
 
-/// As [`crate::ops::experts`] for one token, whose experts are chosen here; for what [`takes_mixture`].
+/// As [`crate::ops::experts`] for a few tokens, whose experts are chosen here; for what [`takes_mixture`].
 pub(crate) fn mixture(h: Tensor<2>, norm: &RmsNorm, mixture: &Mixture<'_>) -> Tensor<2> {
     let stack = mixture.stack;
     let k = mixture.num_experts_per_tok;
@@ -42,39 +41,42 @@ pub(crate) fn mixture(h: Tensor<2>, norm: &RmsNorm, mixture: &Mixture<'_>) -> Te
     let shared = gated_few(Input::Plain(&x), gate, up).expect(took);
     let shared = few(Input::Plain(&shared), &[down]).expect(took);
     let x = cube(x);
-    let gated = visits(&x, &ids, [&stack.gate, &stack.up], stack, true, k);
-    let parts = visits(&gated, &ids, [&stack.down; 2], stack, false, k);
+    let gated = visits(&x, &ids, [&stack.gate, &stack.up], stack, true);
+    let parts = visits(&gated, &ids, [&stack.down; 2], stack, false);
     let h = own(cube(h));
-    let cols = h.meta.shape()[1];
+    let [n, cols] = h.meta.shape().dims::<2>();
+    let total = n * cols;
     let client = h.client.clone();
     let dim = CubeDim::new_1d(UNITS as u32);
-    // SAFETY: a unit below `cols` adds to its element of `h` those of the `k` rows of `parts`, and of `shared`.
+    // SAFETY: a unit below `total` adds to its element of `h` those of its token's `k` rows of `parts`, and of `shared`.
     unsafe {
         grouped::combine::launch_unchecked(
             &client,
-            calculate_cube_count_elemwise(&client, cols, dim),
+            calculate_cube_count_elemwise(&client, total, dim),
             dim,
             parts.into_buffer_arg(),
             cube(shared).into_buffer_arg(),
             weights.into_buffer_arg(),
             h.clone().into_buffer_arg(),
             cols as u32,
+            total as u32,
             k,
         );
     }
     tensor(h)
 }
 
-/// The `k` experts of the token, and what they and the shared one count.
+/// The `k` experts of each token, and what they and the shared one count.
 fn route(scores: &CubeTensor, experts: usize, k: usize, normed: bool) -> (CubeTensor, CubeTensor) {
-    let ids = empty(scores, [k], DType::I32);
-    let weights = empty(scores, [k + 1], DType::F32);
+    let n = scores.meta.shape()[0];
+    let ids = empty(scores, [n * k], DType::I32);
+    let weights = empty(scores, [n, k + 1], DType::F32);
     let client = scores.client.clone();
-    // SAFETY: one cube reads the scores of all experts and of the gate behind them, and writes both.
+    // SAFETY: a cube a token reads its scores of all experts and of the gate behind them, and writes its part of both.
     unsafe {
         grouped::route::launch_unchecked(
             &client,
-            CubeCount::Static(1, 1, 1),
+            CubeCount::Static(n as u32, 1, 1),
             CubeDim::new_1d(UNITS as u32),
             scores.clone().into_buffer_arg(),
             ids.clone().into_buffer_arg(),
@@ -87,18 +89,18 @@ fn route(scores: &CubeTensor, experts: usize, k: usize, normed: bool) -> (CubeTe
     (ids, weights)
 }
 
-/// Products with the matrices of the experts `ids`, `[k, rows]`; `gated` of both, else of the first. `x` has one row,
-/// or one for each.
+/// Products with the matrices of the experts `ids`, `[visits, rows]`; `gated` of both, else of the first. As many visits
+/// share a row of `x` as there are for each.
 fn visits(
     x: &CubeTensor,
     ids: &CubeTensor,
     matrices: [&Weight; 2],
     stack: &Stack,
     gated: bool,
-    k: usize,
 ) -> CubeTensor {
-    let [each_row, cols] = x.meta.shape().dims::<2>();
-    let each = each_row > 1;
+    let [n, cols] = x.meta.shape().dims::<2>();
+    let all = ids.meta.shape()[0];
+    let per_row = all / n;
     let client = x.client.clone();
     let planes = has_planes(&client);
     let dim = CubeDim::new_1d(UNITS as u32);
@@ -106,7 +108,7 @@ fn visits(
         Weight::Dense(all) => all.dims()[0] / stack.count,
         Weight::Packed { shape, .. } => shape.rows,
     };
-    let out = empty(x, [k, rows], DType::F32);
+    let out = empty(x, [all, rows], DType::F32);
     let buffers = matrices.map(|matrix| match matrix {
         Weight::Dense(all) => cube(all.clone()),
         Weight::Packed { bytes, .. } => cube(bytes.clone()),
@@ -119,18 +121,18 @@ fn visits(
         match stored {
             Stored::Dense(numbers) => {
                 let vectors = cols / numbers.per_vector();
-                let group = group_units(rows * k, vectors);
+                let group = group_units(rows * all, vectors);
                 let plan = VisitPlan {
                     numbers,
                     group,
                     ahead: (vectors / group).clamp(1, 4),
                     gated,
-                    each,
+                    per_row,
                     planes,
                 };
                 grouped::dense_visits::launch_unchecked(
                     &client,
-                    CubeCount::Static(rows.div_ceil(UNITS / group) as u32, k as u32, 1),
+                    CubeCount::Static(rows.div_ceil(UNITS / group) as u32, all as u32, 1),
                     dim,
                     x.clone().into_buffer_arg(),
                     ids.clone().into_buffer_arg(),
@@ -159,7 +161,7 @@ fn visits(
                 let (rows, fours) = (rows as u32, cols as u32 / 4);
                 grouped::packed_visits::launch_unchecked(
                     &client,
-                    CubeCount::Static(rows.div_ceil(ROWS as u32), k as u32, 1),
+                    CubeCount::Static(rows.div_ceil(ROWS as u32), all as u32, 1),
                     dim,
                     x.clone().into_buffer_arg(),
                     ids.clone().into_buffer_arg(),
@@ -167,7 +169,7 @@ fn visits(
                     w1.into_buffer_arg(),
                     out.clone().into_buffer_arg(),
                     SizesLaunch::new(rows, rows, rows, fours, 1, 0.0, 1.0),
-                    each,
+                    per_row,
                     plan,
                 );
             }

@@ -270,11 +270,14 @@ fn a_mixture_chosen_on_the_device_is_one_chosen_on_the_host() {
         })
     };
     for kind in kinds(&device) {
-        for (count, k, norm_topk_prob, hidden, intermediate) in
-            [(60, 8, true, 128, 48), (2, 1, false, 32, 320)]
-        {
-            let what = format!("{kind:?}, {k} of {count}");
-            let [h, h_ref] = pair(&wave(hidden, 0.37), [1, hidden], &device);
+        for (n, count, k, norm_topk_prob, hidden, intermediate) in [
+            (1, 60, 8, true, 128, 48),
+            (1, 2, 1, false, 32, 320),
+            (3, 60, 8, false, 128, 48),
+            (8, 5, 2, true, 32, 320),
+        ] {
+            let what = format!("{kind:?}, {k} of {count} for {n}");
+            let [h, h_ref] = pair(&wave(n * hidden, 0.37), [n, hidden], &device);
             let [norm, norm_ref] = norms(hidden, &device);
             let [router, router_ref] = matrix(kind, [count, hidden], false, &device);
             let [own_gate, own_gate_ref] = matrix(kind, [1, hidden], false, &device);
@@ -304,33 +307,35 @@ fn a_mixture_chosen_on_the_device_is_one_chosen_on_the_host() {
             let x = &norm_ref;
             let scores = portable::project(&h_ref, x, [&router_ref, &own_gate_ref]);
             let scores = values(scores);
-            let exps: Vec<f32> = scores[..count].iter().map(|score| score.exp()).collect();
-            let mut order: Vec<usize> = (0..count).collect();
-            order.sort_by(|a, b| exps[*b].total_cmp(&exps[*a]).then(a.cmp(b)));
-            order.truncate(k);
-            let kept: f32 = order.iter().map(|expert| exps[*expert]).sum();
-            let all: f32 = exps.iter().sum();
-            let divisor = if norm_topk_prob { kept } else { all };
             let plain = |weight: Weight| Linear {
                 weight,
                 bias: None,
                 adapters: Vec::new(),
             };
-            let each = order.iter().map(|&expert| {
-                let parts = [&gate_ref, &gate_ref, &down_ref];
-                let linears = parts.map(|weight| plain(weight.part(expert, count)));
-                (linears, exps[expert] / divisor)
-            });
             let own = [&ups[1], &ups[1], &own_down[1]].map(Linear::clone);
-            let each: Vec<_> = each
-                .chain([(own, 1.0 / (1.0 + (-scores[count]).exp()))])
-                .collect();
-            let visits = each.iter().map(|([gate, up, down], weight)| Visit {
+            let mut each = Vec::new();
+            for (token, scores) in scores.chunks_exact(count + 1).enumerate() {
+                let exps: Vec<f32> = scores[..count].iter().map(|score| score.exp()).collect();
+                let mut order: Vec<usize> = (0..count).collect();
+                order.sort_by(|a, b| exps[*b].total_cmp(&exps[*a]).then(a.cmp(b)));
+                order.truncate(k);
+                let kept: f32 = order.iter().map(|expert| exps[*expert]).sum();
+                let all: f32 = exps.iter().sum();
+                let divisor = if norm_topk_prob { kept } else { all };
+                for expert in order {
+                    let parts = [&gate_ref, &gate_ref, &down_ref];
+                    let linears = parts.map(|weight| plain(weight.part(expert, count)));
+                    each.push((linears, token, exps[expert] / divisor));
+                }
+                let gate = 1.0 / (1.0 + (-scores[count]).exp());
+                each.push((own.clone(), token, gate));
+            }
+            let visits = each.iter().map(|([gate, up, down], token, weight)| Visit {
                 gate,
                 up,
                 down,
                 route: crate::ops::Route {
-                    tokens: vec![0],
+                    tokens: vec![*token as u32],
                     weights: vec![*weight],
                 },
             });
