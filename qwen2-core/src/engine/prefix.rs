@@ -130,29 +130,33 @@ impl PrefixCache {
         goes_on: bool,
     ) -> usize {
         let tokens = &tokens[..cache.n_tokens()];
-        let (mut added, clock) = (0, self.clock);
-        let mut children = &mut self.tree_or_new(network).children;
+        let Self {
+            trees,
+            bytes,
+            clock,
+        } = self;
+        let mut children = &mut tree_or_new(trees, network).children;
         let mut n_whole = 0;
         for (index, part) in tokens.chunks(cache.page_capacity()).enumerate() {
             let page = || cache.page(index);
             if part.len() < cache.page_capacity() {
                 if part.len() >= LEAST && (cache.shares_pages() || !goes_on) {
-                    added += add_tail(children, part, page, clock);
+                    *bytes += add_tail(children, part, page, *clock);
                 }
                 break;
             }
             let place = children.iter().position(|child| child.tokens == part);
             let place = place.unwrap_or_else(|| {
+                // Before anything changes: a device may have no memory for it.
+                let page = page();
                 // A page that holds the beginning of this one has no other use.
                 if let Some(place) = children.iter().position(|child| {
                     child.pins == 0 && child.children.is_empty() && part.starts_with(&child.tokens)
                 }) {
-                    let old = children.swap_remove(place);
-                    added -= old.page.bytes().cast_signed();
+                    *bytes -= children.swap_remove(place).page.bytes();
                 }
-                let page = page();
-                added += page.bytes().cast_signed();
-                children.push(Node::new(part, page, clock));
+                *bytes += page.bytes();
+                children.push(Node::new(part, page, *clock));
                 children.len() - 1
             });
             let child = &mut children[place];
@@ -162,7 +166,6 @@ impl PrefixCache {
             }
             children = &mut child.children;
         }
-        self.bytes = self.bytes.saturating_add_signed(added);
         n_whole
     }
 
@@ -190,21 +193,20 @@ impl PrefixCache {
             .iter_mut()
             .find(|tree| Arc::ptr_eq(&tree.network, network))
     }
+}
 
-    fn tree_or_new(&mut self, network: &Arc<Network>) -> &mut Tree {
-        let place = self
-            .trees
-            .iter()
-            .position(|tree| Arc::ptr_eq(&tree.network, network));
-        let place = place.unwrap_or_else(|| {
-            self.trees.push(Tree {
-                network: network.clone(),
-                children: Vec::new(),
-            });
-            self.trees.len() - 1
+fn tree_or_new<'a>(trees: &'a mut Vec<Tree>, network: &Arc<Network>) -> &'a mut Tree {
+    let place = trees
+        .iter()
+        .position(|tree| Arc::ptr_eq(&tree.network, network));
+    let place = place.unwrap_or_else(|| {
+        trees.push(Tree {
+            network: network.clone(),
+            children: Vec::new(),
         });
-        &mut self.trees[place]
-    }
+        trees.len() - 1
+    });
+    &mut trees[place]
 }
 
 impl Node {
@@ -225,7 +227,7 @@ fn add_tail(
     tokens: &[u32],
     page: impl FnOnce() -> Page,
     clock: u64,
-) -> i64 {
+) -> u64 {
     if children
         .iter()
         .any(|child| child.tokens.starts_with(tokens))
@@ -233,7 +235,7 @@ fn add_tail(
         return 0;
     }
     let page = page();
-    let bytes = page.bytes().cast_signed();
+    let bytes = page.bytes();
     let shorter = |child: &&mut Node| tokens.starts_with(&child.tokens);
     match children.iter_mut().find(shorter) {
         Some(child) => {

@@ -246,11 +246,8 @@ impl Scheduler {
 
     fn begin(&mut self, mut running: Running, found: Option<Found>) {
         let found = found.filter(|found| found.n_tokens > 0);
-        let cached = found.as_ref().map_or(0, |found| found.n_tokens);
         self.spare.give(&running.network, &mut running.cache);
-        if let Some(found) = found {
-            running.cache.adopt(found.pages, found.n_tokens);
-        }
+        let cached = found.map_or(0, |found| running.adopt(found));
         if running.first.is_none() {
             running.started = Instant::now();
             running.sequence.set_cached(cached);

@@ -196,7 +196,8 @@ impl Cache {
             self.grow(n_tokens);
         }
         let capacity = self.page_capacity();
-        for (index, page) in pages.iter().enumerate() {
+        let n_pages = n_tokens.div_ceil(capacity);
+        for (index, page) in pages.iter().take(n_pages).enumerate() {
             let start = index * capacity;
             let end = n_tokens.next_multiple_of(CACHE_BLOCK).min(start + capacity);
             for (layer, page) in self.layers.iter_mut().zip(&page.layers) {

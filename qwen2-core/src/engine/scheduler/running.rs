@@ -4,11 +4,12 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use super::super::outlet::Outlet;
-use super::super::prefix::PrefixCache;
+use super::super::prefix::{Found, PrefixCache};
 use super::super::queue::Place;
 use super::super::worker::Waiting;
 use super::Share;
 use crate::error::{Error, Result};
+use crate::fence::fenced;
 use crate::generate::{Network, Piece, Sequence, Timings};
 use crate::model::cache::Cache;
 use crate::model::{Part, Rows};
@@ -91,10 +92,28 @@ impl Running {
         }
     }
 
-    /// Gives what its cache holds to the prefix tree; whether it goes on behind it.
+    /// Begins with what others have computed; with how many tokens. Where a device has no memory for its
+    /// copies, the sequence reads them itself.
+    pub(super) fn adopt(&mut self, found: Found) -> usize {
+        let n_tokens = found.n_tokens;
+        match fenced(|| self.cache.adopt(found.pages, n_tokens)) {
+            Ok(()) => n_tokens,
+            Err(why) => {
+                tracing::warn!(why, "a shared prefix was not copied");
+                self.cache.clear();
+                0
+            }
+        }
+    }
+
+    /// Gives what its cache holds to the prefix tree, as far as a device has memory for its copies; whether
+    /// it goes on behind it.
     pub(super) fn share(&mut self, prefix: &mut PrefixCache, goes_on: bool) {
         let (tokens, pinned) = (self.sequence.tokens(), self.n_pinned);
-        self.n_pinned = prefix.add(&self.network, tokens, &self.cache, pinned, goes_on);
+        match fenced(|| prefix.add(&self.network, tokens, &self.cache, pinned, goes_on)) {
+            Ok(n_pinned) => self.n_pinned = n_pinned,
+            Err(why) => tracing::warn!(why, "a prefix was not copied to be shared"),
+        }
         self.shared = true;
     }
 
