@@ -413,6 +413,33 @@ mod tests {
         assert!(reserved[1] <= reserved[0], "{reserved:?}");
     }
 
+    /// Copies of prompts and the buffers of the last request, too.
+    #[test]
+    fn what_an_engine_took_of_the_device_goes_back_with_it() {
+        let test = "what_an_engine_took_of_the_device_goes_back_with_it";
+        let (mut reserved, mut kept) = (Vec::new(), 0);
+        for _ in 0..2 {
+            let Some([model, _]) = models(test, "../../examples/demo-model") else {
+                return;
+            };
+            let device = model.inner.host.network.qwen2.cache_shape.device.clone();
+            let mut options = GenerateOptions::greedy().max_new_tokens(20);
+            options.ignore_eos = true;
+            let engine = model.engine().build().unwrap();
+            for cached in [0, 54] {
+                let prompt = Prompt::Tokens((5..60).collect());
+                let generation = engine.generate(prompt, &options).unwrap();
+                assert_eq!(generation.usage.cached_tokens, cached);
+            }
+            kept = engine.stats().cache_bytes;
+            drop((engine, model));
+            reserved.push(replay::reserved(&device));
+        }
+        // An engine's thread has a stream of its own, of which cubecl keeps some kilobytes.
+        let more = reserved[1].saturating_sub(reserved[0]);
+        assert!(more < kept / 16, "{reserved:?}, {kept} kept");
+    }
+
     #[test]
     fn a_greedy_answer_goes_on_by_itself() {
         let Some([ours, theirs]) = models("a_greedy_answer_goes_on_by_itself", "gqa7") else {
