@@ -1,13 +1,17 @@
 #!/usr/bin/env bash
 # One GPU: what it copies and multiplies in a second, transformers, and our speed in each shape and precision.
 #   benches/gpu/run.sh QWEN2 [DEVICE] [SHAPES...]    a command built by scripts/gpu/build; Python with torch
-# A line of JSON each; the shares that docs/performance.md reports are of the copy's bytes, read and written.
+# First the kernels' tests, where qwen2-tests lies beside QWEN2. Then a line of JSON each; the shares that
+# docs/performance.md reports are of the copy's bytes, read and written.
 set -euo pipefail
 here=$(dirname "$0")
 qwen2=$1 device=${2:-cuda}
 shift $(($# > 2 ? 2 : $#))
 shapes=("$@")
 [ ${#shapes[@]} -gt 0 ] || shapes=(0.5b 1.5b 7b 57b-a14b)
+tests=$(dirname "$qwen2")/qwen2-tests
+[ ! -x "$tests" ] || QWEN2_TEST_DEVICE=$device "$tests" --test-threads 1 ops::gpu ||
+    echo '{"engine": "tests", "error": "they failed"}'
 python3 "$here/transformers_gpu.py" --shapes 0.5b 1.5b 7b || echo '{"engine": "transformers", "error": "it failed"}'
 for shape in "${shapes[@]}"; do
     for precision in bf16 q8 q4; do
