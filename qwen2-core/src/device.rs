@@ -258,12 +258,28 @@ impl Device {
 /// How many real GPUs the backend sees; `None` where it cannot tell.
 fn adapters(backend: Backend) -> Option<usize> {
     #[cfg(feature = "wgpu")]
-    if matches!(backend, Backend::Wgpu | Backend::Vulkan | Backend::Metal) {
-        let count = fenced(|| BurnDevice::enumerate_physical().len());
-        return count.ok();
+    {
+        use burn::tensor::DeviceType;
+        let kind = match backend {
+            Backend::Wgpu => DeviceType::Wgpu,
+            #[cfg(feature = "vulkan")]
+            Backend::Vulkan => DeviceType::Vulkan,
+            #[cfg(feature = "metal")]
+            Backend::Metal => DeviceType::Metal,
+            _ => return None,
+        };
+        let is_card = |device: &BurnDevice| {
+            let identity = device.identity();
+            identity.is_some_and(|identity| identity.physical.is_some())
+        };
+        let count = || BurnDevice::enumerate(kind).iter().filter(is_card).count();
+        return fenced(count).ok();
     }
-    let _ = backend;
-    None
+    #[cfg(not(feature = "wgpu"))]
+    {
+        let _ = backend;
+        None
+    }
 }
 
 /// Whether the driver's library can be loaded; asking the backend would panic without it.

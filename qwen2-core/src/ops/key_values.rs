@@ -87,7 +87,7 @@ impl KeyValues {
         let dims = |width| [kv_heads, capacity, width];
         let mut taken = |width, dtype| zeros_of(arena.as_deref_mut()?, dims(width), dtype);
         let mut floats = |width, dtype| {
-            let zeros = || Tensor::zeros(dims(width), (device, dtype));
+            let zeros = || super::settled(Tensor::zeros(dims(width), (device, dtype)));
             taken(width, dtype).map_or_else(zeros, |data| Tensor::from_data(data, (device, dtype)))
         };
         match format {

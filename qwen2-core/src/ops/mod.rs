@@ -294,13 +294,13 @@ pub(crate) fn attention(
     portable::attention(q, pages, visible)
 }
 
-/// A matrix as the kernels want it for good: burn pads the rows of some on GPUs.
-pub(crate) fn settled(matrix: Tensor<2>) -> Tensor<2> {
+/// A tensor as the kernels want it for good: burn pads the rows of some on GPUs.
+pub(crate) fn settled<const D: usize>(tensor: Tensor<D>) -> Tensor<D> {
     #[cfg(feature = "gpu")]
-    if gpu::takes(&matrix) {
-        return gpu::settled(matrix);
+    if gpu::takes(&tensor) {
+        return gpu::settled(tensor);
     }
-    matrix
+    tensor
 }
 
 /// Rows `tokens` of a matrix as f32, `[n, in_features]`: the matrix as an embedding table.

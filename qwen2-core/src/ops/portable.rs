@@ -214,13 +214,8 @@ fn linear(x: Tensor<2>, matrix: &Linear) -> Tensor<2> {
         }
     };
     let weight = weight.transpose(); // [in, out]
-    let y = if weight.dtype() == DType::F32 || cfg!(not(feature = "cuda")) {
-        // One precision for both sides: backends differ in what they mix.
-        x.matmul(weight.cast(DType::F32))
-    } else {
-        let dtype = weight.dtype();
-        x.cast(dtype).matmul(weight).cast(DType::F32)
-    };
+    // One precision for both sides: backends differ in what they mix.
+    let y = x.matmul(weight.cast(DType::F32));
     match &matrix.bias {
         Some(bias) => y + bias.clone().cast(DType::F32).unsqueeze(),
         None => y,

@@ -10,7 +10,7 @@ use burn_cubecl::tensor::CubeTensor;
 
 use super::attention::{self, AttentionPlan, MAX_SPLITS, SpanLaunch, TILE};
 use super::reduce::{UNITS, has_planes};
-use super::{cache, norm};
+use super::{cache, norm, product, prompt};
 use crate::ops::{Angles, Place, RmsNorm};
 
 /// Whether the tensor lives where these kernels run.
@@ -237,6 +237,12 @@ pub(super) fn attend(
     let q = cube(q);
     let (keys, values) = (cube(keys.clone()), cube(values.clone()));
     let client = q.client.clone();
+    if let Start::At(n_past) = start
+        && n > product::FEW
+        && prompt::takes(&client, elem(keys.dtype), head_dim)
+    {
+        return attend_prompt(q, &keys, values, n_past, window);
+    }
     // Placed, as many as there can ever be.
     let end = match start {
         Start::At(n_past) => n_past + n,
@@ -297,6 +303,51 @@ pub(super) fn attend(
                 plan.planes,
             );
         }
+    }
+    tensor(out)
+}
+
+fn shape(cube: &CubeTensor) -> [usize; 3] {
+    cube.meta.shape().dims()
+}
+
+/// As [`attend`], for what [`prompt::takes`].
+fn attend_prompt(
+    q: CubeTensor,
+    keys: &CubeTensor,
+    values: CubeTensor,
+    n_past: usize,
+    window: Option<usize>,
+) -> Tensor<2> {
+    let [n, heads, head_dim] = shape(&q);
+    let [kv_heads, capacity, _] = shape(keys);
+    let out = empty(&q, [n, heads * head_dim], DType::F32);
+    let client = q.client.clone();
+    // SAFETY: cube (block, head) writes the queries of its block below `n`, at its head; it reads positions below
+    // `n_past + n`, which the caches hold.
+    unsafe {
+        prompt::attend_prompt::launch_unchecked(
+            &client,
+            CubeCount::Static(n.div_ceil(prompt::QUERIES) as u32, heads as u32, 1),
+            CubeDim::new_1d(prompt::UNITS as u32),
+            q.into_buffer_arg(),
+            keys.clone().into_buffer_arg(),
+            values.into_buffer_arg(),
+            out.clone().into_buffer_arg(),
+            SpanLaunch::new(
+                n_past as u32,
+                window.unwrap_or(u32::MAX as usize) as u32,
+                capacity as u32,
+                0,
+                1.0 / (head_dim as f32).sqrt(),
+            ),
+            n as u32,
+            prompt::PromptPlan {
+                group: heads / kv_heads,
+                head_dim,
+            },
+            elem(keys.dtype),
+        );
     }
     tensor(out)
 }

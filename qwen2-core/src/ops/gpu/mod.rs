@@ -23,6 +23,7 @@ mod mixture;
 mod norm;
 mod packed;
 mod product;
+mod prompt;
 mod reduce;
 pub(crate) mod replay;
 #[cfg(test)]
@@ -184,8 +185,8 @@ pub(crate) fn on_gpu(weight: &Weight) -> bool {
 }
 
 /// As [`super::settled`].
-pub(crate) fn settled(matrix: Tensor<2>) -> Tensor<2> {
-    cube::tensor(cube::cube(matrix))
+pub(crate) fn settled<const D: usize>(tensor: Tensor<D>) -> Tensor<D> {
+    cube::tensor(cube::cube(tensor))
 }
 
 /// As [`super::embed`].

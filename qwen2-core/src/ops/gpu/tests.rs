@@ -92,13 +92,20 @@ fn attention_is_that_of_tensors() {
     let Some(device) = device("attention_is_that_of_tensors") else {
         return;
     };
-    for (heads, kv_heads, head_dim, window) in [
+    let mut dtypes = vec![(DType::F32, 2e-5)];
+    let halves = [(DType::F16, 2e-3), (DType::BF16, 1e-2)];
+    dtypes.extend(halves.into_iter().filter(|of| device.supports_dtype(of.0)));
+    let shapes = [
         (4, 2, 64, None),
         (7, 1, 128, None),
         (6, 2, 40, Some(50)),
         (2, 2, 16, Some(1)),
-    ] {
-        let format = CacheFormat::Floats(DType::F32);
+        (2, 1, 32, Some(40)),
+    ];
+    for ((dtype, tolerance), (heads, kv_heads, head_dim, window)) in
+        dtypes.into_iter().flat_map(|of| shapes.map(|shape| (of, shape)))
+    {
+        let format = CacheFormat::Floats(dtype);
         let on = [&device, &Device::flex()];
         let mut pages = on.map(|on| vec![KeyValues::zeros(format, [kv_heads, 256, head_dim], on)]);
         let mut n_past = 0;
@@ -118,11 +125,12 @@ fn attention_is_that_of_tensors() {
             let (q_ref, page) =
                 portable::append(qkv_ref, &tables[1], std::mem::take(theirs), n_past);
             *theirs = page;
-            let what = format!("{n} after {n_past}, {heads} heads of {head_dim}, {window:?}");
+            let what =
+                format!("{n} after {n_past}, {heads} heads of {head_dim}, {window:?}, {dtype:?}");
             assert_near(&values(q.clone()), &values(q_ref.clone()), 1e-5, &what);
             let out = values(attention(q, ours, visible));
             let want = values(portable::attention(q_ref, theirs, visible));
-            assert_near(&out, &want, 2e-5, &what);
+            assert_near(&out, &want, tolerance, &what);
             n_past += n;
         }
     }
