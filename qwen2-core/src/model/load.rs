@@ -1,5 +1,7 @@
 //! Named weights → the network.
 
+use std::ops::Range;
+
 use burn::tensor::{Bytes, DType, Device, Tensor, TensorData};
 
 use super::attention::Attention;
@@ -49,14 +51,18 @@ pub(crate) fn load(
         cache_format,
         yarn_when_needed,
     } = settings;
-    let mut source = Source { device, get };
+    let mut source = Source {
+        device,
+        get,
+        joins: false,
+    };
     let embed_tokens = source.matrix("model.embed_tokens.weight")?;
     #[cfg(feature = "gpu")]
-    let stacks = ops::on_gpu(&embed_tokens);
-    #[cfg(not(feature = "gpu"))]
-    let stacks = false;
+    {
+        source.joins = ops::on_gpu(&embed_tokens);
+    }
     let layers = (0..config.num_hidden_layers)
-        .map(|index| layer(config, &mut source, index, stacks))
+        .map(|index| layer(config, &mut source, index))
         .collect::<Result<_>>()?;
     let norm = source.norm("model.norm", config.rms_norm_eps)?;
     let lm_head = if tied {
@@ -95,20 +101,18 @@ pub(crate) fn load(
     Ok(qwen2)
 }
 
-/// `stacks`: the experts go into one piece.
-fn layer(
-    config: &ModelConfig,
-    source: &mut Source<'_>,
-    index: usize,
-    stacks: bool,
-) -> Result<DecoderLayer> {
+fn layer(config: &ModelConfig, source: &mut Source<'_>, index: usize) -> Result<DecoderLayer> {
     let at = |name: &str| format!("model.layers.{index}.{name}");
+    let [q_proj, k_proj, v_proj] = source.linears(
+        ["q", "k", "v"].map(|name| at(&format!("self_attn.{name}_proj"))),
+        true,
+    )?;
     Ok(DecoderLayer {
         input_layernorm: source.norm(&at("input_layernorm"), config.rms_norm_eps)?,
         self_attn: Attention {
-            q_proj: source.linear(&at("self_attn.q_proj"), true)?,
-            k_proj: source.linear(&at("self_attn.k_proj"), true)?,
-            v_proj: source.linear(&at("self_attn.v_proj"), true)?,
+            q_proj,
+            k_proj,
+            v_proj,
             o_proj: source.linear(&at("self_attn.o_proj"), false)?,
             sliding_window: config.layer_sliding_windows[index],
         },
@@ -116,17 +120,17 @@ fn layer(
             .norm(&at("post_attention_layernorm"), config.rms_norm_eps)?,
         mlp: match config.moe.as_ref().filter(|moe| moe.is_sparse(index)) {
             None => FeedForward::Dense(Box::new(source.mlp(&at("mlp"))?)),
-            Some(moe) => FeedForward::Sparse(Box::new(experts(moe, source, &at("mlp"), stacks)?)),
+            Some(moe) => FeedForward::Sparse(Box::new(experts(moe, source, &at("mlp"))?)),
         },
     })
 }
 
-fn experts(config: &MoeConfig, source: &mut Source<'_>, prefix: &str, stacks: bool) -> Result<Moe> {
+fn experts(config: &MoeConfig, source: &mut Source<'_>, prefix: &str) -> Result<Moe> {
     let router = source.linear(&format!("{prefix}.gate"), false)?;
     let names = (0..config.num_experts).map(|expert| format!("{prefix}.experts.{expert}"));
     let names: Vec<String> = names.collect();
     let mut stack = None;
-    let experts = match stacks {
+    let experts = match source.joins {
         true => {
             let each = ["gate_proj", "up_proj", "down_proj"];
             let [gates, ups, downs] = each.map(|name| source.stack(&names, name));
@@ -199,6 +203,26 @@ impl Kept {
         }
     }
 
+    /// Whether rows of the other can be read as rows of this one, behind its own.
+    fn goes_before(&self, other: &Self) -> bool {
+        match (self, other) {
+            (Self::Dense(a), Self::Dense(b)) => {
+                a.dtype() == b.dtype() && a.shape()[1..] == b.shape()[1..]
+            }
+            (Self::Packed(a, _), Self::Packed(b, _)) => {
+                a.format == b.format && a.cols == b.cols && a.rows.is_multiple_of(packed::ROWS)
+            }
+            _ => false,
+        }
+    }
+
+    fn rows(&self) -> usize {
+        match self {
+            Self::Dense(data) => data.shape()[0],
+            Self::Packed(shape, _) => shape.rows,
+        }
+    }
+
     /// All of it.
     pub(crate) fn bytes(&self) -> &[u8] {
         match self {
@@ -211,6 +235,29 @@ impl Kept {
 struct Source<'a> {
     device: &'a Device,
     get: &'a mut dyn FnMut(&str) -> Result<Kept>,
+    /// Matrices that are read together go into one piece: experts, and what one input is multiplied with.
+    joins: bool,
+}
+
+/// What is kept, each behind the other; they are alike but for their rows.
+fn joined(kept: &[Kept]) -> Option<Kept> {
+    let len = kept.iter().map(|kept| kept.bytes().len()).sum();
+    if len > LONGEST {
+        return None;
+    }
+    let mut bytes = Vec::with_capacity(len);
+    kept.iter()
+        .for_each(|kept| bytes.extend_from_slice(kept.bytes()));
+    let bytes = Bytes::from_bytes_vec(bytes);
+    let rows = kept.iter().map(Kept::rows).sum();
+    Some(match &kept[0] {
+        Kept::Dense(data) => {
+            let mut dims = data.shape().to_vec();
+            dims[0] = rows;
+            Kept::Dense(TensorData::from_bytes(bytes, dims, data.dtype()))
+        }
+        Kept::Packed(shape, _) => Kept::Packed(packed::Shape { rows, ..*shape }, bytes),
+    })
 }
 
 impl Source<'_> {
@@ -225,27 +272,78 @@ impl Source<'_> {
         let kept = prefixes.iter().map(get).collect::<Result<Vec<_>>>()?;
         let n = kept.len();
         let alike = kept.windows(2).all(|pair| pair[0].is_like(&pair[1]));
-        if !alike || n * kept[0].bytes().len() > LONGEST {
+        let Some(all) = alike.then(|| joined(&kept)).flatten() else {
             return Ok(Stacked {
                 all: None,
                 each: kept.into_iter().map(|kept| self.put(kept)).collect(),
             });
+        };
+        let mut all = self.put(all);
+        if let Weight::Packed { shape, .. } = &mut all {
+            shape.rows = kept[0].rows();
         }
-        let mut bytes = Vec::with_capacity(n * kept[0].bytes().len());
-        kept.iter()
-            .for_each(|kept| bytes.extend_from_slice(kept.bytes()));
-        let bytes = Bytes::from_bytes_vec(bytes);
-        let all = self.put(match &kept[0] {
-            Kept::Dense(data) => {
-                let shape = [n * data.shape()[0], data.shape()[1]];
-                Kept::Dense(TensorData::from_bytes(bytes, shape, data.dtype()))
-            }
-            Kept::Packed(shape, _) => Kept::Packed(*shape, bytes),
-        });
         Ok(Stacked {
             each: (0..n).map(|index| all.part(index, n)).collect(),
             all: Some(all),
         })
+    }
+
+    /// Linear layers of one input; their matrices are views of one where that can be.
+    fn linears<const N: usize>(&mut self, names: [String; N], bias: bool) -> Result<[Linear; N]> {
+        let mut linears = Vec::with_capacity(N);
+        if !self.joins {
+            for name in &names {
+                linears.push(self.linear(name, bias)?);
+            }
+        } else {
+            let weights = names.each_ref().map(|name| format!("{name}.weight"));
+            let weights =
+                self.views(&weights, Weight::rows, |source, kept| Ok(source.put(kept)))?;
+            let mut biases = vec![None; N];
+            if bias {
+                let names = names.each_ref().map(|name| format!("{name}.bias"));
+                let narrow = |all: &Tensor<1>, rows: Range<usize>| {
+                    all.clone().narrow(0, rows.start, rows.len())
+                };
+                let put = |source: &Self, kept| source.floats("bias", kept);
+                let each = self.views(&names, narrow, put)?;
+                biases = each.into_iter().map(Some).collect();
+            }
+            linears.extend(
+                weights
+                    .into_iter()
+                    .zip(biases)
+                    .map(|(weight, bias)| Linear {
+                        weight,
+                        bias,
+                        adapters: Vec::new(),
+                    }),
+            );
+        }
+        Ok(linears.try_into().expect("one for each name"))
+    }
+
+    /// Tensors by their names, as rows of one if they are alike.
+    fn views<T>(
+        &mut self,
+        names: &[String],
+        part: impl Fn(&T, Range<usize>) -> T,
+        put: impl Fn(&Self, Kept) -> Result<T>,
+    ) -> Result<Vec<T>> {
+        let get = |name: &String| (self.get)(name);
+        let kept = names.iter().map(get).collect::<Result<Vec<_>>>()?;
+        let joins = kept.windows(2).all(|pair| pair[0].goes_before(&pair[1]));
+        let Some(all) = joins.then(|| joined(&kept)).flatten() else {
+            return kept.into_iter().map(|kept| put(self, kept)).collect();
+        };
+        let all = put(self, all)?;
+        let mut first = 0;
+        let part = |kept: &Kept| {
+            let rows = first..first + kept.rows();
+            first = rows.end;
+            part(&all, rows)
+        };
+        Ok(kept.iter().map(part).collect())
     }
 
     /// A matrix on the device; a packed one may be several of its shape.
@@ -286,9 +384,13 @@ impl Source<'_> {
     }
 
     fn mlp(&mut self, name: &str) -> Result<Mlp> {
+        let [gate_proj, up_proj] = self.linears(
+            ["gate", "up"].map(|part| format!("{name}.{part}_proj")),
+            false,
+        )?;
         Ok(Mlp {
-            gate_proj: self.linear(&format!("{name}.gate_proj"), false)?,
-            up_proj: self.linear(&format!("{name}.up_proj"), false)?,
+            gate_proj,
+            up_proj,
             down_proj: self.linear(&format!("{name}.down_proj"), false)?,
         })
     }
@@ -302,7 +404,12 @@ impl Source<'_> {
 
     /// Norm weights and biases: a few kilobytes, kept in f32, where they are used.
     fn vector(&mut self, name: &str) -> Result<Tensor<1>> {
-        match (self.get)(name)? {
+        let kept = (self.get)(name)?;
+        self.floats(name, kept)
+    }
+
+    fn floats(&self, name: &str, kept: Kept) -> Result<Tensor<1>> {
+        match kept {
             Kept::Dense(data) => Ok(Tensor::from_data(
                 data.convert_dtype(DType::F32),
                 (self.device, DType::F32),

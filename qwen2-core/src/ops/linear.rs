@@ -1,6 +1,8 @@
 //! The parameters of a network: matrices, dense in the precision they are stored in or packed, and
 //! norms.
 
+use std::ops::Range;
+
 use burn::tensor::{Int, Tensor};
 
 use super::{LowRank, packed};
@@ -49,6 +51,27 @@ impl Weight {
                 Self::Packed {
                     shape: *shape,
                     bytes: bytes.clone().narrow(0, index * len, len),
+                }
+            }
+        }
+    }
+
+    /// Some of the rows; of a packed matrix whole panels, but for the last.
+    pub(crate) fn rows(&self, rows: Range<usize>) -> Self {
+        match self {
+            Self::Dense(all) => Self::Dense(all.clone().narrow(0, rows.start, rows.len())),
+            Self::Packed { shape, bytes } => {
+                let panel = bytes.dims()[0] / shape.panels();
+                let first = rows.start / packed::ROWS;
+                let shape = packed::Shape {
+                    rows: rows.len(),
+                    ..*shape
+                };
+                Self::Packed {
+                    shape,
+                    bytes: bytes
+                        .clone()
+                        .narrow(0, first * panel, shape.panels() * panel),
                 }
             }
         }

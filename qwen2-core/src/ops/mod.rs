@@ -179,7 +179,7 @@ pub(crate) fn mlp(h: Tensor<2>, norm: &RmsNorm, matrices: [&Linear; 3]) -> Tenso
     // [n, intermediate]
     let gated = part("norm, gate up", || match is_plain {
         #[cfg(feature = "gpu")]
-        true if gpu::takes(&h) => gpu::swiglu(&h, norm, gate, up),
+        true if gpu::takes(&h) => gpu::swiglu(&h, norm, matrices),
         true => portable::swiglu(&h, norm, gate, up),
         false => low_rank::gated(project(&h, norm, [gate, up])),
     });

@@ -4,13 +4,14 @@ use burn::backend::{BackendTensor, DispatchAutodiffContext, DispatchTensor, Disp
 use burn::tensor::{DType, Shape, Tensor};
 use burn_cubecl::cubecl::calculate_cube_count_elemwise;
 use burn_cubecl::cubecl::prelude::*;
+use burn_cubecl::cubecl::zspace::metadata::Metadata;
 use burn_cubecl::kernel::into_contiguous;
 use burn_cubecl::ops::numeric::empty_device_contiguous_dtype;
 use burn_cubecl::tensor::CubeTensor;
 
 use super::attention::{self, AttentionPlan, MAX_SPLITS, SpanLaunch, TILE};
 use super::reduce::{UNITS, has_planes};
-use super::{cache, norm, product, prompt};
+use super::{cache, elementwise, norm, product, prompt};
 use crate::ops::{Angles, Place, RmsNorm};
 
 /// Whether the tensor lives where these kernels run.
@@ -94,11 +95,12 @@ pub(super) fn elem(dtype: DType) -> burn_cubecl::cubecl::ir::ElemType {
     burn::backend::cubecl::dtype_to_storage_type(dtype)
 }
 
-pub(super) fn rms_norm(x: &Tensor<2>, norm: &RmsNorm) -> Tensor<2> {
+/// The norm of each row, in numbers of `dtype`.
+pub(super) fn rms_norm(x: &Tensor<2>, norm: &RmsNorm, dtype: DType) -> Tensor<2> {
     let [n, cols] = x.dims();
     let x = cube(x.clone());
     let weight = cube(norm.weight.clone());
-    let out = empty(&x, [n, cols], DType::F32);
+    let out = empty(&x, [n, cols], dtype);
     let client = x.client.clone();
     // SAFETY: a cube writes one row of `out`, and reads the same of `x` and all of the weight.
     unsafe {
@@ -112,34 +114,115 @@ pub(super) fn rms_norm(x: &Tensor<2>, norm: &RmsNorm) -> Tensor<2> {
             cols as u32,
             norm.eps as f32,
             has_planes(&client),
-            elem(DType::F32),
+            elem(dtype),
         );
     }
     tensor(out)
 }
 
-/// `silu(gate) · up`, element by element.
-pub(super) fn silu_times(gate: Tensor<2>, up: Tensor<2>) -> Tensor<2> {
-    let shape = gate.dims();
-    let (gate, up) = (cube(gate), cube(up));
-    let out = empty(&gate, shape, gate.dtype);
-    let total = shape[0] * shape[1];
+/// `silu(gate) · up`, number by number, in `dtype`.
+pub(super) fn silu_times(gate: Tensor<2>, up: Tensor<2>, dtype: DType) -> Tensor<2> {
+    let [n, width] = gate.dims();
+    gated(cube(gate), cube(up), [n, width], [width, 0], dtype)
+}
+
+/// As [`silu_times`] of the left and the right half of each row.
+pub(super) fn silu_halves(both: Tensor<2>, dtype: DType) -> Tensor<2> {
+    let [n, width] = both.dims();
+    let both = cube(both);
+    gated(
+        both.clone(),
+        both,
+        [n, width / 2],
+        [width, width / 2],
+        dtype,
+    )
+}
+
+fn gated(
+    gate: CubeTensor,
+    up: CubeTensor,
+    [n, width]: [usize; 2],
+    [stride, first_up]: [usize; 2],
+    dtype: DType,
+) -> Tensor<2> {
+    let out = empty(&gate, [n, width], dtype);
     let client = gate.client.clone();
     let dim = CubeDim::new_1d(UNITS as u32);
-    // SAFETY: a unit reads and writes the element of its place, below `total`, which all three have.
+    // SAFETY: a unit below `n · width` writes its number, and reads one of each matrix, whose `n` rows are
+    // `stride` long, with `first_up + width` of them at most.
     unsafe {
-        norm::silu_times::launch_unchecked(
+        elementwise::silu_times::launch_unchecked(
             &client,
-            calculate_cube_count_elemwise(&client, total, dim),
+            calculate_cube_count_elemwise(&client, n * width, dim),
             dim,
             gate.into_buffer_arg(),
             up.into_buffer_arg(),
             out.clone().into_buffer_arg(),
-            total as u32,
-            elem(out.dtype),
+            width as u32,
+            stride as u32,
+            first_up as u32,
+            (n * width) as u32,
+            elem(dtype),
         );
     }
     tensor(out)
+}
+
+/// The same numbers in `dtype`, rows without gaps, which burn's own may have.
+pub(super) fn cast(x: &Tensor<2>, dtype: DType) -> Tensor<2> {
+    let dims = x.dims();
+    if x.dtype() == dtype {
+        return x.clone();
+    }
+    if x.dtype() != DType::F32 {
+        return x.clone().cast(dtype);
+    }
+    let x = cube(x.clone());
+    let out = empty(&x, dims, dtype);
+    let total = dims[0] * dims[1];
+    let client = x.client.clone();
+    let dim = CubeDim::new_1d(UNITS as u32);
+    // SAFETY: a unit below `total` reads and writes the number of its place, which both have.
+    unsafe {
+        elementwise::convert::launch_unchecked(
+            &client,
+            calculate_cube_count_elemwise(&client, total, dim),
+            dim,
+            x.into_buffer_arg(),
+            out.clone().into_buffer_arg(),
+            total as u32,
+            elem(dtype),
+        );
+    }
+    tensor(out)
+}
+
+/// Tensors that lie behind each other in one buffer, as one.
+pub(super) fn behind(parts: &[CubeTensor]) -> Option<CubeTensor> {
+    let (first, last) = (parts.first()?, parts.last()?);
+    let start = |part: &CubeTensor| part.handle.offset_start.unwrap_or(0);
+    let (mut end, mut rows) = (start(first), 0);
+    let shape = |part: &CubeTensor| part.meta.shape().to_vec();
+    for part in parts {
+        let goes_on = part.handle.memory.descriptor() == first.handle.memory.descriptor()
+            && start(part) == end
+            && part.dtype == first.dtype
+            && shape(part)[1..] == shape(first)[1..]
+            && part.is_contiguous();
+        if !goes_on {
+            return None;
+        }
+        rows += shape(part)[0];
+        end += (shape(part).iter().product::<usize>() * part.dtype.size()) as u64;
+    }
+    let mut dims = shape(first);
+    dims[0] = rows;
+    let mut whole = first.clone();
+    whole.handle.offset_end = last.handle.offset_end;
+    let strides = first.meta.strides().clone();
+    whole.meta = Box::new(Metadata::new(Shape::from(dims), strides));
+    Some(whole)
 }
 
 /// Where new tokens go: behind so many positions, or behind those that `place` says, on the device.

@@ -33,7 +33,7 @@ pub(crate) fn takes_mixture(h: &Tensor<2>, mixture: &Mixture<'_>) -> bool {
 pub(crate) fn mixture(h: Tensor<2>, norm: &RmsNorm, mixture: &Mixture<'_>) -> Tensor<2> {
     let stack = mixture.stack;
     let k = mixture.num_experts_per_tok;
-    let x = rms_norm(&h, norm);
+    let x = rms_norm(&h, norm, DType::F32);
     let took = "`takes_mixture` was asked";
     let scores = few(Input::Plain(&x), &[mixture.router, mixture.shared_gate]).expect(took);
     let (ids, weights) = route(&cube(scores), stack.count, k, mixture.norm_topk_prob);

@@ -17,6 +17,7 @@ mod check;
 mod choice;
 mod cube;
 mod dense;
+mod elementwise;
 mod grouped;
 mod matmul;
 mod mixture;
@@ -48,7 +49,10 @@ pub(crate) fn project<const N: usize>(
     if let Some(y) = few(Input::Normed(x, norm), &matrices) {
         return y;
     }
-    let x = normed(x, norm);
+    let x = cube::rms_norm(x, norm, product::input_type(x, &matrices));
+    if let Some(all) = product::united(x.dims()[0], &matrices) {
+        return linear(&x, &all);
+    }
     let parts = matrices.map(|matrix| linear(&x, matrix));
     match N {
         1 => parts.into_iter().next().expect("one"),
@@ -58,7 +62,7 @@ pub(crate) fn project<const N: usize>(
 
 /// The norm alone, as f32.
 pub(crate) fn normed(x: &Tensor<2>, norm: &RmsNorm) -> Tensor<2> {
-    cube::rms_norm(x, norm)
+    cube::rms_norm(x, norm, DType::F32)
 }
 
 /// As [`super::add_project`].
@@ -69,11 +73,15 @@ pub(crate) fn add_project(h: Tensor<2>, x: &Tensor<2>, matrix: &Linear) -> Tenso
     }
 }
 
-/// `silu(gate(x)) · up(x)` of `x` after the norm.
-pub(crate) fn swiglu(h: &Tensor<2>, norm: &RmsNorm, gate: &Linear, up: &Linear) -> Tensor<2> {
+/// `silu(gate(x)) · up(x)` of `x` after the norm, as `down` takes it.
+pub(crate) fn swiglu(h: &Tensor<2>, norm: &RmsNorm, [gate, up, down]: [&Linear; 3]) -> Tensor<2> {
     product::gated_few(Input::Normed(h, norm), gate, up).unwrap_or_else(|| {
-        let x = normed(h, norm);
-        cube::silu_times(linear(&x, gate), linear(&x, up))
+        let x = cube::rms_norm(h, norm, product::input_type(h, &[gate, up]));
+        let dtype = product::input_type(h, &[down]);
+        match product::united(x.dims()[0], &[gate, up]) {
+            Some(both) => cube::silu_halves(linear(&x, &both), dtype),
+            None => cube::silu_times(linear(&x, gate), linear(&x, up), dtype),
+        }
     })
 }
 
@@ -91,7 +99,9 @@ pub(crate) fn experts(h: Tensor<2>, norm: &RmsNorm, visits: Vec<Visit<'_>>) -> T
         };
         let gated =
             product::gated_few(Input::Plain(&rows), visit.gate, visit.up).unwrap_or_else(|| {
-                cube::silu_times(linear(&rows, visit.gate), linear(&rows, visit.up))
+                let (gate, up) = (linear(&rows, visit.gate), linear(&rows, visit.up));
+                let dtype = product::input_type(&rows, &[visit.down]);
+                cube::silu_times(gate, up, dtype)
             });
         if is_alone && product::is_few(&gated, visit.down) {
             return product::add_few(h, &gated, visit.down, weights[0]);

@@ -33,19 +33,3 @@ pub(super) fn rms_norm<F: Float>(
         i += UNITS;
     }
 }
-
-/// `out` = `silu(gate) · up` over `2 · total` numbers.
-#[cube(launch_unchecked)]
-pub(super) fn silu_times<F: Float>(
-    gate: &[F],
-    up: &[F],
-    out: &mut [F],
-    total: u32,
-    #[define(F)] _dtype: ElemType,
-) {
-    if ABSOLUTE_POS < total as usize {
-        let g = f32::cast_from(gate[ABSOLUTE_POS]);
-        let y = g / (1.0 + f32::exp(-g)) * f32::cast_from(up[ABSOLUTE_POS]);
-        out[ABSOLUTE_POS] = F::cast_from(y);
-    }
-}

@@ -6,7 +6,7 @@ use burn_cubecl::cubecl::client::Client;
 use burn_cubecl::cubecl::prelude::*;
 use burn_cubecl::tensor::CubeTensor;
 
-use super::cube::{cube, elem, empty, own, tensor};
+use super::cube::{cast, cube, elem, empty, integers, own, raw, tensor};
 use super::dense::{self, Plan, SizesLaunch};
 use super::matmul;
 use super::packed::{self, PackedPlan};
@@ -262,16 +262,29 @@ pub(super) fn group_units(groups: usize, vectors: usize) -> usize {
         .unwrap_or(UNITS)
 }
 
+/// What rows of `x` are to be given to [`linear`] in, for all of the matrices, so that it need not make that of them.
+pub(super) fn input_type(x: &Tensor<2>, matrices: &[&Linear]) -> DType {
+    let [n, _] = x.dims();
+    let is_bf16 = |matrix: &&Linear| match &matrix.weight {
+        Weight::Dense(weight) => weight.dtype() == DType::BF16,
+        Weight::Packed { shape, .. } => shape.cols.is_multiple_of(4),
+    };
+    match n > FEW && matrices.iter().all(is_bf16) && is_cuda(&raw(x.clone()).client) {
+        true => DType::BF16, // as transformers does
+        false => DType::F32,
+    }
+}
+
 /// `x Wᵀ + b` for any number of rows, f32.
 pub(super) fn linear(x: &Tensor<2>, matrix: &Linear) -> Tensor<2> {
     if let Some(y) = few(Input::Plain(x), &[matrix]) {
         return y;
     }
-    let bf16 = takes_bf16(x);
+    let dtype = input_type(x, &[matrix]);
+    let x = cast(x, dtype);
     let weight = match &matrix.weight {
         Weight::Dense(weight) => weight.clone(),
         Weight::Packed { shape, bytes } if shape.cols.is_multiple_of(4) => {
-            let dtype = if bf16 { DType::BF16 } else { DType::F32 };
             unpacked(*shape, bytes, None, dtype)
         }
         Weight::Packed { shape, bytes } => {
@@ -279,10 +292,11 @@ pub(super) fn linear(x: &Tensor<2>, matrix: &Linear) -> Tensor<2> {
             crate::ops::portable::packed_embed(*shape, bytes, &rows)
         }
     };
-    let y = match weight.dtype() {
-        DType::BF16 if bf16 => matmul::bf16(x.clone().cast(DType::BF16), weight),
+    let y = match (dtype, weight.dtype()) {
+        (DType::BF16, _) => matmul::bf16(x, weight),
+        (_, DType::F32) if is_cuda(&raw(x.clone()).client) => matmul::f32(x, weight),
         // f16 has no room for the outliers of Qwen2's activations.
-        _ => x.clone().matmul(weight.cast(DType::F32).transpose()),
+        _ => x.matmul(weight.cast(DType::F32).transpose()),
     };
     match &matrix.bias {
         Some(bias) => y + bias.clone().unsqueeze(),
@@ -290,9 +304,59 @@ pub(super) fn linear(x: &Tensor<2>, matrix: &Linear) -> Tensor<2> {
     }
 }
 
-/// Whether matrices are multiplied in bf16 here, as transformers does.
-fn takes_bf16(x: &Tensor<2>) -> bool {
-    is_cuda(&cube(x.clone()).client)
+/// The matrices as one, if they lie behind each other in one buffer and many rows are multiplied with them.
+pub(super) fn united(n: usize, matrices: &[&Linear]) -> Option<Linear> {
+    if n <= FEW || matrices.len() < 2 {
+        return None;
+    }
+    let cubes = |of: &dyn Fn(&Linear) -> Option<CubeTensor>| {
+        let parts = matrices.iter().map(|matrix| of(matrix));
+        super::cube::behind(&parts.collect::<Option<Vec<_>>>()?)
+    };
+    let weight = match &matrices[0].weight {
+        Weight::Dense(_) => Weight::Dense(tensor(cubes(&|matrix| match &matrix.weight {
+            Weight::Dense(weight) => Some(raw(weight.clone())),
+            Weight::Packed { .. } => None,
+        })?)),
+        Weight::Packed { shape, .. } => {
+            let shape = *shape;
+            let bytes = cubes(&|matrix| match &matrix.weight {
+                Weight::Packed { shape: of, bytes }
+                    if (of.format, of.cols) == (shape.format, shape.cols) =>
+                {
+                    Some(raw(bytes.clone()))
+                }
+                _ => None,
+            })?;
+            let (last, others) = matrices.split_last()?;
+            let whole = |matrix: &&Linear| matrix.out_features().is_multiple_of(ROWS);
+            if !others.iter().all(whole) {
+                return None;
+            }
+            let others: usize = others.iter().map(|matrix| matrix.out_features()).sum();
+            Weight::Packed {
+                shape: Shape {
+                    rows: others + last.out_features(),
+                    ..shape
+                },
+                bytes: integers(bytes),
+            }
+        }
+    };
+    let biases = || matrices.iter().map(|matrix| matrix.bias.clone());
+    let bias = match biases().collect::<Option<Vec<_>>>() {
+        None if biases().flatten().next().is_some() => return None,
+        None => None,
+        Some(parts) => {
+            let joined = cubes(&|matrix| matrix.bias.clone().map(raw));
+            Some(joined.map_or_else(|| Tensor::cat(parts, 0), tensor))
+        }
+    };
+    Some(Linear {
+        weight,
+        bias,
+        adapters: Vec::new(),
+    })
 }
 
 /// Whether this is an NVIDIA GPU by CUDA: it has every type that a kernel may ask for.

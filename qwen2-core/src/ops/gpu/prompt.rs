@@ -119,7 +119,8 @@ pub(super) fn attend_prompt<F: Float>(
         sums[half] = 0.0f32;
     }
 
-    let mut key_tile = Shared::<[Eight<F>]>::new_slice(comptime!(TILE * (plan.head_dim / EIGHT + 1)));
+    let mut key_tile =
+        Shared::<[Eight<F>]>::new_slice(comptime!(TILE * (plan.head_dim / EIGHT + 1)));
     let mut value_tile =
         Shared::<[Eight<F>]>::new_slice(comptime!(TILE * (plan.head_dim / EIGHT + 1)));
     let end = n_past + clamp_max(block + QUERIES, n);
@@ -150,7 +151,8 @@ pub(super) fn attend_prompt<F: Float>(
             let mut score = zeros();
             #[unroll]
             for double in 0..comptime!(plan.head_dim / 32) {
-                let at = (comptime!(eight * 8) + lane % 8) * stride + comptime!(double * 4) + lane / 8;
+                let at =
+                    (comptime!(eight * 8) + lane % 8) * stride + comptime!(double * 4) + lane / 8;
                 let parts = def.load_matrix::<Eight<F>, Const<2>>(
                     &key_tile[at..at + 1],
                     MatrixIdent::B,

@@ -63,9 +63,61 @@ fn products_are_those_of_tensors() {
             assert_eq!(values(kept), values(h_ref), "what others hold stays");
 
             let [gate, gate_ref] = matrix(kind, [rows[0], cols], false, &device);
-            let ours = values(swiglu(&x, &norm, &gate, &o));
+            let ours = values(swiglu(&x, &norm, [&gate, &o, &q[0]]));
             let theirs = portable::swiglu(&x_ref, &norm_ref, &gate_ref, &o_ref);
             assert_near(&ours, &values(theirs), tolerance, &what);
+        }
+    }
+}
+
+/// Matrices that are rows of one, as the loader puts them, are multiplied at once; the result is that of each.
+#[test]
+fn matrices_behind_each_other_are_one() {
+    let Some(device) = device("matrices_behind_each_other_are_one") else {
+        return;
+    };
+    let (cols, rows) = (256, [64, 32, 64]);
+    for kind in kinds(&device) {
+        let [all, all_ref] = matrix(kind, [rows.iter().sum(), cols], true, &device);
+        let parts = |all: &Linear| {
+            let mut first = 0;
+            rows.map(|rows| {
+                let at = first..first + rows;
+                first = at.end;
+                let bias = all.bias.clone().map(|bias| bias.narrow(0, at.start, rows));
+                Linear {
+                    weight: all.weight.rows(at),
+                    bias,
+                    adapters: Vec::new(),
+                }
+            })
+        };
+        let [ours, theirs] = [parts(&all), parts(&all_ref)];
+        let [q, k, v] = &ours;
+        let united = product::united(9, &[q, k, v]).expect("they lie behind each other");
+        assert_eq!(united.out_features(), all.out_features());
+        assert!(
+            product::united(9, &[q, v]).is_none(),
+            "not behind each other"
+        );
+        for n in [3, 9, 40] {
+            let what = format!("{kind:?}, {n} rows");
+            let [x, x_ref] = pair(&wave(n * cols, 0.37), [n, cols], &device);
+            let [norm, norm_ref] = norms(cols, &device);
+            let tolerance = if n > 8 { 2e-2 } else { 2e-5 };
+            let out = values(project(&x, &norm, [q, k, v]));
+            let want = values(portable::project(&x_ref, &norm_ref, theirs.each_ref()));
+            assert_near(&out, &want, tolerance, &what);
+            let [halves, halves_ref] = [&all, &all_ref].map(|all| {
+                [0..64, 64..128].map(|rows| Linear {
+                    weight: all.weight.rows(rows),
+                    bias: None,
+                    adapters: Vec::new(),
+                })
+            });
+            let out = values(swiglu(&x, &norm, [&halves[0], &halves[1], &all]));
+            let want = portable::swiglu(&x_ref, &norm_ref, &halves_ref[0], &halves_ref[1]);
+            assert_near(&out, &values(want), tolerance, &what);
         }
     }
 }
@@ -102,8 +154,9 @@ fn attention_is_that_of_tensors() {
         (2, 2, 16, Some(1)),
         (2, 1, 32, Some(40)),
     ];
-    for ((dtype, tolerance), (heads, kv_heads, head_dim, window)) in
-        dtypes.into_iter().flat_map(|of| shapes.map(|shape| (of, shape)))
+    for ((dtype, tolerance), (heads, kv_heads, head_dim, window)) in dtypes
+        .into_iter()
+        .flat_map(|of| shapes.map(|shape| (of, shape)))
     {
         let format = CacheFormat::Floats(dtype);
         let on = [&device, &Device::flex()];
