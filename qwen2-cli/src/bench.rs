@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::time::Instant;
 
-use qwen2_core::{DType, GenerateOptions, Model, ModelConfig, Quantization, profile};
+use qwen2_core::{DType, Device, GenerateOptions, Model, ModelConfig, Quantization, profile};
 use serde_json::{Value, json};
 
 use crate::args::{BenchArgs, LoadArgs};
@@ -35,7 +35,8 @@ struct Run {
     first_token_s: f64,
     prefill_tokens_per_s: f64,
     decode_tokens_per_s: f64,
-    bandwidth_bytes_per_s: f64,
+    /// Of the processor's memory, where that is the device's.
+    bandwidth_bytes_per_s: Option<f64>,
     /// The most memory that the process has had until its first token.
     peak_bytes: Option<u64>,
 }
@@ -53,7 +54,9 @@ pub(crate) fn run(args: &BenchArgs) -> Result<(), Failure> {
             let name = args.shape.as_deref().unwrap_or("0.5b");
             let config = shape(name, args.layers)?;
             let precision = precision.unwrap_or(Precision::Dense(DType::BF16));
-            check_memory(&config, precision)?;
+            if is_host(&args.device.parse::<Device>()?.resolved()?.to_string()) {
+                check_memory(&config, precision)?;
+            }
             (name.to_owned(), Model::random(&config), Some(precision))
         }
     };
@@ -184,6 +187,11 @@ fn shape(name: &str, layers: Option<usize>) -> Result<ModelConfig, Failure> {
     )?)
 }
 
+/// Whether the device's memory is the processor's.
+fn is_host(device: &str) -> bool {
+    matches!(device, "cpu" | "ndarray")
+}
+
 /// Refuses what the system would kill this program for.
 fn check_memory(config: &ModelConfig, precision: Precision) -> Result<(), Failure> {
     let bits = match precision {
@@ -222,24 +230,29 @@ fn generate(
 
 /// Prefill, read test, decode, read test; only the first and the third are timed by the stream.
 fn measure(model: &Model, args: &BenchArgs) -> Result<Run, Failure> {
-    let threads = model.threads();
+    let read = || match is_host(&model.device().to_string()) {
+        true => read_bytes_per_s(model.threads()).map(Some),
+        false => Ok(None),
+    };
     let start = Instant::now();
     let mut stream = generate(model, args.prompt, args.new)?;
     stream.next().transpose()?;
     let first_token_s = start.elapsed().as_secs_f64();
     // Before the read test takes memory of its own.
     let peak_bytes = status_bytes("/proc/self/status", "VmHWM:");
-    let before = read_bytes_per_s(threads)?;
+    let before = read()?;
     for piece in stream.by_ref() {
         piece?;
     }
-    let after = read_bytes_per_s(threads)?;
+    let after = read()?;
     let timings = stream.into_generation().timings;
     Ok(Run {
         first_token_s,
         prefill_tokens_per_s: timings.prefill_tokens_per_s,
         decode_tokens_per_s: timings.decode_tokens_per_s,
-        bandwidth_bytes_per_s: f64::midpoint(before, after),
+        bandwidth_bytes_per_s: before
+            .zip(after)
+            .map(|(before, after)| f64::midpoint(before, after)),
         peak_bytes,
     })
 }
@@ -281,6 +294,12 @@ fn report(
     runs: &[Run],
 ) -> Value {
     let of = |value: &dyn Fn(&Run) -> f64| median(runs.iter().map(value).collect());
+    let read = |value: &dyn Fn(&Run, f64) -> f64| {
+        let values = runs
+            .iter()
+            .map(|run| Some(value(run, run.bandwidth_bytes_per_s?)));
+        values.collect::<Option<Vec<_>>>().map(median)
+    };
     let precision = precision.unwrap_or(Precision::Dense(model.dtype()));
     let per_token = model.memory().weights_per_token;
     json!({
@@ -300,9 +319,9 @@ fn report(
         "resident_bytes": status_bytes("/proc/self/status", "VmRSS:"),
         "prefill_peak_bytes": runs.first().and_then(|run| run.peak_bytes),
         "cache_bytes": model.memory().cache_per_token * (args.prompt + args.new) as u64,
-        "bandwidth_bytes_per_s": of(&|run| run.bandwidth_bytes_per_s),
+        "bandwidth_bytes_per_s": read(&|_, bandwidth| bandwidth),
         "decode_bandwidth_share":
-            of(&|run| run.decode_tokens_per_s * per_token as f64 / run.bandwidth_bytes_per_s),
+            read(&|run, bandwidth| run.decode_tokens_per_s * per_token as f64 / bandwidth),
     })
 }
 
@@ -348,11 +367,14 @@ fn lines(report: &Value) -> String {
         ),
         (
             "memory",
-            format!(
-                "{} read in a second, {} resident",
-                bytes("bandwidth_bytes_per_s"),
-                bytes("resident_bytes")
-            ),
+            match report["bandwidth_bytes_per_s"].is_null() {
+                true => format!("{} resident", bytes("resident_bytes")),
+                false => format!(
+                    "{} read in a second, {} resident",
+                    bytes("bandwidth_bytes_per_s"),
+                    bytes("resident_bytes")
+                ),
+            },
         ),
         (
             "cache",
@@ -370,7 +392,12 @@ fn lines(report: &Value) -> String {
             ),
         ),
     ];
-    let mut lines: String = rows
+    let shown = if report["decode_bandwidth_share"].is_null() {
+        rows.len() - 1 // of a GPU's memory the speed is not known here
+    } else {
+        rows.len()
+    };
+    let mut lines: String = rows[..shown]
         .iter()
         .map(|(name, value)| format!("{name:<14}{value}\n"))
         .collect();
