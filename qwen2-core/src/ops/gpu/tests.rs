@@ -70,6 +70,38 @@ fn products_are_those_of_tensors() {
     }
 }
 
+/// Products of prompts by Hopper's bulk copies, with cubes of each size, whole ones and parts.
+#[test]
+#[allow(clippy::print_stderr)]
+fn cubes_of_every_size_multiply() {
+    let Some(device) = device("cubes_of_every_size_multiply") else {
+        return;
+    };
+    for rows in matmul::ROWS {
+        for (n, cols, out) in [(9, 64, 40), (300, 192, 272), (256, 128, 128)] {
+            let [x, x_ref] = pair(&wave(n * cols, 0.37), [n, cols], &device);
+            let [w, w_ref] = pair(&wave(out * cols, 0.71), [out, cols], &device);
+            if !product::is_cuda(&cube::raw(x.clone()).client) {
+                eprintln!("cubes_of_every_size_multiply: skipped, this is not CUDA");
+                return;
+            }
+            let [x, w] = [x, w].map(|tensor| tensor.cast(DType::BF16));
+            let ours = match matmul::bf16_by(rows, x, w) {
+                Ok(ours) => ours,
+                Err(why) => {
+                    eprintln!("cubes_of_every_size_multiply: skipped, {why}");
+                    return;
+                }
+            };
+            let [x_ref, w_ref] =
+                [x_ref, w_ref].map(|tensor| tensor.cast(DType::BF16).cast(DType::F32));
+            let theirs = x_ref.matmul(w_ref.transpose());
+            let what = format!("{n} rows of {cols} by {out}, {rows} at once");
+            assert_near(&values(ours), &values(theirs), 1e-5, &what);
+        }
+    }
+}
+
 /// Matrices that are rows of one, as the loader puts them, are multiplied at once; the result is that of each.
 #[test]
 fn matrices_behind_each_other_are_one() {
