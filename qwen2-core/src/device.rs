@@ -272,7 +272,12 @@ fn adapters(backend: Backend) -> Option<usize> {
             let identity = device.identity();
             identity.is_some_and(|identity| identity.physical.is_some())
         };
-        let count = || BurnDevice::enumerate(kind).iter().filter(is_card).count();
+        let count = || {
+            BurnDevice::enumerate(kind)
+                .into_iter()
+                .filter(is_card)
+                .count()
+        };
         return fenced(count).ok();
     }
     #[cfg(not(feature = "wgpu"))]

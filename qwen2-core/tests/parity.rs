@@ -32,7 +32,7 @@ const TOLERANCE: f32 = 1e-4;
 
 #[test]
 fn logits_equal_the_reference_at_every_position() {
-    for name in MODELS {
+    for name in MODELS.into_iter().filter(|name| !is_rounded(name)) {
         let reference = json(fixture(name).join("reference.json"));
         let model = unrounded(fixture(name)).load().unwrap();
         let logits = model.logits(&ids(&reference["tokens"])).unwrap();
@@ -67,7 +67,8 @@ fn greedy_tokens_equal_the_reference() {
 
 #[test]
 fn prefill_in_chunks_equals_one_shot() {
-    for name in MODELS {
+    // A chunk of one token is not rounded where longer ones are.
+    for name in MODELS.into_iter().filter(|name| !is_rounded(name)) {
         let tokens = ids(&json(fixture(name).join("reference.json"))["tokens"]);
         let whole = unrounded(fixture(name))
             .load()
@@ -89,9 +90,14 @@ fn prefill_in_chunks_equals_one_shot() {
     }
 }
 
-/// Whether prompts' activations are rounded to bf16 over bf16 weights, as transformers does.
+/// Whether prompts' activations are rounded to the weights' 16 bits, as transformers does.
 fn rounds_activations() -> bool {
     std::env::var("QWEN2_TEST_DEVICE").is_ok_and(|device| device.starts_with("cuda"))
+}
+
+/// Whether the device rounds the activations of the fixture.
+fn is_rounded(name: &str) -> bool {
+    rounds_activations() && ["bf16_shards", "f16"].contains(&name)
 }
 
 /// Ours keep f32 activations over bf16 weights, so they are off transformers' bf16 run by no more

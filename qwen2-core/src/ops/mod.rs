@@ -294,6 +294,15 @@ pub(crate) fn attention(
     portable::attention(q, pages, visible)
 }
 
+/// `x · y` in f32 to the last digit: burn takes fewer on some matrix units.
+pub(crate) fn matmul<const D: usize>(x: Tensor<D>, y: Tensor<D>) -> Tensor<D> {
+    #[cfg(feature = "gpu")]
+    if gpu::takes(&x) {
+        return gpu::matmul(x, y);
+    }
+    x.matmul(y)
+}
+
 /// A tensor as the kernels want it for good: burn pads the rows of some on GPUs.
 pub(crate) fn settled<const D: usize>(tensor: Tensor<D>) -> Tensor<D> {
     #[cfg(feature = "gpu")]

@@ -4,7 +4,9 @@ use burn::tensor::{DType, Device, IndexingUpdateOp, Int, Tensor, TensorData, act
 
 use super::codes::{Bits, GROUP, padded};
 use super::key_values::Codes;
-use super::{Angles, KeyValues, Linear, RmsNorm, RopeTables, Visible, Visit, Weight, packed};
+use super::{
+    Angles, KeyValues, Linear, RmsNorm, RopeTables, Visible, Visit, Weight, matmul, packed,
+};
 
 pub(crate) fn project<const N: usize>(
     x: &Tensor<2>,
@@ -215,7 +217,7 @@ fn linear(x: Tensor<2>, matrix: &Linear) -> Tensor<2> {
     };
     let weight = weight.transpose(); // [in, out]
     // One precision for both sides: backends differ in what they mix.
-    let y = x.matmul(weight.cast(DType::F32));
+    let y = matmul(x, weight.cast(DType::F32));
     match &matrix.bias {
         Some(bias) => y + bias.clone().cast(DType::F32).unsqueeze(),
         None => y,
@@ -274,7 +276,7 @@ pub(crate) fn attention(q: Tensor<3>, pages: &[KeyValues], visible: Visible) -> 
         let q = q.clone().narrow(0, rotation * n, n).swap_dims(0, 1); // [heads, n, width]
         let q = q.reshape([kv_heads, group * n, width]);
         // f32 scores: at layer 27 of 7B they exceed the f16 range (llama.cpp#7805).
-        let scores = q.matmul(k.clone().swap_dims(1, 2)) * (1.0 / (head_dim as f64).sqrt());
+        let scores = matmul(q, k.clone().swap_dims(1, 2)) * (1.0 / (head_dim as f64).sqrt());
         scores.reshape([kv_heads, group, n, n_total])
     };
     let met = |rotation: usize| scores(rotation) * meets(rotation, n, n_total, visible, &device);
@@ -284,8 +286,7 @@ pub(crate) fn attention(q: Tensor<3>, pages: &[KeyValues], visible: Visible) -> 
     };
     let scores = scores + mask(n, n_total, visible, &device);
     let weights = activation::softmax(scores, 3).reshape([kv_heads, group * n, n_total]);
-    weights
-        .matmul(v) // [kv_heads, group · n, width]
+    matmul(weights, v) // [kv_heads, group · n, width]
         .narrow(2, 0, head_dim)
         .reshape([heads, n, head_dim])
         .swap_dims(0, 1)

@@ -38,7 +38,7 @@ pub(super) fn bf16(x: Tensor<2>, weight: Tensor<2>) -> Tensor<2> {
     let tiles = tiles(&x, &weight, rows_at_once(&x, &weight));
     product(
         x,
-        weight,
+        weight.transpose(),
         &[
             Strategy::SpecializedTmaMma(Forced(tiles)).into(),
             Strategy::SpecializedTmaMma(Inferred(().into())).into(),
@@ -123,11 +123,11 @@ fn tiles(x: &Tensor<2>, weight: &Tensor<2>, rows: usize) -> BatchMatmulBlueprint
         .build()
 }
 
-/// `x Wᵀ` in f32: not in tf32, which matrix units of NVIDIA make of it and burn takes.
-pub(super) fn f32(x: Tensor<2>, weight: Tensor<2>) -> Tensor<2> {
+/// `x · y` in f32: not in tf32, which matrix units of NVIDIA make of it and burn takes.
+pub(super) fn f32<const D: usize>(x: Tensor<D>, y: Tensor<D>) -> Tensor<D> {
     product(
         x,
-        weight,
+        y,
         &[
             Strategy::DoubleUnit(Inferred(DoubleUnitSelectionArgs::default())).into(),
             Strategy::SimpleUnit(Inferred(SimpleUnitSelectionArgs::default())).into(),
@@ -146,29 +146,28 @@ pub(super) fn bf16_by(rows: usize, x: Tensor<2>, weight: Tensor<2>) -> Result<Te
     )
 }
 
-fn product(
-    x: Tensor<2>,
-    weight: Tensor<2>,
+fn product<const D: usize>(
+    x: Tensor<D>,
+    y: Tensor<D>,
     strategies: &[cubek::matmul::strategy::Strategy],
-) -> Tensor<2> {
-    try_product(x, weight, strategies)
+) -> Tensor<D> {
+    try_product(x, y, strategies)
         .unwrap_or_else(|why| panic!("no product of these matrices: {why}")) // as burn reports; see fence.rs
 }
 
 /// By the first of the strategies that takes the matrices.
-fn try_product(
-    x: Tensor<2>,
-    weight: Tensor<2>,
+fn try_product<const D: usize>(
+    x: Tensor<D>,
+    y: Tensor<D>,
     strategies: &[cubek::matmul::strategy::Strategy],
-) -> Result<Tensor<2>, String> {
-    let [n, _] = x.dims();
-    let [rows, _] = weight.dims();
-    let x = cube(x);
-    let weight = raw(weight.transpose());
-    let out = empty(&x, [n, rows], DType::F32);
+) -> Result<Tensor<D>, String> {
+    let mut dims = x.dims();
+    dims[D - 1] = y.dims()[D - 1];
+    let (x, y) = (cube(x), raw(y));
+    let out = empty(&x, dims, DType::F32);
     let launched = strategies
         .iter()
-        .map(|strategy| launch(strategy, &x, &weight, &out));
+        .map(|strategy| launch(strategy, &x, &y, &out));
     let failed: Vec<_> = launched.take_while(Result::is_err).collect();
     if failed.len() == strategies.len() {
         return Err(format!("{failed:?}"));

@@ -60,6 +60,11 @@ pub(crate) fn project<const N: usize>(
     }
 }
 
+/// As [`super::matmul`].
+pub(crate) fn matmul<const D: usize>(x: Tensor<D>, y: Tensor<D>) -> Tensor<D> {
+    product::times(x, y)
+}
+
 /// The norm alone, as f32.
 pub(crate) fn normed(x: &Tensor<2>, norm: &RmsNorm) -> Tensor<2> {
     cube::rms_norm(x, norm, DType::F32)

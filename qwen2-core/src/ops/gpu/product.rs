@@ -294,13 +294,21 @@ pub(super) fn linear(x: &Tensor<2>, matrix: &Linear) -> Tensor<2> {
     };
     let y = match (dtype, weight.dtype()) {
         (DType::BF16, _) => matmul::bf16(x, weight),
-        (_, DType::F32) if is_cuda(&raw(x.clone()).client) => matmul::f32(x, weight),
-        // f16 has no room for the outliers of Qwen2's activations.
+        (_, DType::F32) => times(x, weight.transpose()),
+        // f16 has no room for the outliers of Qwen2's activations; tf32 has all of its digits.
         _ => x.matmul(weight.cast(DType::F32).transpose()),
     };
     match &matrix.bias {
         Some(bias) => y + bias.clone().unsqueeze(),
         None => y,
+    }
+}
+
+/// `x · y` in f32.
+pub(super) fn times<const D: usize>(x: Tensor<D>, y: Tensor<D>) -> Tensor<D> {
+    match is_cuda(&raw(x.clone()).client) {
+        true => matmul::f32(x, y),
+        false => x.matmul(y),
     }
 }
 
