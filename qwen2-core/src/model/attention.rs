@@ -71,9 +71,8 @@ impl Attention {
             At::Past { n_past, tables } => (*n_past, tables),
             #[cfg(feature = "gpu")]
             At::Place(place) => {
-                let q = part("rope, cache", || cache.append_at(qkv, place));
                 let window = self.sliding_window;
-                return Some(part("attention", || cache.attention_at(q, place, window)));
+                return Some(part("attention", || cache.attend_at(qkv, place, window)));
             }
         };
         let chunk = tables.chunk;

@@ -429,21 +429,16 @@ impl LayerCache {
         &self.0
     }
 
-    /// As [`Self::append`], for one token, where the device says, into the one page that nobody else holds.
+    /// As [`Self::append`], for one token, where the device says, into the one page that nobody else holds, and its
+    /// attention.
     #[cfg(feature = "gpu")]
-    pub(super) fn append_at(&mut self, qkv: Tensor<2>, place: &ops::Place) -> Tensor<3> {
-        ops::append_at(qkv, place, &self.0[0])
-    }
-
-    /// Attention of the queries of [`Self::append_at`].
-    #[cfg(feature = "gpu")]
-    pub(super) fn attention_at(
-        &self,
-        q: Tensor<3>,
+    pub(super) fn attend_at(
+        &mut self,
+        qkv: Tensor<2>,
         place: &ops::Place,
         window: Option<usize>,
     ) -> Tensor<2> {
-        ops::attention_at(q, &self.0[0], place, window)
+        ops::attend_at(qkv, &self.0[0], place, window)
     }
 
     /// The page that holds these positions, and where. Pages are of [`PAGE`] positions, or there is one.

@@ -301,7 +301,7 @@ mod tests {
     #[test]
     fn a_recorded_step_gives_what_a_launched_one_gives() {
         let test = "a_recorded_step_gives_what_a_launched_one_gives";
-        for name in ["tied", "untied", "gqa7", "sliding", "yarn", "bf16_shards"] {
+        for name in ["tied", "untied", "mqa", "sliding", "yarn", "bf16_shards"] {
             let Some(models) = models(test, name) else {
                 return;
             };
@@ -350,7 +350,7 @@ mod tests {
 
     #[test]
     fn a_step_finds_the_likeliest_tokens() {
-        let Some(models) = models("a_step_finds_the_likeliest_tokens", "gqa7") else {
+        let Some(models) = models("a_step_finds_the_likeliest_tokens", "mqa") else {
             return;
         };
         let mut caches = [0, 1].map(|i: usize| models[i].new_cache());

@@ -32,7 +32,7 @@ pub(crate) use gpu::check;
 pub(crate) use gpu::replay;
 #[cfg(feature = "gpu")]
 pub(crate) use gpu::{
-    append_at, attention_at, embed_at, embeds_places, mixture, on_gpu, takes_mixture, takes_places,
+    attend_at, embed_at, embeds_places, mixture, on_gpu, takes_mixture, takes_places,
 };
 pub(crate) use key_values::{CACHE_BLOCK, CacheFormat, KeyValues, PAGE};
 pub(crate) use lease::Lease;

@@ -25,7 +25,8 @@ pub(super) struct AttentionPlan {
     pub(super) head_dim: usize,
     /// Whether there are several cubes for a query.
     pub(super) split: bool,
-    /// The position is read from the device, and the length of a split follows from it.
+    /// One token, whose position is read from the device; the length of a split follows from it. Its query and key
+    /// are turned here, and its key and value written.
     pub(super) placed: bool,
     pub(super) planes: bool,
 }
@@ -43,13 +44,16 @@ pub(super) struct Span {
 }
 
 /// Cube (split, key head, query): `q` and `out` `[n, kv_heads, group, head_dim]`. With splits, `out` has
-/// them in front of `head_dim`, not yet divided, and `stats` the greatest score and the sum of each; where
-/// the plan is `placed`, the last ones may have no positions.
+/// them in front of `head_dim`, not yet divided, and `stats` the greatest score and the sum of each. Where
+/// the plan is `placed`, `q` are the token's queries, keys and values `[heads + 2 · kv_heads, head_dim]` as they
+/// were multiplied, `cos` and `sin` `[capacity, head_dim / 2]`, and the last splits may have no positions.
 #[cube(launch_unchecked)]
 pub(super) fn attend<F: Float>(
     q: &[Four],
-    keys: &[Vector<F, Const<4>>],
-    values: &[Vector<F, Const<4>>],
+    cos: &[Four],
+    sin: &[Four],
+    keys: &mut [Vector<F, Const<4>>],
+    values: &mut [Vector<F, Const<4>>],
     place: &[u32],
     out: &mut [Four],
     stats: &mut [f32],
@@ -91,10 +95,44 @@ pub(super) fn attend<F: Float>(
     let mut scores = Shared::<[f32]>::new_slice(comptime!(MAX_GROUP * UNITS));
     let mut factors = Shared::<[f32]>::new_slice(MAX_GROUP);
     let mut shared = Shared::<[f32]>::new_slice(UNITS);
-    let mut i = unit;
-    while i < comptime!(plan.group * plan.head_dim / 4) {
-        queries[i] = q[from_query * fours + i] * Four::new(span.scale);
-        i += UNITS;
+    // The token's own key and value.
+    let mut fresh = Shared::<[Four]>::new_slice(comptime!(plan.head_dim / 2));
+    if comptime!(plan.placed) {
+        let angles = n_past * comptime!(plan.head_dim / 8);
+        let mut i = unit;
+        while i < comptime!(plan.group * plan.head_dim / 4) {
+            let turned = turn(
+                q,
+                cos,
+                sin,
+                head * group + i / fours,
+                i % fours,
+                angles,
+                plan.head_dim,
+            );
+            queries[i] = turned * Four::new(span.scale);
+            i += UNITS;
+        }
+        if unit < fours {
+            let heads = kv_heads * group;
+            let key = turn(q, cos, sin, heads + head, unit, angles, plan.head_dim);
+            let key = Vector::<F, Const<4>>::cast_from(key);
+            let value = q[(heads + kv_heads + head) * fours + unit];
+            let value = Vector::<F, Const<4>>::cast_from(value);
+            fresh[unit] = Four::cast_from(key);
+            fresh[fours + unit] = Four::cast_from(value);
+            // The split that has the position writes it.
+            if first <= n_past && n_past < end {
+                keys[(buffer + n_past) * fours + unit] = key;
+                values[(buffer + n_past) * fours + unit] = value;
+            }
+        }
+    } else {
+        let mut i = unit;
+        while i < comptime!(plan.group * plan.head_dim / 4) {
+            queries[i] = q[from_query * fours + i] * Four::new(span.scale);
+            i += UNITS;
+        }
     }
     sync_cube();
 
@@ -124,7 +162,16 @@ pub(super) fn attend<F: Float>(
         if position < end {
             let mut d = share;
             while d < fours {
-                let key = Four::cast_from(keys[(buffer + position) * fours + d]);
+                let at = (buffer + position) * fours + d;
+                let key = if comptime!(plan.placed) {
+                    let mut key = fresh[d];
+                    if position != n_past {
+                        key = Four::cast_from(keys[at]);
+                    }
+                    key
+                } else {
+                    Four::cast_from(keys[at])
+                };
                 #[unroll]
                 for j in 0..group {
                     let product = key * queries[j * fours + d];
@@ -186,7 +233,16 @@ pub(super) fn attend<F: Float>(
             let stop = clamp_max(comptime!(TILE), end - tile);
             let mut p = slice;
             while p < stop {
-                let value = Four::cast_from(values[(buffer + tile + p) * fours + column]);
+                let at = (buffer + tile + p) * fours + column;
+                let value = if comptime!(plan.placed) {
+                    let mut value = fresh[fours + column];
+                    if tile + p != n_past {
+                        value = Four::cast_from(values[at]);
+                    }
+                    value
+                } else {
+                    Four::cast_from(values[at])
+                };
                 #[unroll]
                 for j in 0..group {
                     totals[j] = totals[j] + value * Four::new(scores[j * UNITS + p]);
@@ -223,6 +279,30 @@ pub(super) fn attend<F: Float>(
             }
         }
         sync_cube();
+    }
+}
+
+/// Four numbers of a head of `rows`, from `4 · place` on, after the rotary embedding (arXiv:2104.09864, half-split
+/// pairing) by the angles from `angles` on.
+#[cube]
+fn turn(
+    rows: &[Four],
+    cos: &[Four],
+    sin: &[Four],
+    head: usize,
+    place: usize,
+    angles: usize,
+    #[comptime] head_dim: usize,
+) -> Four {
+    let half = comptime!(head_dim / 8);
+    let first = head * comptime!(head_dim / 4);
+    let mine = rows[first + place];
+    let angle = angles + place % half;
+    let (c, s) = (cos[angle], sin[angle]);
+    if place < half {
+        mine * c - rows[first + place + half] * s
+    } else {
+        mine * c + rows[first + place - half] * s
     }
 }
 

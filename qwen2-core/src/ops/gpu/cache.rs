@@ -4,14 +4,12 @@ use burn_cubecl::cubecl::{self, prelude::*};
 
 /// A unit turns two elements of a head of a query or key, or copies two of a value. `qkv`
 /// `[n, heads + 2 · kv_heads, 2 · half]`; `q` `[n, heads, 2 · half]`; the caches
-/// `[kv_heads, capacity, 2 · half]`. Where `placed`, the first position is in `place`, and the angles are those
-/// of all positions; else it is `start`, and the angles are those of the rows.
+/// `[kv_heads, capacity, 2 · half]`; the angles are those of the rows.
 #[cube(launch_unchecked)]
 pub(super) fn rope_append<F: Float>(
     qkv: &[f32],
     cos: &[f32],
     sin: &[f32],
-    place: &[u32],
     q: &mut [f32],
     keys: &mut [F],
     values: &mut [F],
@@ -21,7 +19,6 @@ pub(super) fn rope_append<F: Float>(
     capacity: u32,
     start: u32,
     total: u32,
-    #[comptime] placed: bool,
     #[define(F)] _dtype: ElemType,
 ) {
     if ABSOLUTE_POS < total as usize {
@@ -32,18 +29,13 @@ pub(super) fn rope_append<F: Float>(
         let all = heads + 2 * kv_heads;
         let head = ABSOLUTE_POS / half % all;
         let t = ABSOLUTE_POS / half / all;
-        let start = if comptime!(placed) {
-            place[0] as usize
-        } else {
-            start as usize
-        };
-        let row = if comptime!(placed) { start + t } else { t };
+        let start = start as usize;
         let from = (t * all + head) * 2 * half + i;
         let a = qkv[from];
         let b = qkv[from + half];
         if head < heads + kv_heads {
-            let c = cos[row * half + i];
-            let s = sin[row * half + i];
+            let c = cos[t * half + i];
+            let s = sin[t * half + i];
             let first = a * c - b * s;
             let second = b * c + a * s;
             if head < heads {

@@ -225,59 +225,26 @@ pub(super) fn behind(parts: &[CubeTensor]) -> Option<CubeTensor> {
     Some(whole)
 }
 
-/// Where new tokens go: behind so many positions, or behind those that `place` says, on the device.
-#[derive(Clone, Copy)]
-pub(super) enum Start<'a> {
-    At(usize),
-    Placed(&'a Place),
-}
-
-impl Start<'_> {
-    /// What a kernel reads where it is placed, else something that is there.
-    fn buffer(self, other: &CubeTensor) -> CubeTensor {
-        match self {
-            Self::At(_) => other.clone(),
-            Self::Placed(place) => cube(place.n_past.clone()),
-        }
-    }
-
-    fn is_placed(self) -> bool {
-        matches!(self, Self::Placed(_))
-    }
-
-    fn known(self) -> usize {
-        match self {
-            Self::At(start) => start,
-            Self::Placed(_) => 0,
-        }
-    }
-}
-
-/// Rotated queries `[n, heads, head_dim]`, and the caches with the new keys and values. Placed, they are
-/// written where they are, and the caller sees to it that nobody else holds them.
+/// Rotated queries `[n, heads, head_dim]`, and the caches with the new keys and values from `start` on.
 pub(super) fn rope_append(
     qkv: Tensor<2>,
     angles: &Angles,
     keys: Tensor<3>,
     values: Tensor<3>,
-    start: Start<'_>,
+    start: usize,
 ) -> (Tensor<3>, Tensor<3>, Tensor<3>) {
     let [kv_heads, capacity, head_dim] = keys.dims();
     let [n, width] = qkv.dims();
     let heads = width / head_dim - 2 * kv_heads;
     let qkv = cube(qkv);
     let (cos, sin) = (cube(angles.cos.clone()), cube(angles.sin.clone()));
-    let (keys, values) = match start {
-        Start::At(_) => (own(cube(keys)), own(cube(values))),
-        Start::Placed(_) => (cube(keys), cube(values)),
-    };
+    let (keys, values) = (own(cube(keys)), own(cube(values)));
     let q = empty(&qkv, [n, heads, head_dim], DType::F32);
     let total = n * (heads + 2 * kv_heads) * head_dim / 2;
     let client = qkv.client.clone();
     let dim = CubeDim::new_1d(UNITS as u32);
     // SAFETY: a unit below `total` has two elements of a head of `qkv` to itself, and writes them to `q`
-    // or to position `start + t` of a cache; the caller made room for `n` positions from `start` on, and
-    // placed angles have a row for each position of the caches.
+    // or to position `start + t` of a cache; the caller made room for `n` positions from `start` on.
     unsafe {
         cache::rope_append::launch_unchecked(
             &client,
@@ -286,7 +253,6 @@ pub(super) fn rope_append(
             qkv.clone().into_buffer_arg(),
             cos.into_buffer_arg(),
             sin.into_buffer_arg(),
-            start.buffer(&qkv).into_buffer_arg(),
             q.clone().into_buffer_arg(),
             keys.clone().into_buffer_arg(),
             values.clone().into_buffer_arg(),
@@ -294,9 +260,8 @@ pub(super) fn rope_append(
             kv_heads as u32,
             head_dim as u32 / 2,
             capacity as u32,
-            start.known() as u32,
+            start as u32,
             total as u32,
-            start.is_placed(),
             elem(keys.dtype),
         );
     }
@@ -306,31 +271,55 @@ pub(super) fn rope_append(
 /// Cubes that fill a large device.
 const MANY_CUBES: usize = 512;
 
-/// `q` `[n, heads, head_dim]`, which goes on behind `start`, over the positions up to each that `window` leaves;
+/// `q` `[n, heads, head_dim]`, which goes on behind `n_past`, over the positions up to each that `window` leaves;
 /// the result is `[n, heads · head_dim]`.
 pub(super) fn attend(
     q: Tensor<3>,
     keys: &Tensor<3>,
     values: &Tensor<3>,
-    start: Start<'_>,
+    n_past: usize,
     window: Option<usize>,
 ) -> Tensor<2> {
     let [n, heads, head_dim] = q.dims();
-    let [kv_heads, capacity, _] = keys.dims();
     let q = cube(q);
     let (keys, values) = (cube(keys.clone()), cube(values.clone()));
-    let client = q.client.clone();
-    if let Start::At(n_past) = start
-        && n > product::FEW
-        && prompt::takes(&client, elem(keys.dtype), head_dim)
-    {
+    if n > product::FEW && prompt::takes(&q.client, elem(keys.dtype), head_dim) {
         return attend_prompt(q, &keys, values, n_past, window);
     }
+    let angles = [q.clone(), q.clone(), q.clone()]; // not read
+    split([n, heads], q, angles, [keys, values], Some(n_past), window)
+}
+
+/// The same of one token, behind what is on the device: `qkv` `[1, (heads + 2 · kv_heads) · head_dim]`. Its key and
+/// value are written where they are; the caller sees to it that nobody else holds them.
+pub(super) fn attend_placed(
+    qkv: Tensor<2>,
+    keys: &Tensor<3>,
+    values: &Tensor<3>,
+    place: &Place,
+    window: Option<usize>,
+) -> Tensor<2> {
+    let [kv_heads, _, head_dim] = keys.dims();
+    let heads = qkv.dims()[1] / head_dim - 2 * kv_heads;
+    let (keys, values) = (cube(keys.clone()), cube(values.clone()));
+    let [cos, sin] = [&place.angles.cos, &place.angles.sin].map(|table| cube(table.clone()));
+    let angles = [cos, sin, cube(place.n_past.clone())];
+    split([1, heads], cube(qkv), angles, [keys, values], None, window)
+}
+
+/// By the kernels that split what is looked at; without `n_past` that is on the device, the last of `place`.
+fn split(
+    [n, heads]: [usize; 2],
+    q: CubeTensor,
+    place: [CubeTensor; 3],
+    [keys, values]: [CubeTensor; 2],
+    n_past: Option<usize>,
+    window: Option<usize>,
+) -> Tensor<2> {
+    let [kv_heads, capacity, head_dim] = shape(&keys);
+    let client = q.client.clone();
     // Placed, as many as there can ever be.
-    let end = match start {
-        Start::At(n_past) => n_past + n,
-        Start::Placed(_) => capacity,
-    };
+    let end = n_past.map_or(capacity, |n_past| n_past + n);
     let seen = end.min(window.unwrap_or(usize::MAX));
     let splits = (MANY_CUBES / (n * kv_heads)).clamp(1, seen.div_ceil(TILE).min(MAX_SPLITS));
     let length = seen.div_ceil(splits).next_multiple_of(TILE);
@@ -339,7 +328,7 @@ pub(super) fn attend(
         group: heads / kv_heads,
         head_dim,
         split: splits > 1,
-        placed: start.is_placed(),
+        placed: n_past.is_none(),
         planes: has_planes(&client),
     };
     let out = empty(&q, [n, heads * head_dim], DType::F32);
@@ -350,21 +339,25 @@ pub(super) fn attend(
             empty(&q, [n * heads * splits, 2], DType::F32),
         ),
     };
+    let [cos, sin, place] = place;
     // SAFETY: cube (split, head, query) writes the `group` heads of its query at its split, which `parts`
-    // and `stats` have room for; it reads positions below `n_past + n`, which the caches hold.
+    // and `stats` have room for; it reads positions below `n_past + n`, which the caches hold. Placed, one cube of a
+    // key head writes position `n_past`, which no other unit reads, and the angles have a row for each position.
     unsafe {
         attention::attend::launch_unchecked(
             &client,
             CubeCount::Static(splits as u32, kv_heads as u32, n as u32),
             CubeDim::new_1d(UNITS as u32),
-            q.clone().into_buffer_arg(),
+            q.into_buffer_arg(),
+            cos.into_buffer_arg(),
+            sin.into_buffer_arg(),
             keys.clone().into_buffer_arg(),
             values.into_buffer_arg(),
-            start.buffer(&q).into_buffer_arg(),
+            place.into_buffer_arg(),
             parts.clone().into_buffer_arg(),
             stats.clone().into_buffer_arg(),
             SpanLaunch::new(
-                start.known() as u32,
+                n_past.unwrap_or(0) as u32,
                 window.unwrap_or(u32::MAX as usize) as u32,
                 capacity as u32,
                 length as u32,

@@ -35,7 +35,6 @@ use burn::tensor::{DType, IndexingUpdateOp, Int, Tensor, TensorData};
 
 use super::{KeyValues, Linear, Place, RmsNorm, RopeTables, Visible, Visit, Weight, portable};
 pub(crate) use check::check;
-use cube::Start;
 pub(crate) use cube::takes;
 pub(crate) use mixture::{mixture, takes_mixture};
 use product::{Input, few, linear, unpacked};
@@ -134,7 +133,6 @@ pub(crate) fn append(
     let Some(KeyValues::Floats { keys, values }) = pages.pop() else {
         unreachable!("matched above");
     };
-    let start = Start::At(start);
     let (q, keys, values) = cube::rope_append(qkv, &tables.keys, keys, values, start);
     (q, vec![KeyValues::Floats { keys, values }])
 }
@@ -145,7 +143,7 @@ pub(crate) fn takes_places(heads: usize, page: &KeyValues) -> bool {
         return false;
     };
     let [kv_heads, _, head_dim] = keys.dims();
-    takes(keys) && attends(heads, kv_heads, head_dim)
+    takes(keys) && head_dim.is_multiple_of(8) && attends(heads, kv_heads, head_dim)
 }
 
 fn attends(heads: usize, kv_heads: usize, head_dim: usize) -> bool {
@@ -154,19 +152,10 @@ fn attends(heads: usize, kv_heads: usize, head_dim: usize) -> bool {
         && heads / kv_heads <= attention::MAX_GROUP
 }
 
-/// As [`super::append`] of one token where `place` says, into a page that nobody else holds; for what
-/// [`takes_places`].
-pub(crate) fn append_at(qkv: Tensor<2>, place: &Place, page: &KeyValues) -> Tensor<3> {
-    let KeyValues::Floats { keys, values } = page else {
-        unreachable!("`takes_places` was asked");
-    };
-    let (keys, values) = (keys.clone(), values.clone());
-    cube::rope_append(qkv, &place.angles, keys, values, Start::Placed(place)).0
-}
-
-/// As [`super::attention`] of one query where `place` says; for what [`takes_places`].
-pub(crate) fn attention_at(
-    q: Tensor<3>,
+/// As [`super::append`] and [`super::attention`] of one token where `place` says, into a page that nobody else holds;
+/// for what [`takes_places`].
+pub(crate) fn attend_at(
+    qkv: Tensor<2>,
     page: &KeyValues,
     place: &Place,
     window: Option<usize>,
@@ -174,7 +163,7 @@ pub(crate) fn attention_at(
     let KeyValues::Floats { keys, values } = page else {
         unreachable!("`takes_places` was asked");
     };
-    cube::attend(q, keys, values, Start::Placed(place), window)
+    cube::attend_placed(qkv, keys, values, place, window)
 }
 
 /// As [`super::attention`]; what its kernel does not take goes the portable way.
@@ -184,8 +173,7 @@ pub(crate) fn attention(q: Tensor<3>, pages: &[KeyValues], visible: Visible) -> 
         [KeyValues::Floats { keys, values }]
             if visible.chunk.is_none() && attends(heads, keys.dims()[0], head_dim) =>
         {
-            let start = Start::At(visible.n_past);
-            cube::attend(q, keys, values, start, visible.window)
+            cube::attend(q, keys, values, visible.n_past, visible.window)
         }
         _ => portable::attention(q, pages, visible),
     }
