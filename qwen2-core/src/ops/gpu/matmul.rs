@@ -141,7 +141,7 @@ pub(super) fn bf16_by(rows: usize, x: Tensor<2>, weight: Tensor<2>) -> Result<Te
     let tiles = tiles(&x, &weight, rows);
     try_product(
         x,
-        weight,
+        weight.transpose(),
         &[Strategy::SpecializedTmaMma(Forced(tiles)).into()],
     )
 }
