@@ -256,35 +256,31 @@ impl Device {
 }
 
 /// How many real GPUs the backend sees; `None` where it cannot tell.
+#[cfg(feature = "wgpu")]
 fn adapters(backend: Backend) -> Option<usize> {
-    #[cfg(feature = "wgpu")]
-    {
-        use burn::tensor::DeviceType;
-        let kind = match backend {
-            Backend::Wgpu => DeviceType::Wgpu,
-            #[cfg(feature = "vulkan")]
-            Backend::Vulkan => DeviceType::Vulkan,
-            #[cfg(feature = "metal")]
-            Backend::Metal => DeviceType::Metal,
-            _ => return None,
-        };
-        let is_card = |device: &BurnDevice| {
-            let identity = device.identity();
-            identity.is_some_and(|identity| identity.physical.is_some())
-        };
-        let count = || {
-            BurnDevice::enumerate(kind)
-                .into_iter()
-                .filter(is_card)
-                .count()
-        };
-        return fenced(count).ok();
-    }
-    #[cfg(not(feature = "wgpu"))]
-    {
-        let _ = backend;
-        None
-    }
+    use burn::tensor::DeviceType;
+    let kind = match backend {
+        Backend::Wgpu => DeviceType::Wgpu,
+        #[cfg(feature = "vulkan")]
+        Backend::Vulkan => DeviceType::Vulkan,
+        #[cfg(feature = "metal")]
+        Backend::Metal => DeviceType::Metal,
+        _ => return None,
+    };
+    let is_card = |device: &BurnDevice| {
+        let identity = device.identity();
+        identity.is_some_and(|identity| identity.physical.is_some())
+    };
+    let count = || {
+        let devices = BurnDevice::enumerate(kind);
+        devices.into_iter().filter(is_card).count()
+    };
+    fenced(count).ok()
+}
+
+#[cfg(not(feature = "wgpu"))]
+fn adapters(_: Backend) -> Option<usize> {
+    None
 }
 
 /// Whether the driver's library can be loaded; asking the backend would panic without it.
