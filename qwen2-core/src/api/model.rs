@@ -210,10 +210,7 @@ impl Model {
                 generation_config: inner.generation_config.clone(),
                 defaults: inner.defaults.clone(),
                 host: Host {
-                    network: Arc::new(Network {
-                        qwen2,
-                        threads: network.threads.clone(),
-                    }),
+                    network: Arc::new(Network::new(qwen2, network.threads.clone())),
                     ..inner.host.clone()
                 },
                 device: inner.device.clone(),

@@ -228,7 +228,7 @@ impl Worker {
         let Some(waiting) = job.as_ref() else {
             return Poll::Ready(Err(self.shared.lock().refusal()));
         };
-        waiting.network.check_process()?;
+        waiting.network.check()?;
         let mut inbox = self.shared.lock();
         if inbox.stop {
             return Poll::Ready(Err(inbox.refusal()));

@@ -1,5 +1,7 @@
 //! One forward of the network behind the panic fence: tokens in, logits on the host out.
 
+use std::sync::atomic::{AtomicBool, Ordering};
+
 use crate::error::{Error, ErrorKind, Result};
 use crate::fence::fenced;
 use crate::model::cache::Cache;
@@ -9,17 +11,34 @@ use crate::model::{Part, Qwen2, Rows};
 use crate::ops::{self, Threads, Watch, watched};
 use crate::profile::part;
 
+/// What burn says of a device that this process cannot use any more.
+const LOST: &str = "The device is poisoned";
+
 /// A network with the threads that compute it.
 #[derive(Debug)]
 pub(crate) struct Network {
     pub(crate) qwen2: Qwen2,
     pub(crate) threads: Threads,
+    /// The device was lost: nothing is asked of it again.
+    is_lost: AtomicBool,
 }
 
 impl Network {
+    pub(crate) fn new(qwen2: Qwen2, threads: Threads) -> Self {
+        Self {
+            qwen2,
+            threads,
+            is_lost: AtomicBool::new(false),
+        }
+    }
+
     /// # Errors
-    /// `Unsupported` in a fork of the process that loaded the model: its threads are not there.
-    pub(crate) fn check_process(&self) -> Result<()> {
+    /// `Unsupported` in a fork of the process that loaded the model: its threads are not there. `DeviceFailed` once the
+    /// device was lost.
+    pub(crate) fn check(&self) -> Result<()> {
+        if self.is_lost.load(Ordering::Relaxed) {
+            return Err(failed(LOST));
+        }
         if !self.threads.are_foreign() {
             return Ok(());
         }
@@ -63,7 +82,7 @@ impl Network {
     /// # Errors
     /// As [`Self::forward`], with all caches empty where the backend failed.
     pub(crate) fn forward_batch(&self, batch: &mut [Part<'_>]) -> Result<Vec<f32>> {
-        self.check_process()?;
+        self.check()?;
         // burn reports failures by panic; what the panic leaves behind are the caches, emptied below.
         let outcome = fenced(|| {
             self.threads.install(|| {
@@ -75,13 +94,7 @@ impl Network {
                 })
             })
         });
-        let logits = outcome.unwrap_or_else(|panic| Err(failed(&panic)));
-        if let Err(error) = &logits
-            && error.kind() == ErrorKind::DeviceFailed
-        {
-            batch.iter_mut().for_each(|part| part.cache.clear());
-        }
-        logits
+        self.settle(outcome, batch.iter_mut().map(|part| &mut *part.cache))
     }
 
     /// The token with the highest logit behind `token`, which goes behind the cache, where the device itself
@@ -137,10 +150,8 @@ impl Network {
         let logits = cache.replayed().map(|step| step.logits());
         let logits =
             logits.ok_or_else(|| Error::new(ErrorKind::Internal, "no step was replayed"))?;
-        settle(
-            fenced(|| ops::numbers(logits).map_err(|why| failed(&why))),
-            cache,
-        )
+        let outcome = fenced(|| ops::numbers(logits).map_err(|why| failed(&why)));
+        self.settle(outcome, [cache])
     }
 
     /// What `read` makes of a step that is replayed, or nothing, where none is.
@@ -151,9 +162,27 @@ impl Network {
         cache: &mut Cache,
         read: impl FnOnce(&mut Step) -> Result<R>,
     ) -> Result<Option<R>> {
-        self.check_process()?;
+        self.check()?;
         let outcome = fenced(|| self.qwen2.replay(token, cache)?.map(read).transpose());
-        settle(outcome, cache)
+        self.settle(outcome, [cache])
+    }
+
+    /// A panic as an error, behind which the caches are empty, and after which a lost device is not asked again.
+    fn settle<'a, R>(
+        &self,
+        outcome: std::result::Result<Result<R>, String>,
+        caches: impl IntoIterator<Item = &'a mut Cache>,
+    ) -> Result<R> {
+        let outcome = outcome.unwrap_or_else(|panic| Err(failed(&panic)));
+        if let Err(error) = &outcome
+            && error.kind() == ErrorKind::DeviceFailed
+        {
+            caches.into_iter().for_each(Cache::clear);
+            if error.to_string().contains(LOST) {
+                self.is_lost.store(true, Ordering::Relaxed);
+            }
+        }
+        outcome
     }
 }
 
@@ -163,25 +192,46 @@ fn all(step: &Step) -> Result<Vec<f32>> {
     ops::numbers(step.logits()).map_err(|why| failed(&why))
 }
 
-/// A panic as an error, behind which the cache is empty.
-#[cfg(feature = "gpu")]
-fn settle<R>(outcome: std::result::Result<Result<R>, String>, cache: &mut Cache) -> Result<R> {
-    let outcome = outcome.unwrap_or_else(|panic| Err(failed(&panic)));
-    if let Err(error) = &outcome
-        && error.kind() == ErrorKind::DeviceFailed
-    {
-        cache.clear();
-    }
-    outcome
-}
-
 fn cancelled() -> Error {
     Error::new(ErrorKind::Cancelled, "computation was cancelled")
         .with_help("a cancel token or a timeout of the call ended it")
 }
 
 fn failed(why: &str) -> Error {
+    let help = match why.contains(LOST) {
+        true => {
+            "the device is lost to this process, and its models with it: start the process anew"
+        }
+        false => "the conversation's cache was dropped; the model can be used again",
+    };
     Error::new(ErrorKind::DeviceFailed, "device failed during the forward")
         .with_why(why)
-        .with_help("the conversation's cache was dropped; the model can be used again")
+        .with_help(help)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::Model;
+
+    #[test]
+    fn a_lost_device_is_not_asked_again() {
+        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../examples/demo-model");
+        let model = Model::load(path).expect("the demo model");
+        let network = &model.inner.host.network;
+        let mut cache = model.new_cache();
+        let mut run = || network.forward(&[1], &mut cache, Rows::Last, &Watch::default());
+        assert!(run().is_ok());
+        let help = |error: &Error| error.help().unwrap_or_default().to_owned();
+        let after = |why: &str| {
+            let outcome = network.settle::<()>(Err(why.to_owned()), []);
+            help(&outcome.expect_err("a failure"))
+        };
+        assert!(after("out of memory").contains("used again"));
+        assert!(run().is_ok(), "a full device is not a lost one");
+        assert!(after(&format!("{LOST}: an illegal address")).contains("anew"));
+        let error = run().expect_err("it is not asked");
+        assert_eq!(error.kind(), ErrorKind::DeviceFailed);
+        assert!(help(&error).contains("start the process anew"), "{error}");
+    }
 }

@@ -1,11 +1,14 @@
 // CUDA's driver in software, as far as cubecl calls it: memory is the host's, a stream's work is done at once, a
 // graph is a list of calls. Built as libcuda.so.1.
 //   EMULATED_ARCH    what the device says it is: 80, 90 (by default)
+//   EMULATED_MEMORY  bytes that it has (140 GiB)
+//   EMULATED_LOST    after so many launches the device is lost
 //   EMULATED_TRACE   set: every launch is printed
 //   EMULATED_RUNS    so many launches run, later ones do nothing: what is left is the host's time
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <limits.h>
+#include <malloc.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -13,7 +16,7 @@
 
 typedef int CUresult;
 typedef uint64_t Ptr;
-enum { SUCCESS = 0, INVALID_VALUE = 1, NOT_FOUND = 500, NO_BINARY = 209, OUT_OF_MEMORY = 2 };
+enum { SUCCESS = 0, INVALID_VALUE = 1, NOT_FOUND = 500, NO_BINARY = 209, OUT_OF_MEMORY = 2, LAUNCH_FAILED = 719 };
 
 typedef int (*Entry)(const unsigned *grid, const unsigned *block, unsigned shared, void **params);
 typedef struct {
@@ -46,11 +49,14 @@ typedef struct {
 
 static Stream none;
 static int arch = 90, traced;
-static long runs = LONG_MAX;
+static long runs = LONG_MAX, lost = LONG_MAX;
+static size_t memory = (size_t)140 << 30, used;
 __attribute__((constructor)) static void settings(void) {
     const char *text;
     if ((text = getenv("EMULATED_ARCH"))) arch = atoi(text);
     if ((text = getenv("EMULATED_RUNS"))) runs = atol(text);
+    if ((text = getenv("EMULATED_LOST"))) lost = atol(text);
+    if ((text = getenv("EMULATED_MEMORY"))) memory = strtoull(text, 0, 10);
     traced = getenv("EMULATED_TRACE") != 0;
 }
 static Stream *of(void *s) { return s ? (Stream *)s : &none; }
@@ -72,8 +78,12 @@ static void run(const Op *op) {
     case SET: memset(op->to, op->value, op->bytes); break;
     }
 }
+static int is_lost;
 static CUresult submit(void *stream, Op op) {
+    static long submitted;
     Stream *s = of(stream);
+    if (op.kind == LAUNCH && submitted++ >= lost) is_lost = 1;
+    if (is_lost) return LAUNCH_FAILED;
     if (s->capture) record(s->capture, op);
     else run(&op);
     return SUCCESS;
@@ -88,7 +98,7 @@ CUresult cuDeviceGetName(char *name, int len, int d) { snprintf(name, len, "NVID
 CUresult cuDeviceGetUuid(char *u, int d) { memset(u, 1, 16); return SUCCESS; }
 CUresult cuDeviceGetUuid_v2(char *u, int d) { memset(u, 1, 16); return SUCCESS; }
 CUresult cuDeviceGetPCIBusId(char *id, int len, int d) { snprintf(id, len, "0000:01:00.0"); return SUCCESS; }
-CUresult cuDeviceTotalMem_v2(size_t *b, int d) { *b = 140ull << 30; return SUCCESS; }
+CUresult cuDeviceTotalMem_v2(size_t *b, int d) { *b = memory; return SUCCESS; }
 CUresult cuDeviceGetAttribute(int *v, int a, int d) {
     switch (a) {
     case 75: *v = arch / 10; break;
@@ -109,34 +119,39 @@ CUresult cuDevicePrimaryCtxRetain(void **c, int d) { *c = (void *)0x1000; return
 CUresult cuDevicePrimaryCtxRelease_v2(int d) { return SUCCESS; }
 CUresult cuCtxSetCurrent(void *c) { return SUCCESS; }
 CUresult cuCtxGetCurrent(void **c) { *c = (void *)0x1000; return SUCCESS; }
-CUresult cuCtxSynchronize(void) { return SUCCESS; }
+CUresult cuCtxSynchronize(void) { return is_lost ? LAUNCH_FAILED : SUCCESS; }
 CUresult cuCtxGetStreamPriorityRange(int *l, int *g) { *l = *g = 0; return SUCCESS; }
-CUresult cuMemGetInfo_v2(size_t *f, size_t *t) { *t = 140ull << 30; *f = 139ull << 30; return SUCCESS; }
+CUresult cuMemGetInfo_v2(size_t *f, size_t *t) { *t = memory; *f = memory > used ? memory - used : 0; return SUCCESS; }
 CUresult cuGetErrorName(int e, const char **s) { *s = "emulated"; return SUCCESS; }
 CUresult cuGetErrorString(int e, const char **s) { *s = "emulated"; return SUCCESS; }
 
 CUresult cuStreamCreate(void **s, unsigned f) { *s = calloc(1, sizeof(Stream)); return SUCCESS; }
 CUresult cuStreamCreateWithPriority(void **s, unsigned f, int p) { return cuStreamCreate(s, f); }
 CUresult cuStreamDestroy_v2(void *s) { free(s); return SUCCESS; }
-CUresult cuStreamSynchronize(void *s) { return SUCCESS; }
+CUresult cuStreamSynchronize(void *s) { return is_lost ? LAUNCH_FAILED : SUCCESS; }
 CUresult cuStreamWaitEvent(void *s, void *e, unsigned f) { return SUCCESS; }
 CUresult cuStreamQuery(void *s) { return SUCCESS; }
 CUresult cuEventCreate(void **e, unsigned f) { *e = malloc(8); return SUCCESS; }
 CUresult cuEventDestroy_v2(void *e) { free(e); return SUCCESS; }
-CUresult cuEventRecord(void *e, void *s) { return SUCCESS; }
-CUresult cuEventSynchronize(void *e) { return SUCCESS; }
+CUresult cuEventRecord(void *e, void *s) { return is_lost ? LAUNCH_FAILED : SUCCESS; }
+CUresult cuEventSynchronize(void *e) { return is_lost ? LAUNCH_FAILED : SUCCESS; }
 CUresult cuEventQuery(void *e) { return SUCCESS; }
 CUresult cuEventElapsedTime_v2(float *ms, void *a, void *b) { *ms = 0.001f; return SUCCESS; }
 CUresult cuEventElapsedTime(float *ms, void *a, void *b) { *ms = 0.001f; return SUCCESS; }
 
 CUresult cuMemAlloc_v2(Ptr *p, size_t n) {
     void *m;
-    if (posix_memalign(&m, 512, n)) return OUT_OF_MEMORY;
+    if (used + n > memory || posix_memalign(&m, 512, n)) return OUT_OF_MEMORY;
     *p = (Ptr)m;
+    __atomic_fetch_add(&used, malloc_usable_size(m), __ATOMIC_RELAXED);
     return SUCCESS;
 }
 CUresult cuMemAllocAsync(Ptr *p, size_t n, void *s) { return cuMemAlloc_v2(p, n); }
-CUresult cuMemFree_v2(Ptr p) { free((void *)p); return SUCCESS; }
+CUresult cuMemFree_v2(Ptr p) {
+    __atomic_fetch_sub(&used, malloc_usable_size((void *)p), __ATOMIC_RELAXED);
+    free((void *)p);
+    return SUCCESS;
+}
 CUresult cuMemFreeAsync(Ptr p, void *s) { return cuMemFree_v2(p); }
 CUresult cuMemAllocHost_v2(void **p, size_t n) { return posix_memalign(p, 512, n) ? OUT_OF_MEMORY : SUCCESS; }
 CUresult cuMemFreeHost(void *p) { free(p); return SUCCESS; }
@@ -243,6 +258,7 @@ CUresult cuGraphDestroy(void *g) { return SUCCESS; } // the executable is the gr
 CUresult cuGraphExecDestroy(void *g) { return SUCCESS; }
 CUresult cuGraphUpload(void *g, void *s) { return SUCCESS; }
 CUresult cuGraphLaunch(void *g, void *s) {
+    if (is_lost) return LAUNCH_FAILED;
     if (traced) fprintf(stderr, "graph of %zu\n", ((Graph *)g)->n);
     for (Op *op = ((Graph *)g)->first; op; op = op->next) run(op);
     return SUCCESS;

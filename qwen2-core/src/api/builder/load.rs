@@ -290,7 +290,7 @@ impl ModelBuilder {
                 defaults: sampling_defaults(&generation_config, config.vocab_size),
                 generation_config,
                 host: Host {
-                    network: Arc::new(Network { qwen2, threads }),
+                    network: Arc::new(Network::new(qwen2, threads)),
                     tokenizer,
                     prefill_chunk: self.prefill_chunk.unwrap_or(match device.is_gpu() {
                         true => GPU_PREFILL_CHUNK,
