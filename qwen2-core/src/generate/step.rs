@@ -13,6 +13,8 @@ use crate::profile::part;
 
 /// What burn says of a device that this process cannot use any more.
 const LOST: &str = "The device is poisoned";
+/// What it says of one that has no room.
+const FULL: &str = "can't allocate buffer";
 
 /// A network with the threads that compute it.
 #[derive(Debug)]
@@ -53,7 +55,7 @@ impl Network {
     ///
     /// # Errors
     /// `ContextOverflow`; `Cancelled` when the watch is over, and then the cache is as it was, or empty;
-    /// `DeviceFailed` if the backend failed, and then the cache is empty.
+    /// `DeviceFailed` if the backend failed, `OutOfMemory` if it had no room, and then the cache is empty.
     pub(crate) fn forward(
         &self,
         tokens: &[u32],
@@ -175,7 +177,10 @@ impl Network {
     ) -> Result<R> {
         let outcome = outcome.unwrap_or_else(|panic| Err(failed(&panic)));
         if let Err(error) = &outcome
-            && error.kind() == ErrorKind::DeviceFailed
+            && matches!(
+                error.kind(),
+                ErrorKind::DeviceFailed | ErrorKind::OutOfMemory
+            )
         {
             caches.into_iter().for_each(Cache::clear);
             if error.to_string().contains(LOST) {
@@ -198,15 +203,27 @@ fn cancelled() -> Error {
 }
 
 fn failed(why: &str) -> Error {
-    let help = match why.contains(LOST) {
-        true => {
-            "the device is lost to this process, and its models with it: start the process anew"
-        }
-        false => "the conversation's cache was dropped; the model can be used again",
+    let (kind, what, help) = if why.contains(LOST) {
+        (
+            ErrorKind::DeviceFailed,
+            "device failed during the forward",
+            "the device is lost to this process, and its models with it: start the process anew",
+        )
+    } else if why.contains(FULL) {
+        (
+            ErrorKind::OutOfMemory,
+            "device has no room for the forward",
+            "the conversation's cache was dropped; a shorter prompt, a smaller `prefill_chunk`, fewer sequences or \
+             `kv_cache` in q8 need less",
+        )
+    } else {
+        (
+            ErrorKind::DeviceFailed,
+            "device failed during the forward",
+            "the conversation's cache was dropped; the model can be used again",
+        )
     };
-    Error::new(ErrorKind::DeviceFailed, "device failed during the forward")
-        .with_why(why)
-        .with_help(help)
+    Error::new(kind, what).with_why(why).with_help(help)
 }
 
 #[cfg(test)]
@@ -227,7 +244,8 @@ mod tests {
             let outcome = network.settle::<()>(Err(why.to_owned()), []);
             help(&outcome.expect_err("a failure"))
         };
-        assert!(after("out of memory").contains("used again"));
+        assert!(after("a kernel was refused").contains("used again"));
+        assert!(after(&format!("{FULL} of size: 7")).contains("prefill_chunk"));
         assert!(run().is_ok(), "a full device is not a lost one");
         assert!(after(&format!("{LOST}: an illegal address")).contains("anew"));
         let error = run().expect_err("it is not asked");
