@@ -3,7 +3,7 @@
 use burn::tensor::{Device, Tensor, TensorData};
 
 use crate::config::{ModelConfig, RopeScaling};
-use crate::ops::{Angles, RopeTables};
+use crate::ops::{Angles, RopeTables, settled};
 
 /// The rotations of a model.
 #[derive(Debug, Clone)]
@@ -191,7 +191,7 @@ impl Frequencies {
                 sin.push(s * factor);
             }
         }
-        let upload = |values| Tensor::from_data(TensorData::new(values, shape), device);
+        let upload = |values| settled(Tensor::from_data(TensorData::new(values, shape), device));
         Angles {
             cos: upload(cos),
             sin: upload(sin),

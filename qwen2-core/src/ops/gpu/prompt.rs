@@ -161,14 +161,8 @@ pub(super) fn attend_prompt<F: Float>(
                 );
                 #[unroll]
                 for i in 0..2 {
-                    let mut right = Array::<Two<F>>::new(2usize);
-                    right[0] = parts[comptime!(2 * i)];
-                    right[1] = parts[comptime!(2 * i + 1)];
-                    def.execute_inplace(
-                        queries.index(comptime!(double * 2 + i)),
-                        &right,
-                        &mut score,
-                    );
+                    let left = queries.index(comptime!(double * 2 + i));
+                    multiply::<F>(left, &parts, comptime!(2 * i), &mut score);
                 }
             }
             scores.push(score);
@@ -243,14 +237,8 @@ pub(super) fn attend_prompt<F: Float>(
                 );
                 #[unroll]
                 for i in 0..2 {
-                    let mut right = Array::<Two<F>>::new(2usize);
-                    right[0] = parts[comptime!(2 * i)];
-                    right[1] = parts[comptime!(2 * i + 1)];
-                    def.execute_inplace(
-                        &weights,
-                        &right,
-                        totals.index_mut(comptime!(double * 2 + i)),
-                    );
+                    let total = totals.index_mut(comptime!(double * 2 + i));
+                    multiply::<F>(&weights, &parts, comptime!(2 * i), total);
                 }
             }
         }
@@ -282,4 +270,19 @@ fn zeros() -> Array<Two<f32>> {
     both[0] = Two::new(0.0f32);
     both[1] = Two::new(0.0f32);
     both
+}
+
+/// Adds `left` times two of the parts, from `first` on.
+#[cube]
+fn multiply<F: Float>(
+    left: &Array<Two<F>>,
+    parts: &Array<Two<F>>,
+    #[comptime] first: usize,
+    sums: &mut Array<Two<f32>>,
+) {
+    let def = MmaDefinition::<F, F, f32>::new(16usize, 8usize, 16usize);
+    let mut right = Array::<Two<F>>::new(2usize);
+    right[0] = parts[first];
+    right[1] = parts[comptime!(first + 1)];
+    def.execute_inplace(left, &right, sums);
 }
